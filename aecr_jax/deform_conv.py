@@ -1,0 +1,242 @@
+"""Modulated deformable convolution (DCNv2) by bilinear gather.
+
+Zhu et al., "Deformable ConvNets v2", CVPR 2019, Eq. 1, with the offset layout of torchvision's `deform_conv2d`. One loop
+over the kernel's taps samples the image, modulates and multiplies by that tap's kernel slice, so that the im2col matrix
+of all taps is never in memory. The backward pass recomputes the samples instead of keeping them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+# A clipped sample lies up to two pixels outside, where all four of its neighbours are zero: value and gradient vanish there.
+_BORDER = 2
+
+
+class _Geometry(NamedTuple):
+    strides: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+
+def deform_conv2d(
+    x: Array,
+    offset: Array,
+    kernel: Array,
+    bias: Array | None = None,
+    *,
+    mask: Array | None = None,
+    strides: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    offset_groups: int = 1,
+) -> Array:
+    """Convolves `x` with a kernel whose taps are moved by `offset` and scaled by `mask`.
+
+    Samples between pixels are bilinear; pixels outside the image are zero. Offsets of any size are allowed: infinite ones
+    sample zero, NaN ones give NaN and read nothing outside `x`. Differentiable (reverse mode) in every array argument.
+
+    Args:
+      x: input `[N, H, W, C]`.
+      offset: `[N, H', W', G * kh * kw * 2]` in pixels: (dy, dx) per tap, taps row by row, groups outermost.
+      kernel: `[kh, kw, C, O]`.
+      bias: `[O]`, or None.
+      mask: modulation `[N, H', W', G * kh * kw]`, usually in [0, 1], or None for ones.
+      strides: one number, or one for each of height and width.
+      padding: zeros on both sides of height and width.
+      dilation: distance of the taps.
+      offset_groups: G; the channels of `x` fall into G equal groups, each with offsets and mask of its own.
+
+    Returns:
+      `[N, H', W', O]` in the promoted type of `x` and `kernel`, with H' = (H + 2 padding - dilation (kh - 1) - 1) / stride + 1
+      rounded down, and W' alike.
+
+    Raises:
+      ValueError: a shape does not fit the others.
+    """
+    geometry = _Geometry(_pair(strides, "strides", 1), _pair(padding, "padding", 0), _pair(dilation, "dilation", 1), offset_groups)
+    out_hw = _check_shapes(x, offset, kernel, bias, mask, geometry)
+    dtype = jnp.promote_types(x.dtype, kernel.dtype)
+    # Positions need the precision of float32 however coarse the features are: bfloat16 resolves 1 pixel at 256.
+    position_dtype = jnp.promote_types(offset.dtype, jnp.float32)
+    n, (h_out, w_out), taps = x.shape[0], out_hw, kernel.shape[0] * kernel.shape[1]
+    if mask is None:
+        mask = jnp.ones((n, h_out, w_out, offset_groups * taps), dtype)
+    out = _deform_conv2d(x.astype(dtype), offset.astype(position_dtype), mask.astype(position_dtype), kernel.astype(dtype), geometry)
+    return out if bias is None else out + bias.astype(dtype).reshape(1, 1, 1, -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _deform_conv2d(x: Array, offset: Array, mask: Array, kernel: Array, geometry: _Geometry) -> Array:
+    image = _pad(x, geometry.groups)
+    base, steps = _tap_positions(x, offset, kernel, geometry)
+    n, h_out, w_out = offset.shape[:3]
+    # Products of bfloat16 features add up in float32.
+    accumulator = jnp.promote_types(x.dtype, jnp.float32)
+
+    def tap(total: Array, inputs: tuple[Array, ...]) -> tuple[Array, None]:
+        step, tap_offset, tap_mask, tap_kernel = inputs
+        samples = _sample(image, base + step + tap_offset, x.shape).value * tap_mask[..., None].astype(x.dtype)
+        product = jnp.einsum("npgc,gco->npo", samples, tap_kernel, preferred_element_type=accumulator)
+        return total + product, None
+
+    total = jnp.zeros((n, h_out * w_out, kernel.shape[-1]), accumulator)
+    total, _ = lax.scan(tap, total, (steps, *_by_tap(offset, mask, kernel, geometry.groups)))
+    return total.reshape(n, h_out, w_out, -1).astype(x.dtype)
+
+
+def _forward(x: Array, offset: Array, mask: Array, kernel: Array, geometry: _Geometry) -> tuple[Array, tuple[Array, ...]]:
+    return _deform_conv2d(x, offset, mask, kernel, geometry), (x, offset, mask, kernel)
+
+
+def _backward(geometry: _Geometry, residuals: tuple[Array, ...], cotangent: Array) -> tuple[Array, ...]:
+    x, offset, mask, kernel = residuals
+    image = _pad(x, geometry.groups)
+    base, steps = _tap_positions(x, offset, kernel, geometry)
+    n, h_out, w_out, out_channels = cotangent.shape
+    cotangent = cotangent.reshape(n, h_out * w_out, out_channels)
+    accumulator = jnp.promote_types(x.dtype, jnp.float32)
+
+    def tap(grad_image: Array, inputs: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
+        step, tap_offset, tap_mask, tap_kernel = inputs
+        position = base + step + tap_offset
+        sample = _sample(image, position, x.shape)
+        weight = tap_mask[..., None].astype(x.dtype)
+        grad_modulated = jnp.einsum("npo,gco->npgc", cotangent, tap_kernel)
+        grad_kernel = jnp.einsum("npgc,npo->gco", sample.value * weight, cotangent, preferred_element_type=accumulator)
+        grad_mask = jnp.sum(grad_modulated * sample.value, -1, dtype=accumulator)
+        grad_sample = grad_modulated * weight
+        grad_offset = jnp.stack([jnp.sum(grad_sample * slope, -1, dtype=accumulator) for slope in (sample.slope_y, sample.slope_x)], -1)
+        for index, share in zip(sample.indices, sample.shares):
+            grad_image = _scatter_add(grad_image, index, grad_sample * share[..., None].astype(x.dtype))
+        return grad_image, (grad_offset, grad_mask, grad_kernel)
+
+    # Up to 4 * taps shares meet in one pixel, so they add up in float32 too.
+    grad_image, (grad_offset, grad_mask, grad_kernel) = lax.scan(
+        tap, jnp.zeros(image.shape, accumulator), (steps, *_by_tap(offset, mask, kernel, geometry.groups))
+    )
+    h, w = x.shape[1:3]
+    grad_image = grad_image.reshape(n, h + 2 * _BORDER, w + 2 * _BORDER, x.shape[-1])
+    grad_x = grad_image[:, _BORDER : _BORDER + h, _BORDER : _BORDER + w]
+    return (
+        grad_x.astype(x.dtype),
+        jnp.moveaxis(grad_offset, 0, 3).reshape(offset.shape).astype(offset.dtype),  # [K, N, P, G, 2] -> [N, P, G, K, 2]
+        jnp.moveaxis(grad_mask, 0, 3).reshape(mask.shape).astype(mask.dtype),
+        grad_kernel.reshape(kernel.shape).astype(kernel.dtype),
+    )
+
+
+_deform_conv2d.defvjp(_forward, _backward)
+
+
+class _Sample(NamedTuple):
+    value: Array  # [N, P, G, C / G]
+    slope_y: Array  # its derivative in y, same shape
+    slope_x: Array
+    indices: tuple[Array, ...]  # the four neighbours' flat positions in the padded image, [N, P, G] each
+    shares: tuple[Array, ...]  # and their bilinear weights
+
+
+def _sample(image: Array, position: Array, shape: tuple[int, ...]) -> _Sample:
+    """Bilinear samples of the padded `image` `[N, pixels, G, C / G]` at `position` `[N, P, G, 2]` of the unpadded one."""
+    h, w = shape[1:3]
+    row_length = w + 2 * _BORDER
+    y = jnp.clip(position[..., 0], -_BORDER, h)
+    x = jnp.clip(position[..., 1], -_BORDER, w)
+    top, left = jnp.floor(y), jnp.floor(x)
+    fy, fx = y - top, x - left  # NaN where the position is, so that the result shows it
+
+    def index(corner: Array) -> Array:  # the conversion of NaN to an integer is undefined
+        return jnp.where(jnp.isnan(corner), 0, corner + _BORDER).astype(jnp.int32)
+
+    corner = index(top) * row_length + index(left)
+    indices = (corner, corner + 1, corner + row_length, corner + row_length + 1)
+    shares = ((1 - fy) * (1 - fx), (1 - fy) * fx, fy * (1 - fx), fy * fx)
+    v00, v01, v10, v11 = (_gather(image, i) for i in indices)
+    wy, wx = fy[..., None].astype(image.dtype), fx[..., None].astype(image.dtype)
+    upper, lower = v00 + wx * (v01 - v00), v10 + wx * (v11 - v10)
+    slope_x = (1 - wy) * (v01 - v00) + wy * (v11 - v10)
+    return _Sample(upper + wy * (lower - upper), lower - upper, slope_x, indices, shares)
+
+
+@functools.partial(jax.vmap, in_axes=(0, 0))
+@functools.partial(jax.vmap, in_axes=(1, 1), out_axes=1)
+def _gather(image: Array, index: Array) -> Array:
+    """`[pixels, c], [P] -> [P, c]` for each image and group; batched so that a batch split over devices stays split."""
+    return image.at[index].get(mode="promise_in_bounds")
+
+
+@functools.partial(jax.vmap, in_axes=(0, 0, 0))
+@functools.partial(jax.vmap, in_axes=(1, 1, 1), out_axes=1)
+def _scatter_add(image: Array, index: Array, value: Array) -> Array:
+    return image.at[index].add(value.astype(image.dtype), mode="promise_in_bounds")
+
+
+def _pad(x: Array, groups: int) -> Array:
+    n, h, w, c = x.shape
+    padded = jnp.pad(x, ((0, 0), (_BORDER, _BORDER), (_BORDER, _BORDER), (0, 0)))
+    return padded.reshape(n, (h + 2 * _BORDER) * (w + 2 * _BORDER), groups, c // groups)
+
+
+def _tap_positions(x: Array, offset: Array, kernel: Array, geometry: _Geometry) -> tuple[Array, Array]:
+    """Where the kernel's corner lies for each output pixel `[1, P, 1, 2]`, and each tap's step from it `[K, 1, 1, 1, 2]`."""
+    (kh, kw), (h_out, w_out) = kernel.shape[:2], offset.shape[1:3]
+
+    def grid(rows: int, columns: int, scale: tuple[int, int], origin: tuple[int, int]) -> Array:
+        index = jnp.stack(jnp.meshgrid(jnp.arange(rows), jnp.arange(columns), indexing="ij"), -1).reshape(-1, 2)
+        return (index * jnp.array(scale)[None] - jnp.array(origin)[None]).astype(offset.dtype)
+
+    base = grid(h_out, w_out, geometry.strides, geometry.padding)[None, :, None]
+    return base, grid(kh, kw, geometry.dilation, (0, 0))[:, None, None, None]
+
+
+def _by_tap(offset: Array, mask: Array, kernel: Array, groups: int) -> tuple[Array, Array, Array]:
+    """Offset `[K, N, P, G, 2]`, mask `[K, N, P, G]` and kernel `[K, G, C / G, O]`, to loop over."""
+    n, h_out, w_out = offset.shape[:3]
+    kh, kw, c, o = kernel.shape
+    offset = offset.reshape(n, h_out * w_out, groups, kh * kw, 2)
+    mask = mask.reshape(n, h_out * w_out, groups, kh * kw)
+    kernel = kernel.reshape(kh * kw, groups, c // groups, o)
+    return jnp.moveaxis(offset, 3, 0), jnp.moveaxis(mask, 3, 0), kernel
+
+
+def _pair(value: int | Sequence[int], name: str, least: int) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
+        raise ValueError(f"{name} (={value}) must be one integer of at least {least}, or one for height and one for width")
+    return pair[0], pair[1]
+
+
+def _check_shapes(x: Array, offset: Array, kernel: Array, bias: Array | None, mask: Array | None, geometry: _Geometry) -> tuple[int, int]:
+    """Returns (H', W')."""
+    for name, array, axes in (("x", x, "[N, H, W, C]"), ("offset", offset, "[N, H', W', G * kh * kw * 2]")):
+        if array.ndim != 4:
+            raise ValueError(f"{name} has shape {array.shape} and must be {axes}")
+    if kernel.ndim != 4 or kernel.shape[2] != x.shape[3]:
+        raise ValueError(f"kernel has shape {kernel.shape} and must be [kh, kw, C = {x.shape[3]}, O]")
+    groups, taps, channels = geometry.groups, kernel.shape[0] * kernel.shape[1], x.shape[3]
+    if groups < 1 or channels % groups:
+        raise ValueError(f"offset_groups (={groups}) must divide the {channels} channels of x")
+    sizes = [
+        (size + 2 * pad - dilation * (k - 1) - 1) // stride + 1
+        for size, k, stride, pad, dilation in zip(x.shape[1:3], kernel.shape[:2], geometry.strides, geometry.padding, geometry.dilation)
+    ]
+    h_out, w_out = sizes
+    if h_out < 1 or w_out < 1:
+        raise ValueError(f"x of {x.shape[1]}x{x.shape[2]} is smaller than the kernel's reach: the output would be {h_out}x{w_out}")
+    expected: dict[str, tuple[Array | None, tuple[int, ...]]] = {
+        "offset": (offset, (x.shape[0], h_out, w_out, groups * taps * 2)),
+        "mask": (mask, (x.shape[0], h_out, w_out, groups * taps)),
+        "bias": (bias, (kernel.shape[3],)),
+    }
+    for name, (given, shape) in expected.items():
+        if given is not None and given.shape != shape:
+            raise ValueError(f"{name} has shape {given.shape} and must be {shape}")
+    return h_out, w_out
