@@ -1,0 +1,167 @@
+"""AECR-Net: the autoencoder of Section 3.1 of the paper, with every switch of its Table 2."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_type_hints
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from aecr_jax.layers import Conv, DeformConv, FABlock, FastDeconv, Mixup, UpConv, conv_few_outputs
+
+# Initial theta of the two mixups in the official code, deep and shallow.
+_THETA_DEEP, _THETA_SHALLOW = -1.0, -0.6
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network. The defaults are the official code's, which the paper's 2.61M parameters need.
+
+    Raises:
+      ValueError: a field has a value outside its range.
+    """
+
+    width: int = 64
+    """Channels after the first convolution; 2x and 4x as many at half and quarter resolution."""
+    blocks: int = 6
+    """Feature-attention blocks, applied one after the other."""
+    deform_layers: int = 2
+    """Deformable convolutions in the dynamic feature enhancement (DFE)."""
+    shared: bool = True
+    """One feature-attention block and one deformable layer, applied repeatedly; False: each with weights of its own."""
+    dfe: Literal["after", "before", "none"] = "after"
+    """Where DFE stands with respect to the feature-attention blocks."""
+    mixup: Literal["adaptive", "sum", "none"] = "adaptive"
+    """How encoder features join the decoder: learned mixup (Eq. 2), plain sum ("SC" in Table 2), not at all."""
+    fast_deconv: bool = True
+    """Network deconvolution before the first convolution, as in the official code; the paper does not mention it."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Type of the arithmetic; bfloat16 for accelerators."""
+    param_dtype: Literal["float32", "float64"] = "float32"
+    """Type of the parameters. float64 takes `JAX_ENABLE_X64=1`."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "blocks", "deform_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} (={getattr(self, name)}) must be at least 1")
+        for name, kind in get_type_hints(type(self)).items():
+            choices = get_args(kind)
+            if choices and getattr(self, name) not in choices:
+                raise ValueError(f"{name} (={getattr(self, name)!r}) must be one of {', '.join(map(repr, choices))}")
+
+
+class AECRNet(nnx.Module):
+    """Restores a hazy image: `[N, H, W, 3]` in [0, 1] -> the same shape, about [0, 1] (a tanh, not clipped).
+
+    H and W may be any: what is no multiple of 4 is padded by reflection at the bottom and the right, and cropped back.
+    `model.train()` whitens by the batch's statistics and updates the running ones, `model.eval()` uses the running ones.
+
+    Args:
+      config: the network's settings; the paper's by default.
+      rngs: the source of the initial values (stream `params`).
+    """
+
+    MULTIPLE = 4
+
+    def __init__(self, config: ModelConfig = ModelConfig(), *, rngs: nnx.Rngs):
+        self.config = config
+        types: dict[str, Any] = dict(dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.param_dtype))
+        types["rngs"] = rngs
+        w = config.width
+        self.fast_deconv = FastDeconv(**types) if config.fast_deconv else None
+        self.down1 = Conv(3, w, 7, reflect=True, **types)
+        self.down2 = Conv(w, 2 * w, 3, stride=2, **types)
+        self.down3 = Conv(2 * w, 4 * w, 3, stride=2, **types)
+        self.blocks = nnx.List([FABlock(4 * w, **types) for _ in range(1 if config.shared else config.blocks)])
+        layers = 0 if config.dfe == "none" else 1 if config.shared else config.deform_layers
+        self.deform = nnx.List([DeformConv(4 * w, **types) for _ in range(layers)])
+        if config.mixup == "adaptive":
+            self.mix1 = Mixup(_THETA_DEEP, param_dtype=types["param_dtype"])
+            self.mix2 = Mixup(_THETA_SHALLOW, param_dtype=types["param_dtype"])
+        self.up1 = UpConv(4 * w, 2 * w, **types)
+        self.up2 = UpConv(2 * w, w, **types)
+        self.up3 = Conv(w, 3, 7, reflect=True, conv_general_dilated=conv_few_outputs, **types)
+
+    def __call__(self, hazy: Array) -> Array:
+        if hazy.ndim != 4 or hazy.shape[-1] != 3:
+            raise ValueError(f"hazy has shape {hazy.shape} and must be [N, H, W, 3]")
+        h, w = hazy.shape[1:3]
+        x = jnp.pad(hazy, ((0, 0), (0, -h % self.MULTIPLE), (0, -w % self.MULTIPLE), (0, 0)), mode="reflect")
+        if self.fast_deconv is not None:
+            x = self.fast_deconv(x)
+        down1 = nnx.relu(self.down1(x))  # [n, h, w, width]
+        down2 = nnx.relu(self.down2(down1))  # [n, h / 2, w / 2, 2 width]
+        down3 = nnx.relu(self.down3(down2))  # [n, h / 4, w / 4, 4 width]
+        y = down3
+        if self.config.dfe == "before":
+            y = self._enhance(y)
+        # A Python loop: a convolution inside lax.scan has a gradient 30 to 50 times slower on the CPU.
+        for i in range(self.config.blocks):
+            y = self.blocks[i % len(self.blocks)](y)
+        if self.config.dfe == "after":
+            y = self._enhance(y)
+        up1 = nnx.relu(self.up1(self._join(down3, y, deep=True)))
+        up2 = nnx.relu(self.up2(self._join(down2, up1, deep=False)))
+        out = jnp.tanh(self.up3(up2))
+        return out[:, :h, :w].astype(hazy.dtype)
+
+    def _enhance(self, x: Array) -> Array:
+        for i in range(self.config.deform_layers):
+            x = self.deform[i % len(self.deform)](x)
+        return x
+
+    def _join(self, down: Array, up: Array, *, deep: bool) -> Array:
+        if self.config.mixup == "adaptive":
+            return (self.mix1 if deep else self.mix2)(down, up)
+        return down + up if self.config.mixup == "sum" else up
+
+
+def count_parameters(model: nnx.Module) -> int:
+    """The number of learned scalars (running statistics do not count)."""
+    return sum(array.size for array in get_arrays(model, nnx.Param).values())
+
+
+def abstract_model(config: ModelConfig) -> AECRNet:
+    """The network with shapes in place of arrays."""
+    return nnx.eval_shape(lambda: AECRNet(config, rngs=nnx.Rngs(0)))
+
+
+def build_model(config: ModelConfig, arrays: Mapping[str, Any]) -> AECRNet:
+    """The network in evaluation mode with the given arrays; raises as `set_arrays`."""
+    graph, state = nnx.split(abstract_model(config))
+    model = nnx.merge(graph, replace_arrays(state, {name: jnp.asarray(array) for name, array in arrays.items()}))
+    model.eval()
+    return model
+
+
+def get_arrays(model: nnx.Module, kind: Any = nnx.Variable) -> dict[str, Array]:
+    """The arrays of a model by dotted name, `{"down1.kernel": ...}`; `kind` narrows them to `nnx.Param` or `nnx.BatchStat`."""
+    flat = nnx.to_flat_state(nnx.state(model, kind))
+    return {".".join(map(str, path)): variable.get_value() for path, variable in zip(flat.paths, flat.leaves)}
+
+
+def set_arrays(model: nnx.Module, arrays: Mapping[str, Any]) -> None:
+    """Puts `arrays` (as `get_arrays` names them) into a model.
+
+    Raises:
+      ValueError: a name is missing or unknown, or a shape differs; the model is then unchanged.
+    """
+    nnx.update(model, replace_arrays(nnx.state(model), arrays))
+
+
+def replace_arrays(state: nnx.State, arrays: Mapping[str, Any]) -> nnx.State:
+    """A state like `state` (which may be abstract) with the values `arrays`; raises as `set_arrays`."""
+    flat = nnx.to_flat_state(state)
+    variables = {".".join(map(str, path)): variable for path, variable in zip(flat.paths, flat.leaves)}
+    for name, variable in variables.items():
+        if name not in arrays:
+            raise ValueError(f"tensor {name} of shape {variable.shape} is missing")
+        if arrays[name].shape != variable.shape:
+            raise ValueError(f"tensor {name} has shape {arrays[name].shape} and must have {variable.shape}")
+    if unknown := sorted(set(arrays) - set(variables)):
+        raise ValueError(f"unknown tensor {unknown[0]}; the model has {', '.join(sorted(variables))}")
+    leaves = [variable.replace(arrays[name]) for name, variable in variables.items()]
+    return nnx.from_flat_state(zip(flat.paths, leaves))
