@@ -1,0 +1,95 @@
+"""Contrastive regularization (Section 3.2 of the paper): pull the restored image to the clear one, push it off the hazy one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+Features = Callable[[Array], Sequence[Array]]
+
+# w_i of Eq. 4, for relu1_1, relu2_1, relu3_1, relu4_1, relu5_1.
+LAYER_WEIGHTS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0)
+# The official code adds it to each denominator.
+EPSILON = 1e-7
+
+
+def contrastive_distances(
+    anchor: Array, positive: Array, negative: Array, features: Features, *, positives: int = 1, negatives: int = 1
+) -> tuple[Array, Array]:
+    """Mean absolute feature distances of `anchor` to positives and negatives, per feature level.
+
+    The r-th sample beyond an image's own is that of its r-th neighbour in the batch, cyclically (the paper's Table 4 takes other
+    images of the batch; a shuffled batch makes neighbours random). A distance is the mean over the whole batch, as in the
+    official code, so the later ratio is of the batch's distances and not a mean of per-image ratios. Gradients flow through
+    `anchor` only.
+
+    Args:
+      anchor: restored images `[N, H, W, 3]` in [0, 1].
+      positive: clear images, same shape.
+      negative: hazy images, same shape.
+      features: maps images to a sequence of feature maps, such as `VGG19Features`.
+      positives: clear images per anchor, 1 to N.
+      negatives: hazy images per anchor, 0 to N; with 0 the second result is zeros.
+
+    Returns:
+      (d_ap, d_an), one number per feature level each, `[levels]`, float32 or wider.
+
+    Raises:
+      ValueError: shapes differ, or there are more samples asked for than images in the batch.
+    """
+    for name, images in (("positive", positive), ("negative", negative)):
+        if images.shape != anchor.shape:
+            raise ValueError(f"{name} has shape {images.shape} and must have anchor's, {anchor.shape}")
+    for name, count, least in (("positives", positives, 1), ("negatives", negatives, 0)):
+        if not least <= count <= anchor.shape[0]:
+            raise ValueError(f"{name} (={count}) must be {least} to the batch size ({anchor.shape[0]})")
+    of_anchor = features(anchor)
+
+    def distances(images: Array, count: int) -> Array:
+        of_images = features(lax.stop_gradient(images))
+        if len(of_images) != len(of_anchor):
+            raise ValueError("features must give the same number of levels for every image")
+        return jnp.stack([_mean_distance(a, lax.stop_gradient(b), count) for a, b in zip(of_anchor, of_images)])
+
+    to_positive = distances(positive, positives)
+    to_negative = distances(negative, negatives) if negatives else jnp.zeros_like(to_positive)
+    return to_positive, to_negative
+
+
+def contrastive_regularization(
+    anchor: Array,
+    positive: Array,
+    negative: Array,
+    features: Features,
+    *,
+    weights: Sequence[float] = LAYER_WEIGHTS,
+    positives: int = 1,
+    negatives: int = 1,
+) -> Array:
+    """The regularization term of Eq. 4, `sum_i w_i d_ap_i / (d_an_i + 1e-7)`; without negatives (CR*), `sum_i w_i d_ap_i`.
+
+    Arguments and errors as in `contrastive_distances`; `weights` has one number for each feature level, in their order, and
+    may be longer than the levels that `features` gives.
+
+    Returns:
+      A scalar.
+    """
+    to_positive, to_negative = contrastive_distances(anchor, positive, negative, features, positives=positives, negatives=negatives)
+    return combine_distances(to_positive, to_negative, weights=weights, negatives=negatives)
+
+
+def combine_distances(to_positive: Array, to_negative: Array, *, weights: Sequence[float], negatives: int) -> Array:
+    """Eq. 4 from the distances per level: weighted ratios, or the weighted positive distances if `negatives` is 0."""
+    if len(weights) < to_positive.size:
+        raise ValueError(f"weights has {len(weights)} entries and must have one for each of {to_positive.size} levels")
+    terms = to_positive / (to_negative + EPSILON) if negatives else to_positive
+    return jnp.sum(jnp.array(weights[: to_positive.size], terms.dtype) * terms)
+
+
+def _mean_distance(a: Array, b: Array, count: int) -> Array:
+    # Millions of bfloat16 differences need a float32 sum.
+    dtype = jnp.promote_types(a.dtype, jnp.float32)
+    shifts = [b if shift == 0 else jnp.roll(b, -shift, 0) for shift in range(count)]
+    return sum((jnp.mean(jnp.abs(a - shifted), dtype=dtype) for shifted in shifts), jnp.zeros((), dtype)) / count
