@@ -1,0 +1,162 @@
+"""Finds the images of a data set in folders and matches them by name, as the field's data sets name them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from aecr_jax.data.images import list_images, read_depth, read_image
+from aecr_jax.errors import UserError
+
+HAZY_FOLDERS = ("hazy", "haze", "hazy_images", "input")
+CLEAR_FOLDERS = ("clear", "gt", "clean", "clear_images", "target", "rgb", "image")
+DEPTH_FOLDERS = ("depth",)
+# RESIDE's clear images of 640x480 belong to hazy ones of 620x460: 10 pixels off every side. To resize them instead costs 15 dB.
+_RESIDE_FRAME, _RESIDE_CROP, RESIDE_BORDER = (480, 640), (460, 620), 10
+
+
+class Pair(NamedTuple):
+    """A hazy image with its clear one."""
+
+    hazy: Path
+    clear: Path
+
+
+class DepthScene(NamedTuple):
+    """A clear image with its depth map, to make haze from."""
+
+    clear: Path
+    depth: Path
+
+
+def clear_names(stem: str) -> list[str]:
+    """The names, without extension and in lower case, that the clear image of the hazy image `stem` may have.
+
+    Equal names; `01_hazy` -> `01_gt`, `01` (NH-HAZE, Dense-Haze, O-HAZE, I-HAZE); `1400_1`, `1_2_0.97842` -> `1400`, `1` (RESIDE).
+    """
+    stem = stem.lower()
+    names = [stem]
+    if stem.endswith("_hazy"):
+        names += [stem.removesuffix("_hazy") + "_gt", stem.removesuffix("_hazy")]
+    if "_" in stem:
+        names.append(stem.split("_")[0])
+    return names
+
+
+def find_pairs(hazy: str | Path, clear: str | Path) -> list[Pair]:
+    """Every image in the folder `hazy` with its clear one from `clear`, sorted by name.
+
+    Both may be the same folder if the names tell them apart (`01_hazy.png`, `01_GT.png`).
+
+    Raises:
+      UserError: a folder is missing or empty, or a hazy image has no clear one.
+    """
+    hazy, clear = Path(hazy), Path(clear)
+    hazy_images, clear_images = list_images(hazy), list_images(clear)
+    if hazy.resolve() == clear.resolve():
+        hazy_images = [path for path in hazy_images if path.stem.lower().endswith("_hazy")]
+    by_name = {path.stem.lower(): path for path in clear_images}
+    for folder, images in ((hazy, hazy_images), (clear, clear_images)):
+        if not images:
+            raise UserError(
+                f"no pairs in {folder}: looked for images such as 1400_1.png with 1400.png, 01_hazy.png with 01_GT.png, or equal names"
+            )
+    pairs, unpaired = [], []
+    for path in hazy_images:
+        match = next((by_name[name] for name in clear_names(path.stem) if name in by_name), None)
+        if match is None:
+            unpaired.append(path)
+        else:
+            pairs.append(Pair(path, match))
+    if unpaired:
+        first = unpaired[0]
+        raise UserError(
+            f"{len(unpaired)} of {len(hazy_images)} hazy images have no clear one, first {first}:"
+            f" looked in {clear} for {' or '.join(clear_names(first.stem))} with any image extension"
+        )
+    return pairs
+
+
+def find_depth_scenes(clear: str | Path, depth: str | Path) -> list[DepthScene]:
+    """Every image in the folder `clear` with the depth map of the same name from `depth`, sorted by name.
+
+    Raises:
+      UserError: a folder is missing or empty, or a clear image has no depth.
+    """
+    clear_images = list_images(clear)
+    by_name = {path.stem: path for path in list_images(depth)}
+    if not clear_images:
+        raise UserError(f"no images in {clear}: looked for clear images such as 00000.jpg with depth maps such as {depth}/00000.png")
+    missing = [path for path in clear_images if path.stem not in by_name]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(clear_images)} clear images have no depth map, first {missing[0]}:"
+            f" looked for {missing[0].stem}.png in {depth}"
+        )
+    return [DepthScene(path, by_name[path.stem]) for path in clear_images]
+
+
+def find_dataset(root: str | Path) -> list[Pair] | list[DepthScene]:
+    """The pairs or depth scenes in `root`: subfolders such as hazy/ and clear/ (or rgb/ and depth/), or NH-HAZE's names side by side.
+
+    Raises:
+      UserError: nothing of that kind is there.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"there is no folder {root}")
+    folders = {path.name.lower(): path for path in sorted(root.iterdir()) if path.is_dir()}
+
+    def first(names: Sequence[str]) -> Path | None:
+        return next((folders[name] for name in names if name in folders), None)
+
+    hazy, clear, depth = first(HAZY_FOLDERS), first(CLEAR_FOLDERS), first(DEPTH_FOLDERS)
+    if hazy and clear:
+        return find_pairs(hazy, clear)
+    if clear and depth:
+        return find_depth_scenes(clear, depth)
+    if any(path.stem.lower().endswith("_hazy") for path in list_images(root)):
+        return find_pairs(root, root)
+    raise UserError(
+        f"no pairs in {root}: looked for folders {'/'.join(HAZY_FOLDERS)} with {'/'.join(CLEAR_FOLDERS)},"
+        f" for {'/'.join(CLEAR_FOLDERS)} with depth, and for files such as 01_hazy.png with 01_GT.png"
+    )
+
+
+def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
+    """The hazy and the clear image, `[H, W, 3]` each; RESIDE's larger clear images are cropped in the middle, never resized.
+
+    Raises:
+      UserError: a file cannot be read, or the sizes do not fit.
+    """
+    hazy, clear = read_image(pair.hazy), read_image(pair.clear)
+    if clear.shape[:2] == _RESIDE_FRAME and hazy.shape[:2] == _RESIDE_CROP:
+        clear = _cut_border(clear)
+    if hazy.shape != clear.shape:
+        raise UserError(f"{pair.hazy} is {_size(hazy)} and {pair.clear} is {_size(clear)}: sizes must be equal, or 620x460 with 640x480")
+    return hazy, clear
+
+
+def read_depth_scene(scene: DepthScene) -> tuple[np.ndarray, np.ndarray]:
+    """The clear image `[H, W, 3]` and its depth `[H, W]`; NYU's 640x480 frames lose their white border, as in RESIDE.
+
+    Raises:
+      UserError: a file cannot be read, or the sizes differ.
+    """
+    clear, depth = read_image(scene.clear), read_depth(scene.depth)
+    if clear.shape[:2] != depth.shape:
+        raise UserError(f"{scene.clear} is {_size(clear)} and {scene.depth} is {_size(depth)}: sizes must be equal")
+    if depth.shape == _RESIDE_FRAME:
+        clear, depth = _cut_border(clear), _cut_border(depth)
+    return clear, depth
+
+
+def _cut_border(image: np.ndarray) -> np.ndarray:
+    return image[RESIDE_BORDER:-RESIDE_BORDER, RESIDE_BORDER:-RESIDE_BORDER]
+
+
+def _size(image: np.ndarray) -> str:
+    return f"{image.shape[1]}x{image.shape[0]}"

@@ -1,0 +1,36 @@
+"""Haze by the atmospheric scattering model, with the parameters of RESIDE (Li et al., TIP 2019)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+# RESIDE's indoor training set draws both uniformly.
+AIRLIGHT_RANGE = (0.7, 1.0)
+BETA_RANGE = (0.6, 1.8)
+
+
+def add_haze(clear: np.ndarray, depth: np.ndarray, airlight: float, beta: float) -> np.ndarray:
+    """`I = J t + A (1 - t)` with `t = exp(-beta d)`, rounded to 8 bit as RESIDE's files are.
+
+    Args:
+      clear: J, float32 `[H, W, 3]` in [0, 1].
+      depth: d, `[H, W]`, 1 at the farthest point of the frame.
+      airlight: A, one value for all channels.
+      beta: scattering coefficient per unit of `depth`.
+
+    Returns:
+      The hazy image, float32 `[H, W, 3]` in [0, 1].
+
+    Raises:
+      ValueError: sizes differ.
+    """
+    if clear.shape[:2] != depth.shape:
+        raise ValueError(f"depth has shape {depth.shape} and must have clear's, {clear.shape[:2]}")
+    transmission = np.exp(-beta * depth.astype(np.float32))[..., None]
+    hazy = clear * transmission + np.float32(airlight) * (1 - transmission)
+    return (np.round(hazy * 255) / 255).astype(np.float32)
+
+
+def draw_haze(rng: np.random.Generator) -> tuple[float, float]:
+    """A random (airlight, beta) as RESIDE's training set has them."""
+    return float(rng.uniform(*AIRLIGHT_RANGE)), float(rng.uniform(*BETA_RANGE))

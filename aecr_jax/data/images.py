@@ -1,0 +1,104 @@
+"""Image files to arrays and back. Arrays are float32 `[H, W, 3]`, RGB in [0, 1]."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from aecr_jax.errors import UserError
+
+EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"})
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    """The image files directly in `folder`, sorted by name; hidden ones are left out.
+
+    Raises:
+      UserError: there is no such folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}")
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."))
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """Reads any picture as a viewer shows it: turned as its EXIF says, grey as RGB, alpha dropped, 16 bit scaled to [0, 1].
+
+    Raises:
+      UserError: the file is missing, no image, or truncated.
+    """
+    image = _open(path)
+    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion to RGB would clip at 255
+        grey = np.asarray(image, np.float32) / 65535
+        return np.repeat(np.clip(grey, 0, 1)[..., None], 3, -1)
+    if image.mode == "F":
+        return np.repeat(np.clip(np.asarray(image, np.float32), 0, 1)[..., None], 3, -1)
+    return np.asarray(image.convert("RGB"), np.float32) / 255
+
+
+def read_depth(path: str | Path) -> np.ndarray:
+    """Reads an 8- or 16-bit depth map as RESIDE takes it: `[H, W]`, `min((value + 0.5) / maximum of the type, 1)`.
+
+    Relative to the largest depth of the whole frame, which the file has as its largest value. Errors as in `read_image`.
+    """
+    image = _open(path)
+    wide = image.mode.startswith("I")
+    values = np.asarray(image if wide else image.convert("L"), np.float32)
+    return np.minimum((values + 0.5) / (65535 if wide else 255), 1)
+
+
+def _open(path: str | Path) -> Image.Image:
+    if not Path(path).is_file():
+        raise UserError(f"there is no file {path}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image.load()
+                return ImageOps.exif_transpose(image)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UserError(f"{path} is too large: {error}") from error
+    except UnidentifiedImageError as error:
+        raise UserError(f"{path} is not an image file") from error
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three for damaged files
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def write_image(path: str | Path, image: np.ndarray) -> None:
+    """Writes `[H, W, 3]`, clipped to [0, 1] and rounded to 8 bit; the file appears whole or not at all.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    path = Path(path)
+    pixels = np.round(np.clip(np.asarray(image, np.float32), 0, 1) * 255).astype(np.uint8)
+    partial = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            Image.fromarray(pixels).save(file, format=Image.registered_extensions().get(path.suffix.lower(), "PNG"))
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def panel(rows: Sequence[Sequence[np.ndarray]], gap: int = 4) -> np.ndarray:
+    """One picture of rows of images `[H, W, 3]`, all of one size, with white gaps between them."""
+    lines = []
+    for row in rows:
+        height = row[0].shape[0]
+        cells = [np.clip(row[0], 0, 1)]
+        for image in row[1:]:
+            cells += [np.ones((height, gap, 3), np.float32), np.clip(image, 0, 1)]
+        lines += [np.concatenate(cells, 1)]
+    spaced = [lines[0]]
+    for line in lines[1:]:
+        spaced += [np.ones((gap, line.shape[1], 3), np.float32), line]
+    return np.concatenate(spaced, 0)
