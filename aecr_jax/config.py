@@ -1,0 +1,202 @@
+"""Settings: dataclasses, a config file in Python, and typed overrides on the command line.
+
+The defaults are the paper's recipe as its official code runs it. A config file is a Python file with a module-level
+`config = Config(...)`; it is code, so run only those that you trust.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import re
+import runpy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from aecr_jax.errors import UserError
+from aecr_jax.model import ModelConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Images for training and evaluation. With no folder named, the embedded scenes."""
+
+    hazy: str = ""
+    """Folder of hazy training images; goes with `clear`."""
+    clear: str = ""
+    """Folder of clear training images; goes with `hazy`, or with `depth`."""
+    depth: str = ""
+    """Folder of depth maps; haze is then made on the fly from `clear`, with RESIDE's ranges."""
+    eval_hazy: str = ""
+    """Folder of hazy images for evaluation during training; goes with `eval_clear`."""
+    eval_clear: str = ""
+    """Folder of clear images for evaluation during training."""
+    holdout: int = 0
+    """Without `eval_hazy`: this many clear images, the last by name, leave training for evaluation."""
+    scenes: int = 200
+    """How many embedded scenes to train on, if no folder is named; 20 others are for evaluation."""
+    scene_size: tuple[int, int] = (240, 320)
+    """Height and width of the embedded scenes."""
+    crop: int = 240
+    """Side of the random training crops."""
+    threads: int = 8
+    """Threads that read and prepare images."""
+    workers: int = 0
+    """Processes that do so; 0: only the threads of the training process."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Eq. 4: `L1 + cr * regularization`."""
+
+    cr: float = 0.1
+    """Beta, the factor of contrastive regularization; 0 trains on L1 alone."""
+    positives: int = 1
+    """Clear images per restored one (Table 4)."""
+    negatives: int = 1
+    """Hazy images per restored one (Table 4); 0 is CR*, positives only."""
+    features: str = "vgg19.safetensors"
+    """File of VGG-19 weights, written by `convert-vgg`; or "random": a narrow network of random weights, for trying things out."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimization and what is written."""
+
+    workdir: str = "runs/its"
+    """Folder for config, metrics, pictures and checkpoints; an existing one is continued."""
+    steps: int = 500_000
+    """Optimizer steps. The official code calls 5000 of them an epoch and trains 100."""
+    batch: int = 16
+    """Images per step, over all devices."""
+    learning_rate: float = 2e-4
+    """Peak learning rate of Adam; 2e-4 in the paper, 1e-4 in the official code."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Cosine annealing to 0 at the last step, or none."""
+    seed: int = 0
+    """Seeds initial values, order, crops and haze."""
+    log_every: int = 100
+    """Steps between lines in metrics.jsonl."""
+    eval_every: int = 5000
+    """Steps between evaluations; each writes scores, a panel and a checkpoint."""
+    eval_images: int = 100
+    """Evaluate on at most this many images during training."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def validate(self) -> None:
+        """Raises UserError at the first setting that cannot work."""
+        least = {
+            "data.crop": (self.data.crop, 4),
+            "data.scenes": (self.data.scenes, 1),
+            "data.holdout": (self.data.holdout, 0),
+            "data.threads": (self.data.threads, 1),
+            "data.workers": (self.data.workers, 0),
+            "loss.cr": (self.loss.cr, 0),
+            "loss.positives": (self.loss.positives, 1),
+            "loss.negatives": (self.loss.negatives, 0),
+            "train.steps": (self.train.steps, 1),
+            "train.batch": (self.train.batch, 1),
+            "train.log_every": (self.train.log_every, 1),
+            "train.eval_every": (self.train.eval_every, 1),
+            "train.eval_images": (self.train.eval_images, 1),
+        }
+        for name, (value, minimum) in least.items():
+            if not value >= minimum:
+                raise UserError(f"{name} (={value}) must be at least {minimum}")
+        if not self.train.learning_rate > 0:
+            raise UserError(f"train.learning_rate (={self.train.learning_rate}) must be positive")
+        for name in ("positives", "negatives"):
+            count = getattr(self.loss, name)
+            if self.loss.cr and count > self.train.batch:
+                raise UserError(f"loss.{name} (={count}) must be at most train.batch (={self.train.batch})")
+        data = self.data
+        if data.hazy and data.depth:
+            raise UserError("data.hazy and data.depth are both set: name hazy images, or depth to make haze from")
+        if (data.hazy or data.depth) and not data.clear:
+            raise UserError("data.clear is not set: name the folder of clear images")
+        if data.clear and not (data.hazy or data.depth):
+            raise UserError("data.clear is set without data.hazy or data.depth: name the folder of one of the two")
+        if bool(data.eval_hazy) != bool(data.eval_clear):
+            raise UserError("data.eval_hazy and data.eval_clear go together: name both or none")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Runs the config file `path` and applies overrides such as `["--train.steps", "100"]`.
+
+    Raises:
+      UserError: the file is no config, or an override is unknown (the nearest names are given) or has a value of a wrong type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        raise UserError(f"there is no config file {path}" + (f"; {path.parent} has {', '.join(near)}" if near else ""))
+    try:
+        config = runpy.run_path(str(path)).get("config")
+    except Exception as error:
+        raise UserError(f"config file {path} fails: {type(error).__name__}: {error}") from error
+    if not isinstance(config, Config):
+        raise UserError(f"config file {path} must set `config = Config(...)`, not {type(config).__name__}")
+    return override(config, overrides)
+
+
+def override(config: Config, arguments: Sequence[str]) -> Config:
+    """Returns `config` with `--section.key value` arguments applied; errors as in `load_config`."""
+    names = _names(config)
+    for argument in arguments:
+        name = argument.removeprefix("--").split("=")[0].replace("-", "_")
+        if argument.startswith("--") and name not in names and not re.fullmatch(r"-?[\d.].*", argument):
+            if name in ("help", "h"):
+                continue
+            near = difflib.get_close_matches(name, names, 3, 0.5) or [n for n in names if n.split(".")[-1] == name.split(".")[-1]]
+            raise UserError(
+                f"unknown setting --{name}" + (f"; nearest: {', '.join('--' + n for n in near)}" if near else "; --help lists them")
+            )
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            config = tyro.cli(
+                Config,
+                default=config,
+                args=list(arguments),
+                prog="train.py --config FILE",
+                config=(tyro.conf.FlagConversionOff,),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        # tyro draws a box of several lines; what is wrong stands in it before its hints.
+        text = " ".join(re.sub(r"[^\x20-\x7e]+", " ", re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue())).split())
+        raise UserError(re.split(r" -+ |Argument helptext|For full helptext", text)[0].strip() or "bad settings") from None
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    config.validate()
+    return config
+
+
+def _names(config: Any, prefix: str = "") -> list[str]:
+    names = []
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        names += _names(value, f"{prefix}{f.name}.") if dataclasses.is_dataclass(value) else [f"{prefix}{f.name}"]
+    return names
+
+
+def config_to_json(config: Any) -> str:
+    """A dataclass as indented JSON."""
+    return json.dumps(dataclasses.asdict(config), indent=2)

@@ -1,0 +1,18 @@
+"""A narrow AECR-Net on the embedded scenes: the whole path in a few minutes, nothing to download.
+
+Command: `python train.py --config configs/demo.py` (or `make demo`, which also evaluates and dehazes)
+Hardware: 2 CPU cores
+Time: under 5 minutes
+Expected score: at least 6 dB PSNR above the hazy input on the held-out scenes.
+"""
+
+from aecr_jax.config import Config, DataConfig, LossConfig, TrainConfig
+from aecr_jax.model import ModelConfig
+
+config = Config(
+    model=ModelConfig(width=12),
+    data=DataConfig(scenes=80, scene_size=(180, 240), crop=96, threads=2),
+    # No trained VGG-19 can be shipped, so the regularization compares features of a random one.
+    loss=LossConfig(features="random"),
+    train=TrainConfig(workdir="runs/demo", steps=500, batch=4, learning_rate=2e-3, log_every=25, eval_every=250, eval_images=8),
+)

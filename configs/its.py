@@ -1,0 +1,18 @@
+"""AECR-Net on RESIDE ITS, evaluated on SOTS indoor: the paper's main result (last row of Table 2).
+
+Command: `python train.py --config configs/its.py --loss.features vgg19.safetensors`
+Hardware: made for one accelerator with 40 GB or more, or several (the batch must divide by their number).
+Time: not measured by this project yet.
+Expected score: 37.17 dB, 0.9901 (paper, Table 1); not reproduced by this project yet.
+
+On a laptop, the same with less: `--model.width 16 --model.dtype float32 --data.crop 128 --train.batch 4 --train.steps 5000`.
+"""
+
+from aecr_jax.config import Config, DataConfig, TrainConfig
+from aecr_jax.model import ModelConfig
+
+config = Config(
+    model=ModelConfig(dtype="bfloat16"),
+    data=DataConfig(hazy="data/ITS/hazy", clear="data/ITS/clear", eval_hazy="data/SOTS/indoor/hazy", eval_clear="data/SOTS/indoor/clear"),
+    train=TrainConfig(workdir="runs/its"),
+)
