@@ -1,0 +1,177 @@
+"""One optimizer step: loss (Eq. 4), gradient, Adam. The same on one device, several, or a pod.
+
+The step is a plain `jax.jit` over a mesh with one `data` axis: the batch is split over it, the state is replicated and donated.
+Means over the batch (the distances of the regularization, FastDeconv's statistics) are thereby means over the whole batch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from aecr_jax.config import Config
+from aecr_jax.contrastive import LAYER_WEIGHTS, combine_distances, contrastive_distances
+from aecr_jax.errors import UserError
+from aecr_jax.model import AECRNet, abstract_model, build_model, get_arrays, replace_arrays
+from aecr_jax.vgg import VGG19Features
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "stats", "opt_state"], meta_fields=[])
+@dataclass
+class TrainState:
+    """All that changes from step to step."""
+
+    step: Array  # steps taken so far
+    params: dict[str, Array]  # by dotted name
+    stats: dict[str, Array]  # FastDeconv's running statistics
+    opt_state: optax.OptState
+
+
+Batch = dict[str, Array]
+Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
+
+
+def learning_rate(config: Config) -> optax.Schedule:
+    """Rate by the number of steps already taken: in the official code step t, from 1, has `0.5 (1 + cos(pi t / T))` of the peak."""
+    peak, total = config.train.learning_rate, config.train.steps
+    if config.train.schedule == "constant":
+        return optax.constant_schedule(peak)
+    return lambda taken: peak * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(taken + 1, total) / total))
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """The paper's Adam (0.9, 0.999) with PyTorch's epsilon."""
+    return optax.adam(learning_rate(config), b1=0.9, b2=0.999, eps=1e-8)
+
+
+def init_state(config: Config, model: AECRNet | None = None) -> TrainState:
+    """The state before the first step, from `model` or from new initial values by `train.seed`."""
+    if model is None:
+        model = AECRNet(config.model, rngs=nnx.Rngs(config.train.seed))
+    params = get_arrays(model, nnx.Param)
+    return TrainState(jnp.zeros((), jnp.int32), params, get_arrays(model, nnx.BatchStat), make_optimizer(config).init(params))
+
+
+def state_to_model(config: Config, state: TrainState) -> AECRNet:
+    """A model in evaluation mode with the state's parameters and statistics."""
+    return build_model(config.model, {**state.params, **state.stats})
+
+
+def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+    """All devices (or those given) along one axis, `data`."""
+    devices = jax.devices() if devices is None else devices
+    return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+
+
+def replicate(state: TrainState, mesh: Mesh) -> TrainState:
+    """A copy of the state on every device, as the step wants it (another placement would compile the step twice)."""
+    return jax.device_put(state, NamedSharding(mesh, PartitionSpec()), may_alias=False)
+
+
+def check_batch(config: Config, mesh: Mesh) -> None:
+    """Raises UserError if the batch does not divide by the devices."""
+    if config.train.batch % mesh.size:
+        batch, n = config.train.batch, mesh.size
+        raise UserError(f"train.batch (={batch}) must divide by the {n} devices: {max(batch // n, 1) * n} and {(batch // n + 1) * n} would")
+
+
+def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
+    """This process's part of the batch, put onto its devices."""
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
+
+
+def make_train_step(config: Config, features: VGG19Features | None, mesh: Mesh) -> Step:
+    """Compiles on first use a function `(state, {"hazy", "clear"}) -> (state, measurements)` that consumes its state.
+
+    Measurements are scalars: `total, l1, cr`, the norms of gradient, update and parameters, `learning_rate`, per feature level
+    `d_ap_i` and `d_an_i`, the mixup factors, and mean and largest |offset| of the deformable layers in pixels.
+
+    Args:
+      config: loss, optimizer and model.
+      features: the extractor for contrastive regularization; None if `loss.cr` is 0.
+      mesh: the devices.
+
+    Raises:
+      ValueError: `features` is missing.
+    """
+    loss_config = config.loss
+    if loss_config.cr and features is None:
+        raise ValueError(f"features is None and must be a VGG19Features, because loss.cr (={loss_config.cr}) is not 0")
+    optimizer, schedule = make_optimizer(config), learning_rate(config)
+    template = abstract_model(config.model)
+    template.train()
+    graph, abstract = nnx.split(template)
+    # The weights are an argument of the compiled step: as constants they would make it slow to compile.
+    features_graph, features_state = nnx.split(features) if features is not None else (None, None)
+
+    def loss_fn(params: dict[str, Array], stats: dict[str, Array], features_state: Any, batch: Batch) -> tuple[Array, Any]:
+        model = nnx.merge(graph, replace_arrays(abstract, {**params, **stats}))
+        hazy, clear = batch["hazy"], batch["clear"]
+        restored, intermediates = _call_and_capture(model, hazy)
+        out_dtype = jnp.promote_types(restored.dtype, jnp.float32)
+        l1 = jnp.mean(jnp.abs(restored.astype(out_dtype) - clear))
+        measurements = {"l1": l1, **_offsets(intermediates), **_mixup_factors(params)}
+        total = l1
+        if features_graph is not None and loss_config.cr:
+            extractor = nnx.merge(features_graph, features_state)
+            dtype = jnp.dtype(config.model.dtype)
+            anchor, positive, negative = (images.astype(dtype) for images in (restored, clear, hazy))
+            d_ap, d_an = contrastive_distances(
+                anchor, positive, negative, extractor, positives=loss_config.positives, negatives=loss_config.negatives
+            )
+            cr = combine_distances(d_ap, d_an, weights=LAYER_WEIGHTS, negatives=loss_config.negatives)
+            total = l1 + loss_config.cr * cr
+            measurements["cr"] = cr
+            for name, distances in (("d_ap", d_ap), ("d_an", d_an)):
+                measurements |= {f"{name}_{level + 1}": distances[level] for level in range(distances.size)}
+        measurements["total"] = total
+        return total, (get_arrays(model, nnx.BatchStat), measurements)
+
+    def train_step(state: TrainState, features_state: Any, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        gradients, (stats, measurements) = jax.grad(loss_fn, has_aux=True)(state.params, state.stats, features_state, batch)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        measurements |= {
+            "learning_rate": jnp.asarray(schedule(state.step)),
+            "grad_norm": optax.tree.norm(gradients),
+            "update_norm": optax.tree.norm(updates),
+            "param_norm": optax.tree.norm(params),
+        }
+        return TrainState(state.step + 1, params, stats, opt_state), measurements
+
+    replicated, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+    compiled = jax.jit(train_step, donate_argnums=0, in_shardings=(replicated, replicated, split), out_shardings=(replicated, replicated))
+    if features_state is not None:
+        features_state = jax.device_put(features_state, replicated)
+    return lambda state, batch: compiled(state, features_state, batch)
+
+
+def _call(model: AECRNet, hazy: Array) -> Array:
+    return model(hazy)
+
+
+# Returns the output, and what the deformable layers sow. (Its annotation in flax lacks the decorator's form.)
+_call_and_capture: Any = nnx.capture(nnx.Intermediate)(_call)
+
+
+def _offsets(intermediates: Any) -> dict[str, Array]:
+    offsets = [jnp.abs(jax.lax.stop_gradient(leaf)) for leaf in jax.tree.leaves(intermediates)]
+    if not offsets:
+        return {}
+    means = jnp.stack([jnp.mean(o, dtype=jnp.float32) for o in offsets])
+    return {"offset_mean": means.mean(), "offset_max": jnp.stack([o.max() for o in offsets]).max().astype(jnp.float32)}
+
+
+def _mixup_factors(params: dict[str, Array]) -> dict[str, Array]:
+    return {name: jax.nn.sigmoid(params[f"{name}.theta"]) for name in ("mix1", "mix2") if f"{name}.theta" in params}
