@@ -1,0 +1,199 @@
+"""Converts weights of others into files of ours: VGG-19 for the regularization, and official AECR-Net checkpoints both ways.
+
+PyTorch's pickles are read with `weights_only=True`, safetensors and `.npz` (without pickled objects) need no PyTorch. None of them
+can run code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from aecr_jax.checkpoint import export_model, load_checkpoint
+from aecr_jax.errors import UserError
+from aecr_jax.model import ModelConfig, abstract_model, build_model, get_arrays
+from aecr_jax.official import official_arrays, official_names, our_arrays
+from aecr_jax.vgg import CONVOLUTIONS, VGGConvention, check_weights, vgg_metadata
+
+# Index of each convolution in torchvision's and timm's `features`.
+_TORCHVISION = dict(zip(CONVOLUTIONS, (0, 2, 5, 7, 10, 12, 14, 16, 19, 21, 23, 25, 28)))
+_VGG16_ONLY = "features.17.weight"  # a convolution there, where VGG-19 has a ReLU
+# By the first digits of the file's SHA-256, as torchvision puts them into its file names.
+_KNOWN = {
+    "dcbb9e9d": ("torchvision VGG-19 (IMAGENET1K_V1)", "BSD-3-Clause (torchvision); trained on ImageNet"),
+    "1c32a882": ("VGG-19 distilled 16x, Collaborative Distillation (CVPR 2020)", "MIT"),
+    "289c2780": ("VGG-19 (Caffe), activations normalised, up to conv3_1", "CC BY 4.0 (Simonyan and Zisserman), packaged under Apache-2.0"),
+}
+
+Tensors = dict[str, np.ndarray]
+
+
+def convert_vgg(file: str | Path, output: str | Path) -> str:
+    """Converts VGG-19 weights into the file that `load_vgg19` reads, and returns a line that says what it was.
+
+    Takes torchvision's `vgg19-*.pth` (with PyTorch installed), a `.safetensors` of torchvision or timm, and an `.npz` with
+    `convX_Y_w` `[O, I, 3, 3]`, `convX_Y_b`, an input layer `conv1_1_rgb01_*` for RGB in [0, 1], reflection padding, and optionally
+    `auxK_1_*`, 1x1 maps of the features to those of a wider network. A network that ends early serves fewer levels.
+
+    Raises:
+      UserError: the file is not one of these, a tensor is wrong, or the output cannot be written.
+    """
+    file, output = Path(file), Path(output)
+    tensors = _read_tensors(file)
+    try:
+        if file.suffix == ".npz":
+            weights, convention = _from_npz(tensors), VGGConvention(padding="reflect")
+        else:
+            weights, convention = _from_torchvision(tensors), VGGConvention()
+        levels = check_weights(weights)
+    except ValueError as error:
+        raise UserError(f"{file}: {error}") from error
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    source, licence = _KNOWN.get(digest[:8], (f"{file.name}, not a known file", "not known: see where the file came from"))
+    if output.suffix != ".safetensors":
+        raise UserError(f"--output {output} must end in .safetensors")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        save_file(weights, output, metadata=vgg_metadata(convention, source=source, sha256=digest, licence=licence))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{output} cannot be written: {error}") from error
+    about = f"{levels} of 5 levels, {convention.padding} padding, input RGB in [0, 1]"
+    return f"{output}: {source}, {about}, SHA-256 {digest[:16]}..., licence {licence}"
+
+
+def convert_aecr(file: str | Path, output: str | Path) -> str:
+    """Converts an official checkpoint into a model folder, or a checkpoint of ours into a PyTorch state dict with official names.
+
+    Args:
+      file: an official `.pk` or `.pth` (with or without the surrounding dict and the prefix `module.`), or a folder that
+        `load_checkpoint` takes.
+      output: the folder to write, or the `.pth` file.
+
+    Returns:
+      A line that says what was written.
+
+    Raises:
+      UserError: `file` is not one of these, a tensor is missing, unknown, misshapen or not finite, or `output` cannot be written.
+    """
+    file, output = Path(file), Path(output)
+    if file.is_dir():
+        return _to_official(file, output)
+    tensors = {name.removeprefix("module."): tensor for name, tensor in _read_tensors(file).items()}
+    config = _official_config(file, tensors)
+    expected = official_names(get_arrays(abstract_model(config))).values()
+    for theirs, shape in expected:
+        if theirs not in tensors:
+            raise UserError(f"{file}: tensor {theirs} of shape {shape} is missing")
+        if tensors[theirs].shape != shape:
+            raise UserError(f"{file}: tensor {theirs} has shape {tensors[theirs].shape} and must have {shape}")
+        if not np.isfinite(tensors[theirs]).all():
+            raise UserError(f"{file}: tensor {theirs} has values that are not finite")
+    if unknown := sorted(set(tensors) - {theirs for theirs, _ in expected}):
+        raise UserError(f"{file}: tensor {unknown[0]} is not one of the official AECR-Net")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    export_model(build_model(config, our_arrays(tensors)), output, {"source": file.name, "sha256": digest})
+    return f"{output}: official AECR-Net, {len(tensors)} tensors, width {config.width}, SHA-256 {digest[:16]}..."
+
+
+def _official_config(file: Path, tensors: Tensors) -> ModelConfig:
+    first = tensors.get("down1.1.weight")
+    if first is None or first.ndim != 4:
+        raise UserError(f"{file}: tensor down1.1.weight of shape (64, 3, 7, 7) is missing: this is no official AECR-Net checkpoint")
+    return ModelConfig(width=first.shape[0], fast_deconv="deconv.weight" in tensors)
+
+
+def _to_official(folder: Path, output: Path) -> str:
+    torch = _import_torch("writing a PyTorch file")
+    model = load_checkpoint(folder)
+    config = model.config
+    fixed = ModelConfig(width=config.width, fast_deconv=config.fast_deconv, dtype=config.dtype, param_dtype=config.param_dtype)
+    if config != fixed:
+        raise UserError(f"{folder} is not the official network, which shares its blocks, has DFE after them and adaptive mixup: {config}")
+    arrays = official_arrays({name: np.asarray(array) for name, array in get_arrays(model).items()})
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({name: torch.from_numpy(np.array(array, order="C")) for name, array in arrays.items()}, output)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{output} cannot be written: {error}") from error
+    return f"{output}: PyTorch state dict with the official names, {len(arrays)} tensors"
+
+
+def _from_torchvision(tensors: Tensors) -> Tensors:
+    if any(name.endswith("running_mean") for name in tensors):
+        raise ValueError(
+            "this is a VGG with batch normalization; VGG-19 without it is needed (tensor features.1.running_mean is unexpected)"
+        )
+    if _VGG16_ONLY in tensors:
+        raise ValueError(f"this is a VGG-16, VGG-19 is needed (tensor {_VGG16_ONLY} is unexpected)")
+    weights: Tensors = {}
+    for name, index in _TORCHVISION.items():
+        for part, ours in (("weight", "kernel"), ("bias", "bias")):
+            if f"features.{index}.{part}" not in tensors:
+                raise ValueError(f"tensor features.{index}.{part} ({name}) is missing: VGG-19 of torchvision or timm is needed")
+            weights[f"{name}.{ours}"] = _to_hwio(tensors[f"features.{index}.{part}"], f"features.{index}.{part}")
+    return weights
+
+
+def _from_npz(tensors: Tensors) -> Tensors:
+    if "conv1_1_rgb01_w" not in tensors:
+        raise ValueError("tensor conv1_1_rgb01_w (first convolution for RGB in [0, 1]) is missing")
+    weights: Tensors = {}
+    names = {"conv1_1": "conv1_1_rgb01"} | {name: name for name in CONVOLUTIONS[1:]} | {f"aux{i}": f"aux{i}_1" for i in range(1, 6)}
+    for ours, theirs in names.items():
+        if f"{theirs}_w" in tensors:
+            for part, short in (("kernel", "w"), ("bias", "b")):
+                if f"{theirs}_{short}" not in tensors:
+                    raise ValueError(f"tensor {theirs}_{short} is missing")
+                weights[f"{ours}.{part}"] = _to_hwio(tensors[f"{theirs}_{short}"], f"{theirs}_{short}")
+    return weights
+
+
+def _to_hwio(tensor: np.ndarray, name: str) -> np.ndarray:
+    if tensor.ndim not in (1, 4):
+        raise ValueError(f"tensor {name} has shape {tensor.shape} and must be [O, I, kh, kw] or [O]")
+    if not np.issubdtype(tensor.dtype, np.floating):
+        raise ValueError(f"tensor {name} has type {tensor.dtype} and must be floating point")
+    return np.ascontiguousarray(tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor, np.float32)
+
+
+def _read_tensors(file: Path) -> Tensors:
+    if not file.is_file():
+        raise UserError(f"there is no file {file}")
+    try:
+        if file.suffix == ".npz":
+            with np.load(file, allow_pickle=False) as archive:
+                return {name: archive[name] for name in archive.files}
+        if file.suffix == ".safetensors":
+            return load_file(file)
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, SafetensorError) as error:
+        raise UserError(f"{file} is damaged or no {file.suffix} file: {str(error).splitlines()[0]}") from error
+    return _read_pickle(file)
+
+
+def _read_pickle(file: Path) -> Tensors:
+    torch = _import_torch(f"reading {file}")
+    try:
+        loaded: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises from pickle, zipfile and its own reader
+        raise UserError(
+            f"{file} is damaged, or a pickle that would run code and is refused: {str(error).strip().splitlines()[0][:200]}"
+        ) from error
+    if isinstance(loaded, dict) and isinstance(loaded.get("model"), dict):
+        loaded = loaded["model"]
+    if not isinstance(loaded, dict) or not loaded or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        raise UserError(f"{file} holds no state dict: a dict of tensors, or one under the key 'model', is needed")
+    return {str(name): value.detach().numpy() for name, value in loaded.items()}
+
+
+def _import_torch(purpose: str) -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(f"{purpose} needs PyTorch: run `pip install torch`, or use a .safetensors file") from error
+    return torch
