@@ -1,0 +1,72 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import load, nhwc, vgg19
+
+from aecr_jax import contrastive_distances, contrastive_regularization
+
+
+@pytest.mark.parametrize("negatives", [1, 0])
+def test_official_loss_and_gradient(negatives, x64):
+    """Loss and gradient of the official code (tests/golden; its README says why the gradient's reference is float64)."""
+    d, key = load("contrastive"), "" if negatives else "_positive_only"
+    anchor, positive, negative = (jnp.array(nhwc(d[k]), jnp.float64) for k in ("anchor", "positive", "negative"))
+    features = vgg19(d["vgg_seed"], np.float64)
+    loss, grad = jax.value_and_grad(
+        lambda a: contrastive_regularization(a, positive, negative, features, negatives=negatives)
+    )(anchor)
+    np.testing.assert_allclose(loss, d[f"loss{key}"], rtol=1e-6)
+    expected = nhwc(load("contrastive_float64")[f"grad_anchor{key}"])
+    np.testing.assert_allclose(grad, expected, rtol=0, atol=1e-9 * abs(expected).max())
+    # and near the float32 reference, up to its two chance signs
+    distance = np.linalg.norm(grad - nhwc(d[f"grad_anchor{key}"])) / np.linalg.norm(expected)
+    assert distance < 0.03
+
+
+def identity(images):
+    return [images, 2 * images]
+
+
+def batch(*values):
+    return jnp.array(values, jnp.float32).reshape(-1, 1, 1, 1) * jnp.ones((1, 1, 1, 3))
+
+
+def test_by_hand():
+    """Levels are the images and twice the images; d_ap = 0.1, 0.2 and d_an = 0.4, 0.8: 0.5 * 0.25 + 1 * 0.25."""
+    a, p, n = batch(0.5, 0.5), batch(0.6, 0.4), batch(0.9, 0.1)
+    np.testing.assert_allclose(contrastive_regularization(a, p, n, identity, weights=(0.5, 1.0)), 0.375, rtol=1e-5)
+    np.testing.assert_allclose(contrastive_regularization(a, p, n, identity, weights=(0.5, 1.0), negatives=0), 0.25, rtol=1e-5)
+
+
+def test_rates_take_the_neighbours_in_the_batch():
+    """Table 4 by hand: with 2 negatives, each anchor of 0 meets its own hazy image and the next: mean of |1|, |2|, |4|, all twice."""
+    a, p, n = batch(0, 0, 0), batch(0.1, 0.2, 0.6), batch(1, 2, 4)
+    d_ap, d_an = contrastive_distances(a, p, n, lambda x: [x], positives=3, negatives=2)
+    np.testing.assert_allclose(d_ap, [0.3], rtol=1e-6)
+    np.testing.assert_allclose(d_an, [7 / 3], rtol=1e-6)
+    a = batch(1, 2, 4)
+    _, d_an = contrastive_distances(a, p, batch(1, 2, 4), lambda x: [x], negatives=2)
+    np.testing.assert_allclose(d_an, [(0 + 0 + 0 + 1 + 2 + 3) / 6], rtol=1e-6)
+
+
+def test_no_gradient_through_positive_and_negative():
+    a, p, n = batch(0.5), batch(0.6), batch(0.9)
+    grads = jax.grad(lambda p, n: contrastive_regularization(a, p, n, identity), (0, 1))(p, n)
+    assert all(not np.any(grad) for grad in grads)
+
+
+def test_finite_where_the_denominator_vanishes():
+    a = batch(0.5)
+    value, grad = jax.value_and_grad(lambda a: contrastive_regularization(a, batch(0.6), batch(0.5), identity))(a)
+    assert np.isfinite(value) and np.isfinite(grad).all()
+
+
+def test_refuses_what_does_not_fit():
+    a = batch(0.5, 0.6)
+    with pytest.raises(ValueError, match=r"positive has shape \(1, 1, 1, 3\) and must have anchor's, \(2, 1, 1, 3\)"):
+        contrastive_regularization(a, a[:1], a, identity)
+    with pytest.raises(ValueError, match=r"negatives \(=3\) must be 0 to the batch size \(2\)"):
+        contrastive_regularization(a, a, a, identity, negatives=3)
+    with pytest.raises(ValueError, match="weights has 1 entries and must have one for each of 2 levels"):
+        contrastive_regularization(a, a, a, identity, weights=(1.0,))

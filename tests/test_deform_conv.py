@@ -1,0 +1,131 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+from reference import load, nhwc
+
+from aecr_jax import deform_conv2d
+from aecr_jax.step import make_mesh
+
+CASES = ["unit", "far", "zero", "stride2_dil2", "groups2", "unmodulated", "k5"]
+
+
+def case(name, dtype):
+    d = load(f"deform_conv2d_{name}")
+    arrays = {"x": nhwc(d["x"]), "offset": nhwc(d["offset"]), "kernel": d["weight"].transpose(2, 3, 1, 0), "bias": d["bias"]}
+    grads = {"x": nhwc(d["grad_x"]), "offset": nhwc(d["grad_offset"]), "kernel": d["grad_weight"].transpose(2, 3, 1, 0)}
+    grads["bias"] = d["grad_bias"]
+    if "grad_mask" in d:
+        arrays["mask"], grads["mask"] = nhwc(d["mask"]), nhwc(d["grad_mask"])
+    options = {
+        "strides": int(d["stride"]),
+        "padding": int(d["padding"]),
+        "dilation": int(d["dilation"]),
+        "offset_groups": int(d["offset_groups"]),
+    }
+    arrays = {key: array.astype(dtype) for key, array in arrays.items()}
+    return arrays, options, nhwc(d["out"]), nhwc(d["cotangent"]).astype(dtype), grads
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-9), (np.float32, 1e-4)])
+def test_equals_torchvision(name, dtype, tolerance, x64):
+    """Output and every gradient against torchvision's deform_conv2d in float64 (tests/golden)."""
+    arrays, options, expected, cotangent, expected_grads = case(name, dtype)
+    out, vjp = jax.vjp(lambda a: deform_conv2d(**a, **options), arrays)
+    assert out.dtype == dtype
+    np.testing.assert_allclose(out, expected, rtol=0, atol=tolerance * abs(expected).max())
+    (grads,) = vjp(cotangent)
+    for key, expected_grad in expected_grads.items():
+        np.testing.assert_allclose(grads[key], expected_grad, rtol=0, atol=tolerance * abs(expected_grad).max(), err_msg=key)
+
+
+def some_inputs(n=2, h=6, w=5, c=4, o=3, seed=0):
+    rng = np.random.default_rng(seed)
+    return (
+        rng.standard_normal((n, h, w, c)).astype(np.float32),
+        rng.standard_normal((n, h, w, 18)).astype(np.float32),
+        rng.standard_normal((3, 3, c, o)).astype(np.float32),
+    )
+
+
+def test_zero_offsets_are_a_plain_convolution():
+    x, offset, kernel = some_inputs()
+    expected = lax.conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    np.testing.assert_allclose(deform_conv2d(x, 0 * offset, kernel, padding=1), expected, atol=1e-5)
+
+
+def test_by_hand():
+    """A 1x1 kernel moved by (0.25, 0.5) in a 2x2 image: weights 0.75 and 0.25 in y, 0.5 and 0.5 in x; zeros outside."""
+    x = jnp.array([[1.0, 2.0], [3.0, 5.0]]).reshape(1, 2, 2, 1)
+    offset = jnp.tile(jnp.array([0.25, 0.5]), (1, 2, 2, 1))
+    out = deform_conv2d(x, offset, jnp.ones((1, 1, 1, 1)))
+    expected = [[0.75 * 1.5 + 0.25 * 4, 0.75 * 1 + 0.25 * 2.5], [0.75 * 4, 0.75 * 2.5]]
+    np.testing.assert_allclose(out[0, :, :, 0], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [1e4, -1e9, 3e38, np.inf, -np.inf])
+def test_huge_offsets_sample_zero_with_finite_gradients(value):
+    x, offset, kernel = some_inputs()
+    offset = np.full_like(offset, value)
+    out, vjp = jax.vjp(lambda *a: deform_conv2d(*a, padding=1), x, offset, kernel)
+    np.testing.assert_array_equal(out, np.zeros_like(out))
+    assert all(np.isfinite(grad).all() for grad in vjp(jnp.ones_like(out)))
+
+
+def test_nan_offset_shows_in_its_own_pixel_alone():
+    x, offset, kernel = some_inputs()
+    clean = deform_conv2d(x, offset, kernel, padding=1)
+    offset[1, 2, 3, 4] = np.nan
+    out = np.array(deform_conv2d(x, offset, kernel, padding=1))
+    assert np.isnan(out[1, 2, 3]).all()
+    out[1, 2, 3] = clean[1, 2, 3]
+    np.testing.assert_array_equal(out, clean)
+
+
+def test_bfloat16_features_keep_float32_positions():
+    """At x = 300, bfloat16 could not tell 300.25 from 300."""
+    x = jnp.arange(400.0).reshape(1, 1, 400, 1) / 400
+    offset = jnp.tile(jnp.array([0.0, 0.25]), (1, 1, 400, 1))
+    out = deform_conv2d(x.astype(jnp.bfloat16), offset, jnp.ones((1, 1, 1, 1), jnp.bfloat16))
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float32(out[0, 0, :-1, 0]), (np.arange(399) + 0.25) / 400, atol=5e-3)
+
+
+def test_a_split_batch_stays_split():
+    """The compiled gradient over 8 devices has no all-gather, and the values of one device."""
+    x, offset, kernel = some_inputs(n=8)
+    mesh = make_mesh()
+    split, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+
+    def loss(x, offset, kernel):
+        return jnp.sum(deform_conv2d(x, offset, kernel, padding=1) ** 2)
+
+    gradient = jax.grad(loss, (0, 1, 2))
+    compiled = jax.jit(gradient, in_shardings=(split, split, whole), out_shardings=(split, split, whole)).lower(x, offset, kernel).compile()
+    text = compiled.as_text()
+    assert "all-gather" not in text and "all-reduce" in text
+    for ours, expected in zip(compiled(*jax.device_put((x, offset, kernel), (split, split, whole))), gradient(x, offset, kernel)):
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"offset": np.zeros((2, 6, 5, 17))}, r"offset has shape \(2, 6, 5, 17\) and must be \(2, 6, 5, 18\)"),
+        ({"kernel": np.zeros((3, 3, 5, 3))}, r"kernel has shape .* and must be \[kh, kw, C = 4, O\]"),
+        ({"bias": np.zeros(4)}, r"bias has shape \(4,\) and must be \(3,\)"),
+        ({"mask": np.zeros((2, 6, 5, 3))}, r"mask has shape .* and must be \(2, 6, 5, 9\)"),
+        ({"x": np.zeros((6, 5, 4))}, r"x has shape \(6, 5, 4\) and must be \[N, H, W, C\]"),
+        ({"offset_groups": 3}, r"offset_groups \(=3\) must divide the 4 channels"),
+        ({"strides": 0}, r"strides \(=0\) must be one integer of at least 1"),
+        ({"padding": (1, 2, 3)}, r"padding \(=\(1, 2, 3\)\)"),
+        ({"dilation": 9}, r"smaller than the kernel's reach"),
+    ],
+)
+def test_refuses_what_does_not_fit(change, message):
+    x, offset, kernel = some_inputs()
+    with pytest.raises(ValueError, match=message):
+        deform_conv2d(**({"x": x, "offset": offset, "kernel": kernel, "padding": 1} | change))

@@ -1,0 +1,68 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from aecr_jax.layers import FastDeconv, Mixup, UpConv, conv_few_outputs, inverse_square_root
+
+TYPES = {"dtype": jnp.float32, "param_dtype": jnp.float32}
+
+
+def test_up_conv_equals_xla_transposed_convolution():
+    """PyTorch's ConvTranspose2d(3, stride=2, padding=1, output_padding=1) is an input-dilated convolution padded by (1, 2)."""
+    layer = UpConv(5, 4, **TYPES, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (2, 3, 6, 5))
+
+    def xla(kernel):
+        y = lax.conv_general_dilated(
+            x, kernel[::-1, ::-1], (1, 1), ((1, 2), (1, 2)), lhs_dilation=(2, 2), dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return y + layer.bias[...].reshape(1, 1, 1, -1)
+
+    np.testing.assert_allclose(layer(x), xla(layer.kernel[...]), atol=1e-5)
+
+
+def test_conv_few_outputs_has_the_plain_gradients():
+    x = jax.random.normal(jax.random.key(0), (2, 11, 9, 4))
+    kernel = jax.random.normal(jax.random.key(1), (7, 5, 4, 3))
+
+    def plain(x, kernel):
+        return lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    def ours(x, kernel):
+        return conv_few_outputs(x, kernel, (1, 1), "VALID")
+
+    cotangent = jax.random.normal(jax.random.key(2), plain(x, kernel).shape)
+    for got, expected in zip(jax.vjp(ours, x, kernel)[1](cotangent), jax.vjp(plain, x, kernel)[1](cotangent)):
+        np.testing.assert_allclose(got, expected, atol=1e-3)
+
+
+def test_inverse_square_root_of_a_diagonal_matrix():
+    diagonal = np.array([1.0, 2.0, 4.0], np.float32)
+    got = inverse_square_root(jnp.diag(diagonal), 12)
+    np.testing.assert_allclose(got, np.diag(diagonal**-0.5), atol=1e-4)
+
+
+def test_fast_deconv_averages_the_patches_and_uses_the_averages():
+    """By hand: after one batch the running mean is 0.1 of the mean of the patches around every third pixel."""
+    layer = FastDeconv(**TYPES, rngs=nnx.Rngs(0))
+    x = jax.random.uniform(jax.random.key(0), (2, 8, 7, 3))
+    before = layer.running_deconv[...]
+    layer.train()
+    trained = layer(x)
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    patches = [padded[n, i : i + 3, j : j + 3].ravel() for n in range(2) for i in range(0, 8, 3) for j in range(0, 7, 3)]
+    np.testing.assert_allclose(layer.running_mean[...], 0.1 * np.mean(patches, 0), rtol=1e-4)
+    assert not np.allclose(layer.running_deconv[...], before)
+    layer.eval()
+    mean = layer.running_mean[...]
+    evaluated = layer(x)
+    assert not np.allclose(trained, evaluated)
+    np.testing.assert_array_equal(layer.running_mean[...], mean)
+
+
+def test_mixup_starts_at_its_theta():
+    """Eq. 2 with theta = -1: sigmoid(-1) = 0.268941 of the encoder's feature."""
+    mixed = Mixup(-1.0, param_dtype=jnp.float32)(jnp.ones((1, 1, 1, 1)), jnp.zeros((1, 1, 1, 1)))
+    np.testing.assert_allclose(mixed.item(), 0.26894142, rtol=1e-6)

@@ -1,0 +1,120 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from reference import load, nhwc, official_weights
+
+from aecr_jax import AECRNet, ModelConfig
+from aecr_jax.model import abstract_model, build_model, count_parameters, get_arrays, set_arrays
+from aecr_jax.official import our_arrays
+
+TINY = ModelConfig(width=4)
+
+# The paper's 2.61M, exactly, and with each switch of Table 2. FA block 1,205,089; deformable layer 652,315; FastDeconv 84.
+COUNTS = [
+    ({}, 2_614_229),
+    ({"fast_deconv": False}, 2_614_145),
+    ({"shared": False}, 2_614_229 + 5 * 1_205_089 + 652_315),
+    ({"mixup": "none"}, 2_614_227),
+    ({"mixup": "sum"}, 2_614_227),
+    ({"dfe": "before"}, 2_614_229),
+    ({"dfe": "none"}, 2_614_229 - 652_315),
+    ({"dfe": "none", "mixup": "none"}, 2_614_227 - 652_315),
+]
+
+
+@pytest.mark.parametrize(("switches", "count"), COUNTS)
+def test_parameters(switches, count):
+    assert count_parameters(abstract_model(ModelConfig(**switches))) == count
+
+
+def test_official_forward():
+    """Output and feature maps of the official PyTorch network with the same weights (tests/golden), in float32."""
+    d = load("official_forward")
+    model = build_model(ModelConfig(), our_arrays(official_weights(d["weight_seed"])))
+    x = jnp.array(nhwc(d["x"]))
+    np.testing.assert_allclose(model(x), nhwc(d["y"]), atol=2e-5)
+    whitened = model.fast_deconv(x)
+    np.testing.assert_allclose(whitened, nhwc(d["at_fast_deconv"]), atol=2e-5)
+    down1 = nnx.relu(model.down1(whitened))
+    np.testing.assert_allclose(down1[:1, :, :, ::8], nhwc(d["at_down1"]), atol=2e-5)
+    down3 = nnx.relu(model.down3(nnx.relu(model.down2(down1))))
+    np.testing.assert_allclose(down3[:1, :, :, ::8], nhwc(d["at_down3"]), atol=2e-5)
+    y = down3
+    for _ in range(6):
+        y = model.blocks[0](y)
+    y = model.deform[0](model.deform[0](y))
+    up1 = nnx.relu(model.up1(model.mix1(down3, y)))
+    np.testing.assert_allclose(up1[:1, :, :, ::8], nhwc(d["at_up1"]), atol=2e-5)
+
+
+def test_float64_is_float64_throughout(x64):
+    d = load("official_forward")
+    config = ModelConfig(width=64, dtype="float64", param_dtype="float64")
+    arrays = {k: v.astype(np.float64) for k, v in our_arrays(official_weights(d["weight_seed"])).items()}
+    y = build_model(config, arrays)(jnp.array(nhwc(d["x"])[:1], jnp.float64))
+    assert y.dtype == jnp.float64
+    np.testing.assert_allclose(y, nhwc(d["y"])[:1], atol=2e-5)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (5, 7), (9, 6), (1, 1), (2, 13)])
+def test_any_size(size):
+    model = AECRNet(TINY, rngs=nnx.Rngs(0))
+    model.eval()
+    y = model(jnp.full((1, *size, 3), 0.5))
+    assert y.shape == (1, *size, 3) and np.isfinite(y).all()
+
+
+def test_padding_reflects_and_crops_back():
+    model = AECRNet(TINY, rngs=nnx.Rngs(0))
+    model.eval()
+    x = jax.random.uniform(jax.random.key(0), (1, 6, 9, 3))
+    padded = jnp.array(np.pad(x, ((0, 0), (0, 2), (0, 3), (0, 0)), mode="reflect"))
+    np.testing.assert_allclose(model(x), model(padded)[:, :6, :9], atol=1e-6)
+
+
+@pytest.mark.parametrize("switches", [s for s, _ in COUNTS[1:]])
+def test_every_switch_changes_the_function(switches):
+    x = jax.random.uniform(jax.random.key(0), (1, 8, 8, 3))
+
+    def output(config):
+        model = AECRNet(config, rngs=nnx.Rngs(0))
+        model.train()
+        if config.dfe != "none":  # offsets start at zero, where DFE before and after hardly differ
+            model.deform[0].offset_mask.bias[...] = jnp.linspace(-2, 2, 27)
+        return model(x)
+
+    y = output(dataclasses.replace(TINY, **switches))
+    assert y.shape == x.shape
+    assert float(jnp.abs(y - output(TINY)).max()) > 1e-4
+
+
+def test_bfloat16_is_near_float32():
+    x = jax.random.uniform(jax.random.key(0), (1, 16, 16, 3))
+    arrays = get_arrays(AECRNet(TINY, rngs=nnx.Rngs(0)))
+    full, half = (build_model(dataclasses.replace(TINY, dtype=dtype), arrays)(x) for dtype in ("float32", "bfloat16"))
+    assert half.dtype == jnp.float32
+    np.testing.assert_allclose(half, full, atol=0.03)
+
+
+def test_set_arrays_refuses_and_leaves_the_model():
+    model = AECRNet(TINY, rngs=nnx.Rngs(0))
+    arrays = get_arrays(model)
+    with pytest.raises(ValueError, match=r"tensor down1.kernel has shape \(1, 3, 7, 4\) and must have \(7, 7, 3, 4\)"):
+        set_arrays(model, arrays | {"down1.kernel": jnp.zeros((1, 3, 7, 4))})
+    with pytest.raises(ValueError, match=r"tensor mix1.theta of shape \(\) is missing"):
+        set_arrays(model, {k: v for k, v in arrays.items() if k != "mix1.theta"})
+    with pytest.raises(ValueError, match="unknown tensor nonsense"):
+        set_arrays(model, arrays | {"nonsense": jnp.zeros(())})
+
+
+def test_refuses_wrong_settings_and_inputs():
+    with pytest.raises(ValueError, match=r"mixup \(='mean'\) must be one of 'adaptive', 'sum', 'none'"):
+        ModelConfig(mixup="mean")
+    with pytest.raises(ValueError, match=r"width \(=0\) must be at least 1"):
+        ModelConfig(width=0)
+    with pytest.raises(ValueError, match=r"hazy has shape \(8, 8, 3\) and must be \[N, H, W, 3\]"):
+        AECRNet(TINY, rngs=nnx.Rngs(0))(jnp.zeros((8, 8, 3)))

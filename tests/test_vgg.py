@@ -1,0 +1,71 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import load, nhwc, vgg19
+from safetensors.numpy import save_file
+
+from aecr_jax import UserError, VGG19Features, load_vgg19
+from aecr_jax.vgg import VGGConvention, random_vgg19, vgg_metadata
+
+
+def test_all_five_levels():
+    """Channel means of each level and all of relu5_1, from PyTorch (tests/golden)."""
+    d = load("contrastive")
+    features = vgg19(d["vgg_seed"])(jnp.array(nhwc(d["anchor"])))
+    for level, feature in enumerate(features, 1):
+        np.testing.assert_allclose(feature.mean((0, 1, 2)), d[f"relu{level}_1_anchor_mean_per_channel"], atol=1e-5)
+    np.testing.assert_allclose(features[4], nhwc(d["relu5_1_anchor"]), atol=1e-4)
+
+
+def tiny_weights():
+    return {name.replace("_kernel", ".kernel").replace("_bias", ".bias"): np.asarray(v[...]) for name, v in random_vgg19(width=2).weights.items()}
+
+
+def test_file_round_trip(tmp_path):
+    path = tmp_path / "vgg.safetensors"
+    weights = tiny_weights()
+    save_file(weights, path, metadata=vgg_metadata(VGGConvention(padding="reflect"), source="test"))
+    features = load_vgg19(path)
+    assert features.convention.padding == "reflect" and features.levels == 5
+    x = jnp.ones((1, 16, 16, 3))
+    zeros = VGG19Features(weights)(x)[0]
+    assert not np.allclose(features(x)[0][:, 0], zeros[:, 0])  # the border tells the two paddings apart
+    np.testing.assert_allclose(features(x)[0][:, 1:-1, 1:-1], zeros[:, 1:-1, 1:-1], atol=1e-6)
+
+
+def test_fewer_levels_and_aux_maps():
+    weights = {k: v for k, v in tiny_weights().items() if k < "conv3_2"}
+    weights |= {"aux2.kernel": np.ones((1, 1, 4, 7), np.float32), "aux2.bias": np.zeros(7, np.float32)}
+    features = VGG19Features(weights)(jnp.ones((1, 8, 8, 3)))
+    assert [f.shape for f in features] == [(1, 8, 8, 2), (1, 4, 4, 7), (1, 2, 2, 8)]
+
+
+def test_bad_weights_are_named():
+    weights = tiny_weights()
+    for change, message in [
+        ({"conv2_1.bias": None}, r"tensor conv2_1.bias of shape \(4,\) is missing"),
+        ({"conv1_1.kernel": None}, "tensor conv1_1.kernel is missing"),
+        ({"conv3_2.kernel": None}, "tensor conv3_2.kernel is missing"),
+        ({"conv1_2.kernel": np.zeros((3, 3, 5, 2), np.float32)}, r"conv1_2.kernel has shape \(3, 3, 5, 2\) and must have \(3, 3, 2, 2\)"),
+        ({"conv1_1.bias": np.array([np.nan, 0], np.float32)}, "conv1_1.bias has values that are not finite"),
+        ({"conv6_1.bias": np.zeros(2)}, "conv6_1.bias is not one of VGG-19's"),
+    ]:
+        changed = {k: v for k, v in (weights | change).items() if v is not None}
+        with pytest.raises(ValueError, match=message):
+            VGG19Features(changed)
+
+
+def test_a_missing_file_says_how_to_get_one(tmp_path):
+    with pytest.raises(UserError, match=r"there is no VGG-19 file .*convert-vgg vgg19-dcbb9e9d.pth --output"):
+        load_vgg19(tmp_path / "none.safetensors")
+    (tmp_path / "text.safetensors").write_text("not weights")
+    with pytest.raises(UserError, match="is not a readable safetensors file"):
+        load_vgg19(tmp_path / "text.safetensors")
+    save_file(tiny_weights(), tmp_path / "plain.safetensors")
+    with pytest.raises(UserError, match="was not written by convert-vgg"):
+        load_vgg19(tmp_path / "plain.safetensors")
+
+
+def test_small_images_are_refused():
+    with pytest.raises(ValueError, match="images of 8x8 must be at least 16x16 for 5 levels"):
+        random_vgg19(width=2)(jnp.ones((1, 8, 8, 3)))
