@@ -89,8 +89,9 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
 def _eval(options: argparse.Namespace, rest: list[str]) -> int:
     import numpy as np
 
-    from aecr_jax.checkpoint import DEFAULT_MODEL, load_checkpoint
-    from aecr_jax.data.images import panel, write_image
+    from aecr_jax.checkpoint import DEFAULT_MODEL, load_checkpoint_with_config
+    from aecr_jax.config import DataConfig
+    from aecr_jax.data.images import make_folder, panel, write_image
     from aecr_jax.data.pipeline import eval_images, open_eval_data
     from aecr_jax.evaluate import Score, evaluate, summarize, table, write_results
     from aecr_jax.restore import Restorer
@@ -98,18 +99,22 @@ def _eval(options: argparse.Namespace, rest: list[str]) -> int:
     if options.save_images and not options.output:
         raise UserError("--save-images needs --output DIR")
     checkpoint = options.checkpoint or DEFAULT_MODEL
-    restorer = Restorer(load_checkpoint(checkpoint))
-    samples = open_eval_data(options.data)
+    if options.output:
+        make_folder(options.output)
+    model, config = load_checkpoint_with_config(checkpoint)
+    restorer = Restorer(model)
+    # The embedded scenes at the size that the run evaluated on, so that the two scores agree.
+    size = config.get("data", {}).get("scene_size", DataConfig.scene_size)
+    samples = open_eval_data(options.data, tuple(size))
+    shown = {i * len(samples) // 4 for i in range(4)}
     scores: list[Score] = []
     rows: list[list[np.ndarray]] = []
     for score, image, restored in evaluate(restorer, eval_images(samples), len(samples)):
         scores.append(score)
         if options.output:
             pictures = {"hazy": image.hazy, "restored": restored, "clear": image.clear}
-            # A few rows from the whole set, of one size
-            if len(scores) % max(1, len(samples) // 4) == 1 % max(1, len(samples) // 4) and (
-                not rows or rows[0][0].shape == restored.shape
-            ):
+            # a few rows from all over the set, of one size
+            if len(scores) - 1 in shown and (not rows or rows[0][0].shape == restored.shape):
                 rows.append(list(pictures.values()))
             if options.save_images:
                 for kind, picture in pictures.items():
@@ -118,7 +123,7 @@ def _eval(options: argparse.Namespace, rest: list[str]) -> int:
     about = {"checkpoint": str(checkpoint), "data": options.data, "metrics": "RGB, float, as the official code"}
     if options.output:
         write_results(options.output, scores, means | about)
-        write_image(Path(options.output) / "panel.png", panel(rows[:4]))
+        write_image(Path(options.output) / "panel.png", panel(rows))
     print(table([("hazy input", means["input_psnr"], means["input_ssim"]), ("restored", means["psnr"], means["ssim"])]))
     print(f"mean over {means['images']} images; PSNR and SSIM on RGB as in the official code")
     if options.output:

@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from aecr_jax.config import Config
+from aecr_jax.data.images import make_folder
 from aecr_jax.errors import UserError
 from aecr_jax.model import AECRNet, ModelConfig, abstract_model, build_model, get_arrays
 from aecr_jax.step import TrainState
@@ -161,10 +162,9 @@ def export_model(model: AECRNet, path: str | Path, about: dict[str, Any] | None 
     Raises:
       UserError: the folder cannot be written.
     """
-    path = Path(path)
+    path = make_folder(path)
     arrays = {name: np.asarray(array) for name, array in get_arrays(model).items()}
     try:
-        path.mkdir(parents=True, exist_ok=True)
         save_file(arrays, path / _WEIGHTS, metadata={"format": "aecr_jax.model"})
         text = json.dumps({"model": dataclasses.asdict(model.config), "about": about or {}}, indent=2)
         (path / _CONFIG).write_text(text + "\n")

@@ -80,6 +80,13 @@ class TrainConfig:
     """Peak learning rate of Adam; 2e-4 in the paper, 1e-4 in the official code."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Cosine annealing to 0 at the last step, or none."""
+    warmup: int = 0
+    """Steps over which the learning rate rises from 0 linearly, on top of the schedule."""
+    offset_rate: float = 1.0
+    """Factor on the learning rate of the convolution that predicts the deformable layers' offsets; less than 1 where a high
+    learning rate makes them run away."""
+    clip_norm: float = 0.0
+    """Scale gradients down to this global norm; 0: never."""
     seed: int = 0
     """Seeds initial values, order, crops and haze."""
     log_every: int = 100
@@ -113,6 +120,9 @@ class Config:
             "train.steps": (self.train.steps, 1),
             "train.batch": (self.train.batch, 1),
             "train.log_every": (self.train.log_every, 1),
+            "train.warmup": (self.train.warmup, 0),
+            "train.offset_rate": (self.train.offset_rate, 0),
+            "train.clip_norm": (self.train.clip_norm, 0),
             "train.eval_every": (self.train.eval_every, 1),
             "train.eval_images": (self.train.eval_images, 1),
         }

@@ -167,7 +167,7 @@ def _read_tensors(file: Path) -> Tensors:
         raise UserError(f"there is no file {file}")
     try:
         if file.suffix == ".npz":
-            with np.load(file, allow_pickle=False) as archive:
+            with open(file, "rb") as opened, np.load(opened, allow_pickle=False) as archive:
                 return {name: archive[name] for name in archive.files}
         if file.suffix == ".safetensors":
             return load_file(file)

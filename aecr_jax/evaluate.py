@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from aecr_jax.data.images import make_folder
 from aecr_jax.data.pipeline import EvalImage
 from aecr_jax.errors import UserError
 from aecr_jax.metrics import psnr, ssim
@@ -56,9 +57,8 @@ def write_results(folder: str | Path, scores: list[Score], summary: dict[str, An
     Raises:
       UserError: the folder cannot be written.
     """
-    folder = Path(folder)
+    folder = make_folder(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "per_image.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, list(asdict(scores[0])))
             writer.writeheader()

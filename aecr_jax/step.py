@@ -43,15 +43,24 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 
 def learning_rate(config: Config) -> optax.Schedule:
     """Rate by the number of steps already taken: in the official code step t, from 1, has `0.5 (1 + cos(pi t / T))` of the peak."""
-    peak, total = config.train.learning_rate, config.train.steps
-    if config.train.schedule == "constant":
-        return optax.constant_schedule(peak)
-    return lambda taken: peak * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(taken + 1, total) / total))
+    peak, total, warmup = config.train.learning_rate, config.train.steps, config.train.warmup
+
+    def schedule(taken: Any) -> Any:
+        rate = jnp.asarray(peak, jnp.result_type(float))
+        if config.train.schedule == "cosine":
+            rate *= 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(taken + 1, total) / total))
+        return rate * jnp.minimum((taken + 1) / warmup, 1) if warmup else rate
+
+    return schedule
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """The paper's Adam (0.9, 0.999) with PyTorch's epsilon."""
-    return optax.adam(learning_rate(config), b1=0.9, b2=0.999, eps=1e-8)
+    """The paper's Adam (0.9, 0.999) with PyTorch's epsilon; clipping before it and the factor for offsets after it, if set."""
+    parts = [optax.clip_by_global_norm(config.train.clip_norm)] if config.train.clip_norm else []
+    parts.append(optax.adam(learning_rate(config), b1=0.9, b2=0.999, eps=1e-8))
+    if config.train.offset_rate != 1:
+        parts.append(optax.masked(optax.scale(config.train.offset_rate), lambda params: {name: ".offset_mask." in name for name in params}))
+    return optax.chain(*parts)
 
 
 def init_state(config: Config, model: AECRNet | None = None) -> TrainState:
@@ -82,7 +91,8 @@ def check_batch(config: Config, mesh: Mesh) -> None:
     """Raises UserError if the batch does not divide by the devices."""
     if config.train.batch % mesh.size:
         batch, n = config.train.batch, mesh.size
-        raise UserError(f"train.batch (={batch}) must divide by the {n} devices: {max(batch // n, 1) * n} and {(batch // n + 1) * n} would")
+        fitting = sorted({max(batch // n, 1) * n, (batch // n + 1) * n})
+        raise UserError(f"train.batch (={batch}) must divide by the {n} devices, such as {' or '.join(map(str, fitting))}")
 
 
 def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
@@ -169,8 +179,9 @@ def _offsets(intermediates: Any) -> dict[str, Array]:
     offsets = [jnp.abs(jax.lax.stop_gradient(leaf)) for leaf in jax.tree.leaves(intermediates)]
     if not offsets:
         return {}
-    means = jnp.stack([jnp.mean(o, dtype=jnp.float32) for o in offsets])
-    return {"offset_mean": means.mean(), "offset_max": jnp.stack([o.max() for o in offsets]).max().astype(jnp.float32)}
+    dtype = jnp.promote_types(offsets[0].dtype, jnp.float32)
+    means = jnp.stack([jnp.mean(o, dtype=dtype) for o in offsets])
+    return {"offset_mean": means.mean(), "offset_max": jnp.stack([o.max() for o in offsets]).max().astype(dtype)}
 
 
 def _mixup_factors(params: dict[str, Array]) -> dict[str, Array]:

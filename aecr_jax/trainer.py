@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from aecr_jax.checkpoint import Checkpoints
 from aecr_jax.config import Config, config_to_json
-from aecr_jax.data.images import panel, write_image
-from aecr_jax.data.pipeline import check_crop, eval_images, split_samples, train_batches
+from aecr_jax.data.images import make_folder, panel, write_image
+from aecr_jax.data.pipeline import eval_images, split_samples, train_batches
 from aecr_jax.errors import UserError
 from aecr_jax.evaluate import Score, evaluate, summarize
 from aecr_jax.restore import Restorer
@@ -50,7 +50,6 @@ def train(config: Config, *, say: Callable[[str], None] = tqdm.write) -> dict[st
     train_samples, eval_samples = split_samples(config.data)
     if not eval_samples:
         raise UserError("nothing to evaluate on: set data.eval_hazy and data.eval_clear, or data.holdout")
-    check_crop(train_samples, config.data.crop)
     batches = train_batches(train_samples, config, process_index=jax.process_index(), process_count=jax.process_count())
     log = _RunLog(workdir, config)
 
@@ -133,7 +132,7 @@ class _RunLog:
     def __init__(self, workdir: Path, config: Config):
         self._path = workdir / "metrics.jsonl"
         try:
-            workdir.mkdir(parents=True, exist_ok=True)
+            make_folder(workdir)
             (workdir / "config.json").write_text(config_to_json(config) + "\n")
             self._path.touch()
         except OSError as error:

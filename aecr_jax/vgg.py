@@ -123,7 +123,7 @@ def check_weights(weights: Mapping[str, Any]) -> int:
     return levels
 
 
-def random_vgg19(seed: int = 0, width: int = 16) -> VGG19Features:
+def random_vgg19(seed: int = 0, width: int = 8) -> VGG19Features:
     """A VGG-19 with random weights (He initialization), `width` channels in its first layer instead of 64.
 
     It needs no file, so the demo and tests use it. Random features still compare local structure, but they are no substitute

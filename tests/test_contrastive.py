@@ -13,9 +13,7 @@ def test_official_loss_and_gradient(negatives, x64):
     d, key = load("contrastive"), "" if negatives else "_positive_only"
     anchor, positive, negative = (jnp.array(nhwc(d[k]), jnp.float64) for k in ("anchor", "positive", "negative"))
     features = vgg19(d["vgg_seed"], np.float64)
-    loss, grad = jax.value_and_grad(
-        lambda a: contrastive_regularization(a, positive, negative, features, negatives=negatives)
-    )(anchor)
+    loss, grad = jax.value_and_grad(lambda a: contrastive_regularization(a, positive, negative, features, negatives=negatives))(anchor)
     np.testing.assert_allclose(loss, d[f"loss{key}"], rtol=1e-6)
     expected = nhwc(load("contrastive_float64")[f"grad_anchor{key}"])
     np.testing.assert_allclose(grad, expected, rtol=0, atol=1e-9 * abs(expected).max())

@@ -18,7 +18,10 @@ def test_all_five_levels():
 
 
 def tiny_weights():
-    return {name.replace("_kernel", ".kernel").replace("_bias", ".bias"): np.asarray(v[...]) for name, v in random_vgg19(width=2).weights.items()}
+    return {
+        name.replace("_kernel", ".kernel").replace("_bias", ".bias"): np.asarray(v[...])
+        for name, v in random_vgg19(width=2).weights.items()
+    }
 
 
 def test_file_round_trip(tmp_path):

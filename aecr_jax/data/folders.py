@@ -58,6 +58,7 @@ def find_pairs(hazy: str | Path, clear: str | Path) -> list[Pair]:
     hazy_images, clear_images = list_images(hazy), list_images(clear)
     if hazy.resolve() == clear.resolve():
         hazy_images = [path for path in hazy_images if path.stem.lower().endswith("_hazy")]
+        clear_images = [path for path in clear_images if path not in hazy_images]
     by_name = {path.stem.lower(): path for path in clear_images}
     for folder, images in ((hazy, hazy_images), (clear, clear_images)):
         if not images:

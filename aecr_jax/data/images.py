@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from collections.abc import Sequence
@@ -70,6 +71,22 @@ def _open(path: str | Path) -> Image.Image:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
+def make_folder(folder: str | Path) -> Path:
+    """Makes a folder to write into, and its parents.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(None, "no permission to write there")
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}") from error
+    return folder
+
+
 def write_image(path: str | Path, image: np.ndarray) -> None:
     """Writes `[H, W, 3]`, clipped to [0, 1] and rounded to 8 bit; the file appears whole or not at all.
 
@@ -80,12 +97,13 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
     pixels = np.round(np.clip(np.asarray(image, np.float32), 0, 1) * 255).astype(np.uint8)
     partial = path.with_name(f".{path.name}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with open(partial, "wb") as file:
             Image.fromarray(pixels).save(file, format=Image.registered_extensions().get(path.suffix.lower(), "PNG"))
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
 

@@ -45,10 +45,14 @@ Sample = Pair | DepthScene | _Scene
 
 
 class Source:
-    """Random access to samples: `{"hazy", "clear"}` from pairs, `{"clear", "depth"}` from scenes (for grain)."""
+    """Random access to samples: `{"hazy", "clear"}` from pairs, `{"clear", "depth"}` from scenes (for grain).
 
-    def __init__(self, samples: Sequence[Sample]):
+    Reading one raises UserError if it is damaged, or smaller than `least` pixels on a side.
+    """
+
+    def __init__(self, samples: Sequence[Sample], least: int = 1):
         self._samples = samples
+        self._least = least
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -57,9 +61,15 @@ class Source:
         sample = self._samples[int(index)]
         if isinstance(sample, Pair):
             hazy, clear = read_pair(sample)
-            return {"hazy": hazy, "clear": clear}
-        clear, depth = read_depth_scene(sample) if isinstance(sample, DepthScene) else (sample.clear, sample.depth)
-        return {"clear": clear, "depth": depth}
+            element = {"hazy": hazy, "clear": clear}
+        else:
+            clear, depth = read_depth_scene(sample) if isinstance(sample, DepthScene) else (sample.clear, sample.depth)
+            element = {"clear": clear, "depth": depth}
+        h, w = clear.shape[:2]
+        if min(h, w) < self._least:
+            name = self.name(int(index))
+            raise UserError(f"{name} is {w}x{h}, smaller than a crop: data.crop (={self._least}) must be at most {min(h, w)}")
+        return element
 
     def __repr__(self) -> str:  # grain compares it when a checkpoint is restored
         return f"Source({len(self)})"
@@ -130,46 +140,29 @@ def eval_scenes(size: tuple[int, int]) -> list[_Scene]:
     return draw_scenes(_EVAL_SEED, _EVAL_SCENES, size)
 
 
-def check_crop(samples: Sequence[Any], crop: int) -> None:
-    """Raises UserError if the first sample is smaller than a crop; the others are checked when they are read."""
-    source = Source(samples)
-    h, w = source[0]["clear"].shape[:2]
-    if min(h, w) < crop:
-        raise UserError(f"{source.name(0)} is {w}x{h}, smaller than a crop: data.crop (={crop}) must be at most {min(h, w)}")
-
-
 def train_batches(samples: Sequence[Any], config: Config, *, process_index: int = 0, process_count: int = 1) -> grain.DatasetIterator:
     """Endless shuffled batches `{"hazy", "clear"}`, `[batch / process_count, crop, crop, 3]`; its position can be checkpointed.
 
     Each process of a pod reads its own part of every epoch's order.
 
     Raises:
-      UserError: the batch does not divide by the processes; while reading, a file is damaged or smaller than a crop.
+      UserError: the batch does not divide by the processes, or, here or while reading, a file is damaged or smaller than a crop.
     """
     batch = config.train.batch
     if batch % process_count:
         raise UserError(f"train.batch (={batch}) must divide by the {process_count} processes")
     if len(samples) < process_count:
         raise UserError(f"{len(samples)} training images are too few for {process_count} processes")
-    dataset = grain.MapDataset.source(Source(samples)).seed(config.train.seed).shuffle()
-    dataset = dataset[process_index::process_count].repeat().map(_CheckSize(config.data.crop))
+    source = Source(samples, least=config.data.crop)
+    source[0]  # what is wrong with all of them should be known before training begins
+    dataset = grain.MapDataset.source(source).seed(config.train.seed).shuffle()
+    dataset = dataset[process_index::process_count].repeat()
     dataset = dataset.random_map(Augment(config.data.crop)).batch(batch // process_count, drop_remainder=True)
     options = grain.ReadOptions(num_threads=config.data.threads, prefetch_buffer_size=2 * config.data.threads)
     iterator = dataset.to_iter_dataset(options)
     if config.data.workers:
         iterator = iterator.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.data.workers))
     return iter(iterator)
-
-
-class _CheckSize(grain.transforms.Map):
-    def __init__(self, crop: int):
-        self._crop = crop
-
-    def map(self, element: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        h, w = element["clear"].shape[:2]
-        if min(h, w) < self._crop:
-            raise UserError(f"a training image is {w}x{h}, smaller than a crop: data.crop (={self._crop}) must be at most {min(h, w)}")
-        return element
 
 
 def eval_images(samples: Sequence[Any], *, limit: int | None = None, seed: int = 0) -> Iterator[EvalImage]:
@@ -186,10 +179,10 @@ def eval_images(samples: Sequence[Any], *, limit: int | None = None, seed: int =
         yield EvalImage(Path(source.name(index)).stem, element["hazy"], element["clear"])
 
 
-def open_eval_data(data: str) -> list[Any]:
-    """The samples that `eval.py --data` names: a folder, or "scenes" for the embedded ones.
+def open_eval_data(data: str, scene_size: tuple[int, int] = DataConfig.scene_size) -> list[Any]:
+    """The samples that `eval.py --data` names: a folder, or "scenes" for the embedded ones of `scene_size` (height, width).
 
     Raises:
       UserError: nothing of that kind is there.
     """
-    return eval_scenes(DataConfig().scene_size) if data == "scenes" else list(find_dataset(data))
+    return eval_scenes(scene_size) if data == "scenes" else list(find_dataset(data))

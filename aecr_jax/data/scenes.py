@@ -52,7 +52,7 @@ def render_scene(seed: int | tuple[int, ...], height: int = 240, width: int = 32
     points = camera + rays * depth[:, None]
 
     colour = np.zeros_like(points)
-    ambient = rng.uniform(0.3, 0.5)
+    ambient = rng.uniform(0.15, 0.35)
     for index, surface in enumerate(surfaces):
         texture = _Texture(rng)
         seen = np.flatnonzero(nearest == index)
@@ -68,11 +68,11 @@ def render_scene(seed: int | tuple[int, ...], height: int = 240, width: int = 32
         for other in surfaces[1:]:
             toward = _intersect(other, place + normal * 1e-3, to_lamp)
             shadow |= toward < 0.999
-        lit = 1.6 * lambert * np.where(shadow, 0.25, 1.0) / (1 + 0.06 * distance**2)
+        lit = 1.6 * lambert * np.where(shadow, 0.1, 1.0) / (1 + 0.06 * distance**2)
         colour[seen] = albedo * (ambient + lit)[:, None]
     colour *= np.array([1.0, rng.uniform(0.92, 1.0), rng.uniform(0.8, 1.0)], np.float32)  # the lamp's warmth
     colour /= max(1.0, float(np.percentile(colour, 99)))  # exposure
-    colour = np.clip(colour, 0, 1) ** np.float32(1 / 1.8)
+    colour = np.clip(colour, 0, 1) ** np.float32(1 / 1.6)
     image = _reduce(colour.reshape(rows, columns, 3))
     plane = _reduce(depth.reshape(rows, columns, 1))[..., 0]
     # 8 bit, as a camera's picture: the hazy images are 8 bit too.
@@ -156,10 +156,12 @@ class _Texture:
     def __init__(self, rng: np.random.Generator):
         hue = rng.uniform(0, 1, (6, 1))
         tint = 0.5 + 0.5 * np.cos(2 * np.pi * (hue + np.array([[0, 1 / 3, 2 / 3]])))
-        self.base = ((0.35 + 0.65 * rng.uniform(0, 1, (6, 1))) * (1 - (s := rng.uniform(0.1, 0.9, (6, 1))) + s * tint)).astype(np.float32)
-        self.second = (self.base * rng.uniform(0.15, 0.8, (6, 1)) + 0.1 * rng.uniform(0, 1, (6, 3))).astype(np.float32)
+        saturation, bright = rng.uniform(0.05, 0.8, (6, 1)), rng.uniform(0.15, 0.9, (6, 1))
+        self.base = (bright * (1 - saturation + saturation * tint)).astype(np.float32)
+        # The darker colour is nearly black on many faces: real rooms have dark places everywhere, which tell haze from pale walls.
+        self.second = (self.base * rng.uniform(0.02, 0.5, (6, 1))).astype(np.float32)
         self.kind = rng.integers(0, 5, 6)
-        self.scale = rng.uniform(2, 9, 6)
+        self.scale = rng.uniform(1, 5, 6)
         self.seed = int(rng.integers(0, 2**31))
 
     def __call__(self, uv: np.ndarray, face: np.ndarray) -> np.ndarray:

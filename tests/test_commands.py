@@ -1,0 +1,221 @@
+"""Every command as a person calls it, in process: what it writes, what it says, its exit status."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+from test_data import picture
+
+from aecr_jax import load_checkpoint
+from aecr_jax.__main__ import main
+from aecr_jax.checkpoint import export_model
+from aecr_jax.data.images import read_image
+from aecr_jax.model import AECRNet, ModelConfig
+
+TINY = """
+from aecr_jax.config import Config, DataConfig, LossConfig, TrainConfig
+from aecr_jax.model import ModelConfig
+config = Config(
+    model=ModelConfig(width=4, blocks=1),
+    data=DataConfig(scenes=4, scene_size=(24, 32), crop=16, threads=1),
+    loss=LossConfig(features="random"),
+    train=TrainConfig(steps=4, batch=8, log_every=1, eval_every=2, eval_images=3),
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "tiny.py"
+    path.write_text(TINY)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, config_file):
+    """A finished run of four steps."""
+    workdir = tmp_path_factory.mktemp("runs") / "tiny"
+    assert main(["train", "--config", config_file, "--train.workdir", str(workdir)]) == 0
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    """A small exported model."""
+    from flax import nnx
+
+    path = tmp_path_factory.mktemp("models") / "small"
+    export_model(AECRNet(ModelConfig(width=2, blocks=1), rngs=nnx.Rngs(0)), path)
+    return path
+
+
+def fails(capsys, *arguments):
+    """Runs a command that must fail with status 2 and one line, and returns the line."""
+    capsys.readouterr()
+    assert main([str(a) for a in arguments]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("aecr_jax: ")]
+    assert len(said) == 1
+    return said[0]
+
+
+def lines(workdir, kind):
+    return [e for e in map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines()) if e["kind"] == kind]
+
+
+# ---- train
+
+
+def test_train_writes_its_work_directory(run):
+    assert json.loads((run / "config.json").read_text())["model"]["width"] == 4
+    assert [entry["step"] for entry in lines(run, "train")] == [1, 2, 3, 4]
+    assert {"l1", "cr", "total", "images_per_second", "waiting_for_data", "d_ap_5", "d_an_1"} <= set(lines(run, "train")[0])
+    assert [entry["step"] for entry in lines(run, "eval")] == [2, 4]
+    assert read_image(run / "panels" / "step_0000004.png").shape == (3 * 24 + 2 * 4, 3 * 32 + 2 * 4, 3)
+    assert sorted(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit()) == [2, 4]
+
+
+def test_the_same_command_again_continues(run, config_file, tmp_path, capsys):
+    """Stopped after 2 of 4 steps and called again: the parameters of the run that was never stopped, bit by bit."""
+    workdir = tmp_path / "stopped"
+    shutil.copytree(run, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "4")
+    assert main(["train", "--config", config_file, "--train.workdir", str(workdir)]) == 0
+    assert "continuing from step 2" in capsys.readouterr().out
+    x = np.random.default_rng(0).random((1, 8, 8, 3), np.float32)
+    ours, expected = (load_checkpoint(folder / "checkpoints" / "4")(x) for folder in (workdir, run))
+    np.testing.assert_array_equal(ours, expected)
+
+
+def test_a_damaged_checkpoint_is_skipped(run, config_file, tmp_path, capsys, caplog):
+    workdir = tmp_path / "damaged"
+    shutil.copytree(run, workdir)
+    for file in (workdir / "checkpoints" / "4" / "model").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    assert main(["train", "--config", config_file, "--train.workdir", str(workdir)]) == 0
+    assert "checkpoints/4 cannot be read" in caplog.text
+    assert "continuing from step 2" in capsys.readouterr().out
+
+
+def test_train_refuses_bad_input(config_file, tmp_path, capsys):
+    def train(*arguments):
+        return fails(capsys, "train", "--config", config_file, "--train.workdir", tmp_path / "w", *arguments)
+
+    assert "unknown setting --train.setps; nearest: --train.steps" in train("--train.setps", "5")
+    assert train("--train.batch", "6").endswith("train.batch (=6) must divide by the 8 devices, such as 8")
+    assert "there is no VGG-19 file none.safetensors" in train("--loss.features", "none.safetensors")
+    assert "smaller than a crop: data.crop (=32) must be at most 24" in train("--data.crop", "32")
+    (tmp_path / "empty").mkdir()
+    assert "no pairs in" in train("--data.hazy", tmp_path / "empty", "--data.clear", tmp_path / "empty")
+    picture(tmp_path / "h" / "1_1.png", (20, 20)), picture(tmp_path / "c" / "1.png", (20, 20))
+    assert "nothing to evaluate on" in train("--data.hazy", tmp_path / "h", "--data.clear", tmp_path / "c")
+    assert not (tmp_path / "w").exists()
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in fails(capsys, "train", "--config", config_file, "--train.workdir", tmp_path / "file")
+    assert "--config FILE is missing" in fails(capsys, "train")
+
+
+# ---- eval
+
+
+def test_eval_writes_scores_and_pictures(run, tmp_path, capsys):
+    for i in range(3):
+        picture(tmp_path / "data" / "hazy" / f"{i}_1.png", (20, 12), seed=i)
+        picture(tmp_path / "data" / "clear" / f"{i}.png", (20, 12), seed=i + 10)
+    out = tmp_path / "out"
+    assert main(["eval", "--checkpoint", str(run), "--data", str(tmp_path / "data"), "--output", str(out), "--save-images"]) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    with open(out / "per_image.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert summary["images"] == 3 and [row["image"] for row in rows] == ["0_1", "1_1", "2_1"]
+    assert summary["psnr"] == pytest.approx(np.mean([float(row["psnr"]) for row in rows]))
+    # against NumPy: what was written as an image scores what the table says, up to 8-bit rounding
+    restored, clear = read_image(out / "restored" / "1_1.png"), read_image(tmp_path / "data" / "clear" / "1.png")
+    assert -10 * np.log10(np.mean((restored - clear) ** 2)) == pytest.approx(float(rows[1]["psnr"]), abs=0.02)
+    assert (out / "panel.png").is_file()
+    said = capsys.readouterr().out
+    assert f"{summary['psnr']:.2f}" in said and "hazy input" in said
+
+
+def test_eval_refuses_bad_input(model_dir, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert "no pairs in" in fails(capsys, "eval", "--checkpoint", model_dir, "--data", tmp_path / "empty")
+    assert "is no checkpoint" in fails(capsys, "eval", "--checkpoint", tmp_path / "empty", "--data", "scenes")
+    assert "there is no checkpoint folder" in fails(capsys, "eval", "--checkpoint", tmp_path / "none", "--data", "scenes")
+    assert "--data" in fails(capsys, "eval")
+    assert "unrecognized arguments: --chekpoint" in fails(capsys, "eval", "--data", "scenes", "--chekpoint", "x")
+    assert "--save-images needs --output" in fails(capsys, "eval", "--data", "scenes", "--save-images")
+
+
+def test_half_written_checkpoints_are_named(run, model_dir, tmp_path, capsys):
+    shutil.copytree(run / "checkpoints" / "4", tmp_path / "run" / "checkpoints" / "4")
+    for file in (tmp_path / "run" / "checkpoints" / "4" / "model").rglob("*"):
+        if file.is_file():
+            file.unlink()
+    assert "checkpoints/4 is damaged or half written" in fails(capsys, "eval", "--checkpoint", tmp_path / "run", "--data", "scenes")
+    (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
+    assert "has no whole checkpoint" in fails(capsys, "eval", "--checkpoint", tmp_path / "begun", "--data", "scenes")
+    shutil.copytree(model_dir, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes((model_dir / "model.safetensors").read_bytes()[:100])
+    assert "model is damaged or half written" in fails(capsys, "eval", "--checkpoint", tmp_path / "model", "--data", "scenes")
+
+
+# ---- dehaze
+
+
+def test_dehaze_takes_files_and_folders_and_goes_on_after_a_bad_one(model_dir, tmp_path, capsys):
+    picture(tmp_path / "in" / "a.png", (21, 10)), picture(tmp_path / "in" / "b.jpg", (9, 14)), picture(tmp_path / "a.bmp", (8, 8))
+    (tmp_path / "in" / "broken.png").write_bytes(b"\x89PNG nothing")
+    out = tmp_path / "out"
+    arguments = ["dehaze", tmp_path / "in", tmp_path / "a.bmp", "--output", out, "--checkpoint", model_dir]
+    assert "broken.png is not an image file" in fails(capsys, *arguments)
+    assert {p.name: read_image(p).shape for p in out.iterdir()} == {"a.png": (10, 21, 3), "b.png": (14, 9, 3), "a_2.png": (8, 8, 3)}
+    expected = np.clip(load_checkpoint(model_dir)(read_image(tmp_path / "in" / "a.png")[None])[0], 0, 1)
+    np.testing.assert_allclose(read_image(out / "a.png"), expected, atol=0.6 / 255)
+
+
+def test_dehaze_uses_the_shipped_model(tmp_path, capsys):
+    picture(tmp_path / "a.png", (16, 16))
+    assert main(["dehaze", str(tmp_path / "a.png"), "--output", str(tmp_path / "out")]) == 0
+    assert "model: shipped with the package" in capsys.readouterr().out
+    assert read_image(tmp_path / "out" / "a.png").shape == (16, 16, 3)
+
+
+def test_dehaze_refuses_bad_input_and_keeps_the_inputs(model_dir, tmp_path, capsys):
+    a = picture(tmp_path / "a.png", (16, 16))
+    before = a.read_bytes()
+    assert "is an input and would be replaced" in fails(capsys, "dehaze", a, "--output", tmp_path, "--checkpoint", model_dir)
+    assert a.read_bytes() == before
+    assert "there is no file or folder" in fails(capsys, "dehaze", tmp_path / "none.png", "--output", tmp_path / "o")
+    (tmp_path / "empty").mkdir()
+    assert "no images in" in fails(capsys, "dehaze", tmp_path / "empty", "--output", tmp_path / "o")
+    (tmp_path / "file").write_text("")
+    said = fails(capsys, "dehaze", a, "--output", tmp_path / "file", "--checkpoint", model_dir)
+    assert "cannot be written" in said
+    assert "tile (=5) must be 0 or at least" in fails(capsys, "dehaze", a, "--output", tmp_path / "o", "--tile", "5")
+
+
+def test_tiles_are_near_the_whole(model_dir):
+    from aecr_jax.restore import Restorer, restore_tiled
+
+    restorer = Restorer(load_checkpoint(model_dir))
+    y, x = np.mgrid[0:90, 0:130].astype(np.float32)
+    image = np.stack([y / 90, x / 130, 0.5 + 0.3 * np.sin((x + y) / 9)], -1)
+    whole, tiled = restorer(image), restore_tiled(restorer, image, tile=64, overlap=24)
+    assert tiled.shape == image.shape
+    np.testing.assert_allclose(tiled, whole, atol=0.02)
+
+
+def test_tiling_blends_to_one(model_dir):
+    """With an identity in place of the model, tiles that overlap give the image back."""
+    from aecr_jax.restore import restore_tiled
+
+    image = np.random.default_rng(0).random((70, 101, 3), np.float32)
+    np.testing.assert_allclose(restore_tiled(lambda tile: tile, image, tile=32, overlap=8), image, atol=1e-6)
+
+
+def test_usage(capsys):
+    assert "invalid choice: 'nonsense'" in fails(capsys, "nonsense")
+    assert "COMMAND" in fails(capsys)

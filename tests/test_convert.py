@@ -1,0 +1,190 @@
+import json
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import load, nhwc, official_weights, vgg19, vgg19_tensors
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from aecr_jax import ModelConfig, UserError, load_checkpoint, load_vgg19
+from aecr_jax.checkpoint import export_model
+from aecr_jax.convert import convert_aecr, convert_vgg
+from aecr_jax.model import AECRNet
+from aecr_jax.official import NAMES, official_arrays, our_arrays
+
+INDICES = (0, 2, 5, 7, 10, 12, 14, 16, 19, 21, 23, 25, 28)
+
+
+def small_vgg():
+    """torchvision's names with few channels, so that files are small."""
+    rng, tensors, channels = np.random.default_rng(0), {}, 3
+    for index in INDICES:
+        tensors[f"features.{index}.weight"] = rng.standard_normal((4, channels, 3, 3)).astype(np.float32)
+        tensors[f"features.{index}.bias"] = rng.standard_normal(4).astype(np.float32)
+        channels = 4
+    return tensors
+
+
+def test_safetensors_of_torchvision_or_timm(tmp_path):
+    seed = load("contrastive")["vgg_seed"]
+    tensors = {"head.fc.bias": np.zeros(10, np.float32), "features.30.bias": np.zeros(512, np.float32)}
+    for index, (_, weight, bias) in zip(INDICES, vgg19_tensors(seed)):
+        tensors |= {f"features.{index}.weight": weight, f"features.{index}.bias": bias}
+    save_file(tensors, tmp_path / "timm.safetensors")
+    said = convert_vgg(tmp_path / "timm.safetensors", tmp_path / "ours.safetensors")
+    assert "5 of 5 levels, zeros padding" in said
+    x = jnp.ones((1, 16, 16, 3)) * jnp.linspace(0, 1, 16).reshape(1, 1, 16, 1)
+    for ours, expected in zip(load_vgg19(tmp_path / "ours.safetensors")(x), vgg19(seed)(x)):
+        np.testing.assert_array_equal(ours, expected)
+    with safe_open(tmp_path / "ours.safetensors", "np") as file:
+        metadata = file.metadata()
+    assert {"source", "sha256", "licence", "convention"} <= set(metadata) and len(metadata["sha256"]) == 64
+    assert json.loads(metadata["convention"]) == {"padding": "zeros", "input": "rgb01"}
+
+
+def test_npz_with_reflection_and_aux_layers(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {"conv0_w": np.ones((3, 3, 1, 1), np.float32), "conv1_1_w": np.full((2, 3, 3, 3), 9, np.float32)}
+    for name, shape in {"conv1_1_rgb01": (2, 3, 3, 3), "aux1_1": (5, 2, 1, 1), "conv1_2": (2, 2, 3, 3), "conv2_1": (4, 2, 3, 3)}.items():
+        arrays |= {f"{name}_w": rng.standard_normal(shape).astype(np.float32), f"{name}_b": np.ones(shape[0], np.float32)}
+    np.savez(tmp_path / "narrow.npz", **arrays)
+    assert "2 of 5 levels, reflect padding" in convert_vgg(tmp_path / "narrow.npz", tmp_path / "ours.safetensors")
+    features = load_vgg19(tmp_path / "ours.safetensors")(jnp.full((1, 4, 4, 3), 0.5))
+    first = np.maximum(arrays["conv1_1_rgb01_w"].sum((1, 2, 3)) * 0.5 + 1, 0)  # by hand: a flat image under reflection
+    np.testing.assert_allclose(features[0][0, 0, 0], arrays["aux1_1_w"][:, :, 0, 0] @ first + 1, rtol=1e-5)
+    assert [f.shape[-1] for f in features] == [5, 4]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features.17.weight": np.zeros((4, 4, 3, 3), np.float32)}, "this is a VGG-16, VGG-19 is needed"),
+        ({"features.1.running_mean": np.zeros(4, np.float32)}, "VGG with batch normalization"),
+        ({"features.28.bias": None}, r"tensor features.28.bias \(conv5_1\) is missing"),
+        (
+            {"features.5.weight": np.zeros((4, 4, 5, 5), np.float32)},
+            r"conv2_1.kernel has shape \(5, 5, 4, 4\) and must have \(3, 3, 4, 4\)",
+        ),
+        ({"features.2.bias": np.full(4, np.inf, np.float32)}, "conv1_2.bias has values that are not finite"),
+        ({"features.2.bias": np.zeros(4, np.int32)}, "features.2.bias has type int32"),
+    ],
+)
+def test_wrong_vgg_files_are_named(tmp_path, change, message):
+    save_file({k: v for k, v in (small_vgg() | change).items() if v is not None}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=message) as error:
+        convert_vgg(tmp_path / "x.safetensors", tmp_path / "y.safetensors")
+    assert "\n" not in str(error.value) and not (tmp_path / "y.safetensors").exists()
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_truncated_files_are_named(tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+    np.savez(path, **small_vgg()) if suffix == ".npz" else save_file(small_vgg(), path)
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(UserError, match=f"x{suffix} is damaged or no {suffix} file"):
+        convert_vgg(path, tmp_path / "y.safetensors")
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match="is damaged"):
+        convert_vgg(path, tmp_path / "y.safetensors")
+
+
+def test_names_of_the_official_checkpoint_round_trip():
+    """Bit by bit, and every official tensor has a name of ours."""
+    official = official_weights(0)
+    back = official_arrays(our_arrays(official))
+    assert set(back) == set(official) == {theirs for theirs, _ in NAMES.values()}
+    for name, array in official.items():
+        np.testing.assert_array_equal(back[name], array)
+
+
+def test_without_torch_one_line_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    (tmp_path / "a.pth").write_bytes(b"x")
+    with pytest.raises(UserError, match="needs PyTorch: run `pip install torch`"):
+        convert_vgg(tmp_path / "a.pth", tmp_path / "b.safetensors")
+
+
+# ---- with PyTorch
+
+
+def save_official(torch, path, tensors, *, surround=True, prefix="module."):
+    state = {prefix + k: torch.from_numpy(np.array(v)) for k, v in tensors.items()}
+    torch.save({"epoch": 1, "model": state, "psnrs": [1.0]} if surround else state, path)
+    return path
+
+
+@pytest.mark.parametrize(("surround", "prefix"), [(True, "module."), (True, ""), (False, "module."), (False, "")])
+def test_official_checkpoint_gives_the_official_output(tmp_path, surround, prefix):
+    torch = pytest.importorskip("torch", reason="reading .pth files needs PyTorch")
+    d = load("official_forward")
+    path = save_official(torch, tmp_path / "official.pk", official_weights(d["weight_seed"]), surround=surround, prefix=prefix)
+    assert "34 tensors, width 64" in convert_aecr(path, tmp_path / "ours")
+    if surround and prefix:
+        np.testing.assert_allclose(load_checkpoint(tmp_path / "ours")(jnp.array(nhwc(d["x"]))), nhwc(d["y"]), atol=2e-5)
+
+
+def test_the_way_back_is_bit_exact(tmp_path):
+    torch = pytest.importorskip("torch", reason="writing .pth files needs PyTorch")
+    official = official_weights(3)
+    convert_aecr(save_official(torch, tmp_path / "a.pth", official), tmp_path / "ours")
+    convert_aecr(tmp_path / "ours", tmp_path / "back.pth")
+    back = torch.load(tmp_path / "back.pth", weights_only=True)
+    assert {k: v.numpy().tobytes() for k, v in back.items()} == {k: v.tobytes() for k, v in official.items()}
+
+
+def test_other_networks_have_no_way_back(tmp_path):
+    pytest.importorskip("torch", reason="writing .pth files needs PyTorch")
+    from flax import nnx
+
+    export_model(AECRNet(ModelConfig(width=2, mixup="sum"), rngs=nnx.Rngs(0)), tmp_path / "ours")
+    with pytest.raises(UserError, match="is not the official network"):
+        convert_aecr(tmp_path / "ours", tmp_path / "x.pth")
+
+
+def test_wrong_official_files_are_named(tmp_path):
+    torch = pytest.importorskip("torch", reason="reading .pth files needs PyTorch")
+    official = official_weights(0)
+    for change, message in [
+        ({"up2.0.bias": None}, r"tensor up2.0.bias of shape \(64,\) is missing"),
+        ({"down1.1.weight": None}, r"tensor down1.1.weight of shape \(64, 3, 7, 7\) is missing"),
+        ({"mix1.w": np.zeros(2, np.float32)}, r"tensor mix1.w has shape \(2,\) and must have \(1,\)"),
+        ({"deconv.bias": np.full(3, np.nan, np.float32)}, "tensor deconv.bias has values that are not finite"),
+        ({"extra": np.zeros(1, np.float32)}, "tensor extra is not one of the official AECR-Net"),
+    ]:
+        path = save_official(torch, tmp_path / "x.pk", {k: v for k, v in (official | change).items() if v is not None})
+        with pytest.raises(UserError, match=message):
+            convert_aecr(path, tmp_path / "ours")
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"x\.pk is damaged, or a pickle that would run code"):
+        convert_aecr(path, tmp_path / "ours")
+    torch.save([1, 2], tmp_path / "list.pk")
+    with pytest.raises(UserError, match="holds no state dict"):
+        convert_aecr(tmp_path / "list.pk", tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+class Touch:
+    """Unpickling this would create a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_a_pickle_with_code_is_refused_and_runs_nothing(tmp_path):
+    torch = pytest.importorskip("torch", reason="reading .pth files needs PyTorch")
+    torch.save({"model": Touch(str(tmp_path / "ran"))}, tmp_path / "evil.pth")
+    for convert in (convert_aecr, convert_vgg):
+        with pytest.raises(UserError, match="would run code and is refused"):
+            convert(tmp_path / "evil.pth", tmp_path / "out.safetensors")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_torchvision_pth(tmp_path):
+    torch = pytest.importorskip("torch", reason="reading .pth files needs PyTorch")
+    torch.save({k: torch.from_numpy(v) for k, v in small_vgg().items()}, tmp_path / "vgg19.pth")
+    assert "5 of 5 levels" in convert_vgg(tmp_path / "vgg19.pth", tmp_path / "ours.safetensors")
