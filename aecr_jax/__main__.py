@@ -99,14 +99,19 @@ def _eval(options: argparse.Namespace, rest: list[str]) -> int:
     if options.save_images and not options.output:
         raise UserError("--save-images needs --output DIR")
     checkpoint = options.checkpoint or DEFAULT_MODEL
-    if options.output:
-        make_folder(options.output)
     model, config = load_checkpoint_with_config(checkpoint)
     restorer = Restorer(model)
     # The embedded scenes at the size that the run evaluated on, so that the two scores agree.
     size = config.get("data", {}).get("scene_size", DataConfig.scene_size)
     samples = open_eval_data(options.data, tuple(size))
+    if options.output:
+        make_folder(options.output)
     shown = {i * len(samples) // 4 for i in range(4)}
+    if options.save_images:
+        inputs = {Path(path).parent.resolve() for sample in samples for path in sample if isinstance(path, Path)}
+        for kind in ("hazy", "restored", "clear"):
+            if (folder := Path(options.output) / kind).resolve() in inputs:
+                raise UserError(f"{folder} holds images to evaluate on and would be overwritten: name another --output")
     scores: list[Score] = []
     rows: list[list[np.ndarray]] = []
     for score, image, restored in evaluate(restorer, eval_images(samples), len(samples)):
@@ -121,6 +126,8 @@ def _eval(options: argparse.Namespace, rest: list[str]) -> int:
                     write_image(Path(options.output) / kind / f"{image.name}.png", picture)
     means = summarize(scores)
     about = {"checkpoint": str(checkpoint), "data": options.data, "metrics": "RGB, float, as the official code"}
+    if "step" in config:
+        about["step"] = config["step"]
     if options.output:
         write_results(options.output, scores, means | about)
         write_image(Path(options.output) / "panel.png", panel(rows))

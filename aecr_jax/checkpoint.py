@@ -63,27 +63,51 @@ class Checkpoints:
             "input": CheckpointSave(iterator),
             "config": ocp.args.JsonSave(dataclasses.asdict(config)),
         }
-        self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics={"psnr": psnr})
+        try:
+            saved = self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics={"psnr": psnr})
+        except Exception as error:  # the disk's, at this save or the one before, come in many kinds
+            raise UserError(f"no checkpoint can be written to {self.folder}: {first_line(error)}") from error
+        if not saved:
+            raise UserError(f"{self.folder} has a checkpoint after step {int(state.step)}: name another train.workdir")
 
-    def restore(self, state: TrainState, iterator: Any, mesh: Mesh) -> TrainState | None:
+    def restore(self, model: ModelConfig, state: TrainState, iterator: Any, mesh: Mesh) -> TrainState | None:
         """The last whole checkpoint, onto `mesh`, and `iterator` set to its position; None if there is none.
 
-        One that cannot be read is skipped with a warning, for the one before it.
+        One that cannot be read is moved aside with a warning, for the one before it.
+
+        Raises:
+          UserError: no checkpoint can be read, or they are of another network than `model`.
         """
         replicated = NamedSharding(mesh, PartitionSpec())
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), state)
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        failed: list[int] = []
+        for step in reversed(self.steps()):
             items = {
                 "model": ocp.args.StandardRestore({"params": target.params, "stats": target.stats}),
                 "optimizer": ocp.args.StandardRestore({"step": target.step, "opt_state": target.opt_state}),
                 "input": CheckpointRestore(iterator),
             }
             try:
-                got = self._manager.restore(step, args=ocp.args.Composite(**items))
+                there = _model_config(self._load_config(step))
+                if there == model:
+                    got = self._manager.restore(step, args=ocp.args.Composite(**items))
             except Exception as error:  # orbax, tensorstore and the file system raise a dozen kinds
-                log.warning("checkpoint %s cannot be read (%s), trying the one before", self.folder / str(step), _first_line(error))
+                log.warning("checkpoint %s cannot be read (%s), trying the one before", self.folder / str(step), first_line(error))
+                failed.append(step)
                 continue
+            if there != model:
+                name = next(f.name for f in dataclasses.fields(model) if getattr(there, f.name) != getattr(model, f.name))
+                raise UserError(
+                    f"{self.folder.parent} holds another run: model.{name} is {getattr(there, name)} there and {getattr(model, name)} here;"
+                    " name another train.workdir"
+                )
+            for damaged in failed:  # orbax would save nothing before the latest step
+                (self.folder / str(damaged)).rename(self.folder.parent / f"damaged-checkpoint-{damaged}")
+            if failed:
+                self._manager.reload()
             return TrainState(**got["model"], **got["optimizer"])
+        if failed:
+            raise UserError(f"no checkpoint in {self.folder} can be read: delete the folder to begin anew, or name another train.workdir")
         return None
 
     def steps(self) -> list[int]:
@@ -96,18 +120,24 @@ class Checkpoints:
 
     def load_model(self, step: int) -> tuple[AECRNet, dict[str, Any]]:
         """The model of one step, on the default device, and the run's config."""
-        config = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+        config = self._load_config(step)
         model_config = _model_config(config)
         model = abstract_model(model_config)
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = {"params": get_arrays(model, nnx.Param), "stats": get_arrays(model, nnx.BatchStat)}
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), target)
         got = self._manager.restore(step, args=ocp.args.Composite(model=ocp.args.StandardRestore(target)))["model"]
-        return build_model(model_config, {**got["params"], **got["stats"]}), config
+        return build_model(model_config, {**got["params"], **got["stats"]}), config | {"step": step}
+
+    def _load_config(self, step: int) -> dict[str, Any]:
+        return self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
 
     def close(self) -> None:
         """Waits until everything is written."""
-        self._manager.close()
+        try:
+            self._manager.close()
+        except Exception as error:
+            raise UserError(f"the last checkpoint cannot be written to {self.folder}: {first_line(error)}") from error
 
 
 def load_checkpoint(path: str | Path = DEFAULT_MODEL) -> AECRNet:
@@ -151,7 +181,7 @@ def load_checkpoint_with_config(path: str | Path) -> tuple[AECRNet, dict[str, An
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"checkpoint {checkpoints.folder / str(step)} is damaged or half written: {_first_line(error)}") from error
+        raise UserError(f"checkpoint {checkpoints.folder / str(step)} is damaged or half written: {first_line(error)}") from error
     finally:
         checkpoints.close()
 
@@ -160,16 +190,19 @@ def export_model(model: AECRNet, path: str | Path, about: dict[str, Any] | None 
     """Writes a model as a folder that `load_checkpoint` reads; `about` (JSON) is kept beside the model's config.
 
     Raises:
-      UserError: the folder cannot be written.
+      UserError: the folder cannot be written, or holds a training run.
     """
-    path = make_folder(path)
+    path = Path(path)
+    if (path / _CHECKPOINTS).exists():
+        raise UserError(f"{path} holds a training run: name another folder for the model")
+    make_folder(path)
     arrays = {name: np.asarray(array) for name, array in get_arrays(model).items()}
     try:
         save_file(arrays, path / _WEIGHTS, metadata={"format": "aecr_jax.model"})
         text = json.dumps({"model": dataclasses.asdict(model.config), "about": about or {}}, indent=2)
         (path / _CONFIG).write_text(text + "\n")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be written: {error}") from error
 
 
 def _load_exported(path: Path) -> tuple[AECRNet, dict[str, Any]]:
@@ -180,7 +213,7 @@ def _load_exported(path: Path) -> tuple[AECRNet, dict[str, Any]]:
         dtype = jnp.dtype(model_config.param_dtype)
         return build_model(model_config, {name: array.astype(dtype) for name, array in arrays.items()}), config
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"model {path} is damaged or half written: {_first_line(error)}") from error
+        raise UserError(f"model {path} is damaged or half written: {first_line(error)}") from error
 
 
 def _model_config(config: dict[str, Any]) -> ModelConfig:
@@ -188,8 +221,9 @@ def _model_config(config: dict[str, Any]) -> ModelConfig:
 
 
 def _psnr(metrics: Any) -> float:
-    return metrics["psnr"]
+    return metrics["psnr"] if np.isfinite(metrics["psnr"]) else -np.inf
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type: libraries' messages run over many."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import tyro
 
 from aecr_jax.errors import UserError
@@ -110,6 +111,8 @@ class Config:
         """Raises UserError at the first setting that cannot work."""
         least = {
             "data.crop": (self.data.crop, 4),
+            "data.scene_size": (min(self.data.scene_size), 8),
+            "train.seed": (self.train.seed, 0),
             "data.scenes": (self.data.scenes, 1),
             "data.holdout": (self.data.holdout, 0),
             "data.threads": (self.data.threads, 1),
@@ -127,7 +130,7 @@ class Config:
             "train.eval_images": (self.train.eval_images, 1),
         }
         for name, (value, minimum) in least.items():
-            if not value >= minimum:
+            if isinstance(value, str) or not value >= minimum:
                 raise UserError(f"{name} (={value}) must be at least {minimum}")
         if not self.train.learning_rate > 0:
             raise UserError(f"train.learning_rate (={self.train.learning_rate}) must be positive")
@@ -135,6 +138,8 @@ class Config:
             count = getattr(self.loss, name)
             if self.loss.cr and count > self.train.batch:
                 raise UserError(f"loss.{name} (={count}) must be at most train.batch (={self.train.batch})")
+        if "float64" in (self.model.dtype, self.model.param_dtype) and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+            raise UserError("float64 needs the environment variable JAX_ENABLE_X64=1")
         data = self.data
         if data.hazy and data.depth:
             raise UserError("data.hazy and data.depth are both set: name hazy images, or depth to make haze from")
@@ -159,6 +164,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         config = runpy.run_path(str(path)).get("config")
     except Exception as error:
+        if isinstance(error, TypeError) and (unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error))):
+            raise UserError(f"config file {path}: unknown setting {unknown[1]}{_nearest(unknown[1], _names(Config()))}") from error
         raise UserError(f"config file {path} fails: {type(error).__name__}: {error}") from error
     if not isinstance(config, Config):
         raise UserError(f"config file {path} must set `config = Config(...)`, not {type(config).__name__}")
@@ -169,14 +176,9 @@ def override(config: Config, arguments: Sequence[str]) -> Config:
     """Returns `config` with `--section.key value` arguments applied; errors as in `load_config`."""
     names = _names(config)
     for argument in arguments:
-        name = argument.removeprefix("--").split("=")[0].replace("-", "_")
-        if argument.startswith("--") and name not in names and not re.fullmatch(r"-?[\d.].*", argument):
-            if name in ("help", "h"):
-                continue
-            near = difflib.get_close_matches(name, names, 3, 0.5) or [n for n in names if n.split(".")[-1] == name.split(".")[-1]]
-            raise UserError(
-                f"unknown setting --{name}" + (f"; nearest: {', '.join('--' + n for n in near)}" if near else "; --help lists them")
-            )
+        name = argument.lstrip("-").split("=")[0].replace("-", "_")
+        if re.match(r"--?[a-z]", argument) and name not in (*names, "help", "h"):
+            raise UserError(f"unknown setting --{name}{_nearest(name, names)}")
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -197,6 +199,12 @@ def override(config: Config, arguments: Sequence[str]) -> Config:
         raise UserError(str(error)) from error
     config.validate()
     return config
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    last = {n.split(".")[-1]: n for n in names}
+    near = difflib.get_close_matches(name, names, 3, 0.5) or [last[n] for n in difflib.get_close_matches(name.split(".")[-1], last, 3, 0.6)]
+    return f"; nearest: {', '.join('--' + n for n in near)}" if near else "; --help lists them"
 
 
 def _names(config: Any, prefix: str = "") -> list[str]:

@@ -7,7 +7,8 @@ can run code.
 from __future__ import annotations
 
 import hashlib
-import zipfile
+import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from aecr_jax.checkpoint import export_model, load_checkpoint
+from aecr_jax.checkpoint import export_model, first_line, load_checkpoint
+from aecr_jax.data.images import make_folder
 from aecr_jax.errors import UserError
 from aecr_jax.model import ModelConfig, abstract_model, build_model, get_arrays
 from aecr_jax.official import official_arrays, official_names, our_arrays
@@ -45,6 +47,8 @@ def convert_vgg(file: str | Path, output: str | Path) -> str:
       UserError: the file is not one of these, a tensor is wrong, or the output cannot be written.
     """
     file, output = Path(file), Path(output)
+    if output.suffix != ".safetensors" or output.resolve() == file.resolve():
+        raise UserError(f"--output {output} must be another file, and end in .safetensors")
     tensors = _read_tensors(file)
     try:
         if file.suffix == ".npz":
@@ -56,10 +60,8 @@ def convert_vgg(file: str | Path, output: str | Path) -> str:
         raise UserError(f"{file}: {error}") from error
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     source, licence = _KNOWN.get(digest[:8], (f"{file.name}, not a known file", "not known: see where the file came from"))
-    if output.suffix != ".safetensors":
-        raise UserError(f"--output {output} must end in .safetensors")
+    make_folder(output.parent)
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
         save_file(weights, output, metadata=vgg_metadata(convention, source=source, sha256=digest, licence=licence))
     except (OSError, SafetensorError) as error:
         raise UserError(f"{output} cannot be written: {error}") from error
@@ -102,10 +104,11 @@ def convert_aecr(file: str | Path, output: str | Path) -> str:
 
 
 def _official_config(file: Path, tensors: Tensors) -> ModelConfig:
-    first = tensors.get("down1.1.weight")
-    if first is None or first.ndim != 4:
+    # The width that most of these agree on, so that one wrong tensor is not blamed on the others.
+    widths = [len(tensors[name]) for name in ("down1.1.weight", "down1.1.bias", "up2.0.bias") if name in tensors and tensors[name].ndim]
+    if len(widths) < 2 or not all(widths):
         raise UserError(f"{file}: tensor down1.1.weight of shape (64, 3, 7, 7) is missing: this is no official AECR-Net checkpoint")
-    return ModelConfig(width=first.shape[0], fast_deconv="deconv.weight" in tensors)
+    return ModelConfig(width=statistics.mode(widths), fast_deconv="deconv.weight" in tensors)
 
 
 def _to_official(folder: Path, output: Path) -> str:
@@ -116,8 +119,8 @@ def _to_official(folder: Path, output: Path) -> str:
     if config != fixed:
         raise UserError(f"{folder} is not the official network, which shares its blocks, has DFE after them and adaptive mixup: {config}")
     arrays = official_arrays({name: np.asarray(array) for name, array in get_arrays(model).items()})
+    make_folder(output.parent)
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
         torch.save({name: torch.from_numpy(np.array(array, order="C")) for name, array in arrays.items()}, output)
     except (OSError, RuntimeError) as error:
         raise UserError(f"{output} cannot be written: {error}") from error
@@ -165,15 +168,15 @@ def _to_hwio(tensor: np.ndarray, name: str) -> np.ndarray:
 def _read_tensors(file: Path) -> Tensors:
     if not file.is_file():
         raise UserError(f"there is no file {file}")
+    if file.suffix not in (".npz", ".safetensors"):
+        return _read_pickle(file)
     try:
-        if file.suffix == ".npz":
-            with open(file, "rb") as opened, np.load(opened, allow_pickle=False) as archive:
-                return {name: archive[name] for name in archive.files}
         if file.suffix == ".safetensors":
             return load_file(file)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, SafetensorError) as error:
-        raise UserError(f"{file} is damaged or no {file.suffix} file: {str(error).splitlines()[0]}") from error
-    return _read_pickle(file)
+        with open(file, "rb") as opened, np.load(opened, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except Exception as error:  # zip, zlib, NumPy and safetensors each raise kinds of their own
+        raise UserError(f"{file} is damaged or no {file.suffix} file: {first_line(error)}") from error
 
 
 def _read_pickle(file: Path) -> Tensors:
@@ -181,19 +184,24 @@ def _read_pickle(file: Path) -> Tensors:
     try:
         loaded: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises from pickle, zipfile and its own reader
-        raise UserError(
-            f"{file} is damaged, or a pickle that would run code and is refused: {str(error).strip().splitlines()[0][:200]}"
-        ) from error
-    if isinstance(loaded, dict) and isinstance(loaded.get("model"), dict):
-        loaded = loaded["model"]
+        raise UserError(f"{file} is damaged, or a pickle that would run code and is refused: {first_line(error)}") from error
+    for key in ("model", "state_dict"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
     if not isinstance(loaded, dict) or not loaded or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
-        raise UserError(f"{file} holds no state dict: a dict of tensors, or one under the key 'model', is needed")
-    return {str(name): value.detach().numpy() for name, value in loaded.items()}
+        raise UserError(f"{file} holds no state dict: a dict of tensors, or one under the key 'model' or 'state_dict', is needed")
+    try:
+        return {str(name): value.detach().to(torch.float32).numpy() for name, value in loaded.items()}
+    except Exception as error:
+        raise UserError(f"{file} holds tensors that are not dense: {first_line(error)}") from error
 
 
 def _import_torch(purpose: str) -> Any:
     try:
         import torch
     except ImportError as error:
-        raise UserError(f"{purpose} needs PyTorch: run `pip install torch`, or use a .safetensors file") from error
+        raise UserError(f"{purpose} needs PyTorch: run `pip install 'torch>=2.6'` (.safetensors and .npz files do not)") from error
+    # Before 2.6 a crafted file got past weights_only (CVE-2025-32434).
+    if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < (2, 6):
+        raise UserError(f"{purpose} needs PyTorch 2.6 or newer, not {torch.__version__}: run `pip install 'torch>=2.6'`")
     return torch

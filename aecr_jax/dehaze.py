@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from aecr_jax.checkpoint import DEFAULT_MODEL, load_checkpoint
-from aecr_jax.data.images import EXTENSIONS, list_images, make_folder, read_image, write_image
+from aecr_jax.data.images import EXTENSIONS, list_images, make_folder, read_image, unique_names, write_image
 from aecr_jax.errors import UserError
 from aecr_jax.restore import Restorer, restore_tiled
 
@@ -38,8 +38,8 @@ def dehaze(inputs: Sequence[str | Path], output: str | Path, *, checkpoint: str 
         raise UserError(f"tile (={tile}) must be 0 or at least {2 * OVERLAP}")
     images = _list_inputs(inputs)
     targets = _targets(images, Path(output))
-    make_folder(output)
     restorer = Restorer(load_checkpoint(DEFAULT_MODEL if checkpoint is None else checkpoint))
+    make_folder(output)
     print(f"model: {'shipped with the package' if checkpoint is None else checkpoint}")
     failed = 0
     for source, target in tqdm(list(zip(images, targets)), "dehazing", unit="image"):
@@ -72,15 +72,8 @@ def _list_inputs(inputs: Sequence[str | Path]) -> list[Path]:
 
 def _targets(images: Sequence[Path], output: Path) -> list[Path]:
     sources = {path.resolve() for path in images}
-    targets: list[Path] = []
-    taken: set[str] = set()
-    for image in images:
-        name, number = image.stem, 1
-        while name.lower() in taken:  # a.jpg and a.png, or the same name from two folders
-            number += 1
-            name = f"{image.stem}_{number}"
-        taken.add(name.lower())
-        targets.append(output / f"{name}.png")
-        if targets[-1].resolve() in sources:
-            raise UserError(f"{targets[-1]} is an input and would be replaced: name another folder for --output")
+    targets = [output / f"{name}.png" for name in unique_names(image.stem for image in images)]
+    for target in targets:
+        if target.resolve() in sources:
+            raise UserError(f"{target} is an input and would be replaced: name another folder for --output")
     return targets

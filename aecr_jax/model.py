@@ -130,7 +130,7 @@ def abstract_model(config: ModelConfig) -> AECRNet:
 
 
 def build_model(config: ModelConfig, arrays: Mapping[str, Any]) -> AECRNet:
-    """The network in evaluation mode with the given arrays; raises as `set_arrays`."""
+    """The network in evaluation mode with the given arrays (as `get_arrays` names them); raises as `replace_arrays`."""
     graph, state = nnx.split(abstract_model(config))
     model = nnx.merge(graph, replace_arrays(state, {name: jnp.asarray(array) for name, array in arrays.items()}))
     model.eval()
@@ -143,17 +143,12 @@ def get_arrays(model: nnx.Module, kind: Any = nnx.Variable) -> dict[str, Array]:
     return {".".join(map(str, path)): variable.get_value() for path, variable in zip(flat.paths, flat.leaves)}
 
 
-def set_arrays(model: nnx.Module, arrays: Mapping[str, Any]) -> None:
-    """Puts `arrays` (as `get_arrays` names them) into a model.
+def replace_arrays(state: nnx.State, arrays: Mapping[str, Any]) -> nnx.State:
+    """A state like `state` (which may be abstract) with the values `arrays`, as `get_arrays` names them.
 
     Raises:
-      ValueError: a name is missing or unknown, or a shape differs; the model is then unchanged.
+      ValueError: a name is missing or unknown, or a shape differs.
     """
-    nnx.update(model, replace_arrays(nnx.state(model), arrays))
-
-
-def replace_arrays(state: nnx.State, arrays: Mapping[str, Any]) -> nnx.State:
-    """A state like `state` (which may be abstract) with the values `arrays`; raises as `set_arrays`."""
     flat = nnx.to_flat_state(state)
     variables = {".".join(map(str, path)): variable for path, variable in zip(flat.paths, flat.leaves)}
     for name, variable in variables.items():

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
@@ -34,7 +35,7 @@ class Restorer:
 
     def set_arrays(self, arrays: Mapping[str, Any]) -> None:
         """Takes other parameters and statistics of the same model (as `get_arrays` names them); compiles nothing anew."""
-        local = {name: np.asarray(array) for name, array in arrays.items()}  # off the mesh: evaluation is one device's
+        local = {name: jnp.asarray(np.asarray(array)) for name, array in arrays.items()}  # off the mesh, onto one device
         self._state = replace_arrays(self._state, local)
 
     def __call__(self, hazy: np.ndarray) -> np.ndarray:

@@ -56,11 +56,13 @@ def learning_rate(config: Config) -> optax.Schedule:
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """The paper's Adam (0.9, 0.999) with PyTorch's epsilon; clipping before it and the factor for offsets after it, if set."""
-    parts = [optax.clip_by_global_norm(config.train.clip_norm)] if config.train.clip_norm else []
-    parts.append(optax.adam(learning_rate(config), b1=0.9, b2=0.999, eps=1e-8))
-    if config.train.offset_rate != 1:
-        parts.append(optax.masked(optax.scale(config.train.offset_rate), lambda params: {name: ".offset_mask." in name for name in params}))
-    return optax.chain(*parts)
+    train = config.train
+    # The parts are always three, so that a run can go on with other values of these settings.
+    return optax.chain(
+        optax.clip_by_global_norm(train.clip_norm) if train.clip_norm else optax.identity(),
+        optax.adam(learning_rate(config), b1=0.9, b2=0.999, eps=1e-8),
+        optax.masked(optax.scale(train.offset_rate), lambda params: {name: ".offset_mask." in name for name in params}),
+    )
 
 
 def init_state(config: Config, model: AECRNet | None = None) -> TrainState:

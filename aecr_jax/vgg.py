@@ -18,7 +18,6 @@ from aecr_jax.errors import UserError
 
 # Convolutions up to relu5_1, which is all that the paper uses; a 2x2 max pooling stands between the stages.
 CONVOLUTIONS = [f"conv{stage}_{i}" for stage, count in enumerate((2, 2, 4, 4, 1), 1) for i in range(1, count + 1)]
-LEVELS = 5
 HOW_TO_GET = (
     "get torchvision's vgg19-dcbb9e9d.pth (or its .safetensors from timm) and run"
     " `python -m aecr_jax convert-vgg vgg19-dcbb9e9d.pth --output vgg19.safetensors`"

@@ -10,9 +10,21 @@ from aecr_jax.config import Config, DataConfig, LossConfig, TrainConfig
 from aecr_jax.model import ModelConfig
 
 config = Config(
-    model=ModelConfig(width=12),
-    data=DataConfig(scenes=80, scene_size=(180, 240), crop=96, threads=2),
+    model=ModelConfig(width=16),
+    data=DataConfig(scenes=150, scene_size=(144, 192), crop=96, threads=2),
     # No trained VGG-19 can be shipped, so the regularization compares features of a random one.
     loss=LossConfig(features="random"),
-    train=TrainConfig(workdir="runs/demo", steps=500, batch=4, learning_rate=2e-3, log_every=25, eval_every=250, eval_images=8),
+    train=TrainConfig(
+        workdir="runs/demo",
+        steps=1000,
+        batch=4,
+        # Ten times the paper's, for a run so short; without the next three lines the offsets run away.
+        learning_rate=2e-3,
+        warmup=50,
+        offset_rate=0.1,
+        clip_norm=1.0,
+        log_every=50,
+        eval_every=250,
+        eval_images=8,
+    ),
 )

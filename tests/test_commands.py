@@ -12,7 +12,7 @@ from aecr_jax import load_checkpoint
 from aecr_jax.__main__ import main
 from aecr_jax.checkpoint import export_model
 from aecr_jax.data.images import read_image
-from aecr_jax.model import AECRNet, ModelConfig
+from aecr_jax.model import AECRNet, ModelConfig, get_arrays
 
 TINY = """
 from aecr_jax.config import Config, DataConfig, LossConfig, TrainConfig
@@ -97,6 +97,54 @@ def test_a_damaged_checkpoint_is_skipped(run, config_file, tmp_path, capsys, cap
     assert main(["train", "--config", config_file, "--train.workdir", str(workdir)]) == 0
     assert "checkpoints/4 cannot be read" in caplog.text
     assert "continuing from step 2" in capsys.readouterr().out
+    load_checkpoint(workdir / "checkpoints" / "4")  # written anew
+    assert (workdir / "damaged-checkpoint-4").is_dir()
+    assert [entry["step"] for entry in lines(workdir, "train")] == [1, 2, 3, 4]
+
+
+def test_another_network_does_not_continue_a_run(run, config_file, capsys):
+    before = (run / "config.json").read_text()
+    said = fails(capsys, "train", "--config", config_file, "--train.workdir", run, "--model.width", "2")
+    assert "holds another run: model.width is 4 there and 2 here; name another train.workdir" in said
+    assert (run / "config.json").read_text() == before
+
+
+def test_a_complete_run_only_evaluates(run, config_file, capsys):
+    assert (
+        main(["train", "--config", config_file, "--train.workdir", str(run), "--train.clip_norm", "1", "--train.offset_rate", "0.5"]) == 0
+    )
+    assert "continuing from step 4" in (said := capsys.readouterr().out) and "done: step 4" in said
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(config_file, tmp_path, capsys):
+    workdir = tmp_path / "w"
+    options = [
+        "--train.workdir",
+        workdir,
+        "--train.learning_rate",
+        "1e30",
+        "--train.log_every",
+        "10",
+        "--train.eval_every",
+        "1",
+        "--loss.cr",
+        "0",
+    ]
+    said = fails(capsys, "train", "--config", config_file, *options)
+    assert "is not finite between steps" in said
+    for step in (int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()):
+        arrays = get_arrays(load_checkpoint(workdir / "checkpoints" / str(step)))
+        assert step < 4 and "fast_deconv.kernel" in arrays
+
+
+def test_a_damaged_evaluation_image_is_found_before_training(config_file, tmp_path, capsys):
+    for side in ("hazy", "clear"):
+        for i in range(3):
+            picture(tmp_path / side / f"{i}.png", (20, 20))
+    (tmp_path / "hazy" / "1.png").write_bytes(b"")
+    folders = ["--data.eval_hazy", tmp_path / "hazy", "--data.eval_clear", tmp_path / "clear"]
+    assert "1.png is not an image file" in fails(capsys, "train", "--config", config_file, "--train.workdir", tmp_path / "w", *folders)
+    assert not (tmp_path / "w").exists()
 
 
 def test_train_refuses_bad_input(config_file, tmp_path, capsys):
@@ -146,6 +194,10 @@ def test_eval_refuses_bad_input(model_dir, tmp_path, capsys):
     assert "there is no checkpoint folder" in fails(capsys, "eval", "--checkpoint", tmp_path / "none", "--data", "scenes")
     assert "--data" in fails(capsys, "eval")
     assert "unrecognized arguments: --chekpoint" in fails(capsys, "eval", "--data", "scenes", "--chekpoint", "x")
+    for side in ("hazy", "clear"):
+        picture(tmp_path / "set" / side / "1.png")
+    said = fails(capsys, "eval", "--checkpoint", model_dir, "--data", tmp_path / "set", "--output", tmp_path / "set", "--save-images")
+    assert "would be overwritten" in said
     assert "--save-images needs --output" in fails(capsys, "eval", "--data", "scenes", "--save-images")
 
 

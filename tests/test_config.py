@@ -37,6 +37,9 @@ def test_overrides_are_typed():
         (["--model.mixup", "mean"], r"'mean'.*model.mixup.*'adaptive', 'sum', 'none'"),
         (["--train.steps"], r"Missing value for argument '--train.steps'"),
         (["stray"], r"stray"),
+        (["--train.seed", "-1"], r"train.seed \(=-1\) must be at least 0"),
+        (["--data.scene_size", "0", "0"], r"data.scene_size \(=0\) must be at least 8"),
+        (["--model.dtype", "float64"], r"float64 needs the environment variable JAX_ENABLE_X64=1"),
         (["--train.batch", "0"], r"train.batch \(=0\) must be at least 1"),
         (["--model.width", "0"], r"width \(=0\) must be at least 1"),
         (["--train.learning_rate", "-1"], r"train.learning_rate \(=-1.0\) must be positive"),
@@ -84,6 +87,9 @@ def test_bad_config_files(tmp_path):
     (tmp_path / "empty.py").write_text("x = 1\n")
     with pytest.raises(UserError, match=r"must set `config = Config\(...\)`, not NoneType"):
         load_config(tmp_path / "empty.py")
+    (tmp_path / "typo.py").write_text("from aecr_jax.config import *\nconfig = Config(train=TrainConfig(stesp=3))\n")
+    with pytest.raises(UserError, match=r"unknown setting stesp; nearest: --train\.steps"):
+        load_config(tmp_path / "typo.py")
     (tmp_path / "broken.py").write_text("1 / 0\n")
     with pytest.raises(UserError, match="fails: ZeroDivisionError"):
         load_config(tmp_path / "broken.py")

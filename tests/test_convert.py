@@ -4,6 +4,7 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from reference import load, nhwc, official_weights, vgg19, vgg19_tensors
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -90,6 +91,15 @@ def test_truncated_files_are_named(tmp_path, suffix):
         convert_vgg(path, tmp_path / "y.safetensors")
 
 
+def test_outputs_replace_no_inputs(tmp_path):
+    save_file(small_vgg(), tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="must be another file"):
+        convert_vgg(tmp_path / "x.safetensors", tmp_path / "x.safetensors")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds a training run"):
+        export_model(AECRNet(ModelConfig(width=1, blocks=1, dfe="none"), rngs=nnx.Rngs(0)), tmp_path / "run")
+
+
 def test_names_of_the_official_checkpoint_round_trip():
     """Bit by bit, and every official tensor has a name of ours."""
     official = official_weights(0)
@@ -102,7 +112,7 @@ def test_names_of_the_official_checkpoint_round_trip():
 def test_without_torch_one_line_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     (tmp_path / "a.pth").write_bytes(b"x")
-    with pytest.raises(UserError, match="needs PyTorch: run `pip install torch`"):
+    with pytest.raises(UserError, match=r"needs PyTorch: run `pip install 'torch>=2.6'`"):
         convert_vgg(tmp_path / "a.pth", tmp_path / "b.safetensors")
 
 
@@ -136,8 +146,6 @@ def test_the_way_back_is_bit_exact(tmp_path):
 
 def test_other_networks_have_no_way_back(tmp_path):
     pytest.importorskip("torch", reason="writing .pth files needs PyTorch")
-    from flax import nnx
-
     export_model(AECRNet(ModelConfig(width=2, mixup="sum"), rngs=nnx.Rngs(0)), tmp_path / "ours")
     with pytest.raises(UserError, match="is not the official network"):
         convert_aecr(tmp_path / "ours", tmp_path / "x.pth")
@@ -149,6 +157,10 @@ def test_wrong_official_files_are_named(tmp_path):
     for change, message in [
         ({"up2.0.bias": None}, r"tensor up2.0.bias of shape \(64,\) is missing"),
         ({"down1.1.weight": None}, r"tensor down1.1.weight of shape \(64, 3, 7, 7\) is missing"),
+        (
+            {"down1.1.weight": np.zeros((3, 64, 7, 7), np.float32)},
+            r"down1.1.weight has shape \(3, 64, 7, 7\) and must have \(64, 3,",
+        ),
         ({"mix1.w": np.zeros(2, np.float32)}, r"tensor mix1.w has shape \(2,\) and must have \(1,\)"),
         ({"deconv.bias": np.full(3, np.nan, np.float32)}, "tensor deconv.bias has values that are not finite"),
         ({"extra": np.zeros(1, np.float32)}, "tensor extra is not one of the official AECR-Net"),
@@ -156,9 +168,10 @@ def test_wrong_official_files_are_named(tmp_path):
         path = save_official(torch, tmp_path / "x.pk", {k: v for k, v in (official | change).items() if v is not None})
         with pytest.raises(UserError, match=message):
             convert_aecr(path, tmp_path / "ours")
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"x\.pk is damaged, or a pickle that would run code"):
-        convert_aecr(path, tmp_path / "ours")
+    for rest in (b"", path.read_bytes()[:1000]):
+        path.write_bytes(rest)
+        with pytest.raises(UserError, match=r"x\.pk is damaged, or a pickle that would run code"):
+            convert_aecr(path, tmp_path / "ours")
     torch.save([1, 2], tmp_path / "list.pk")
     with pytest.raises(UserError, match="holds no state dict"):
         convert_aecr(tmp_path / "list.pk", tmp_path / "ours")

@@ -108,6 +108,30 @@ def test_depth_as_reside_takes_it(tmp_path):
     np.testing.assert_allclose(read_depth(tmp_path / "d.png"), [[0.5 / 255, 0.5, 1]], atol=1e-6)
 
 
+def test_depth_of_any_scale(tmp_path):
+    Image.fromarray(np.array([[500, 4000]], np.uint16)).save(tmp_path / "millimetres.png")
+    np.testing.assert_allclose(read_depth(tmp_path / "millimetres.png"), [[500.5 / 4000, 1]], atol=1e-6)
+    Image.fromarray(np.array([[1.5, 6.0]], np.float32)).save(tmp_path / "metres.tif")
+    np.testing.assert_allclose(read_depth(tmp_path / "metres.tif"), [[0.25, 1]], atol=1e-6)
+    Image.fromarray(np.zeros((2, 2), np.uint8)).save(tmp_path / "empty.png")
+    with pytest.raises(UserError, match=r"empty\.png is no depth map"):
+        read_depth(tmp_path / "empty.png")
+
+
+def test_two_files_of_one_name_are_refused(tmp_path):
+    picture(tmp_path / "h" / "1_1.png"), picture(tmp_path / "c" / "1.png"), picture(tmp_path / "c" / "1.jpg")
+    with pytest.raises(UserError, match=r"1.jpg and .*1.png have one name"):
+        find_pairs(tmp_path / "h", tmp_path / "c")
+
+
+def test_worker_processes_give_the_same_batches(tmp_path):
+    samples = pair_samples(tmp_path)
+    expected = train_batches(samples, small_config())
+    batches = train_batches(samples, small_config(workers=1))
+    for _ in range(2):
+        np.testing.assert_array_equal(next(batches)["clear"], next(expected)["clear"])
+
+
 def test_write_image_rounds_and_reports(tmp_path):
     write_image(tmp_path / "new" / "a.png", np.full((2, 2, 3), 0.5, np.float32))
     assert np.asarray(Image.open(tmp_path / "new" / "a.png"))[0, 0, 0] == 128

@@ -8,7 +8,7 @@ from flax import nnx
 from reference import load, nhwc, official_weights
 
 from aecr_jax import AECRNet, ModelConfig
-from aecr_jax.model import abstract_model, build_model, count_parameters, get_arrays, set_arrays
+from aecr_jax.model import abstract_model, build_model, count_parameters, get_arrays
 from aecr_jax.official import our_arrays
 
 TINY = ModelConfig(width=4)
@@ -100,15 +100,14 @@ def test_bfloat16_is_near_float32():
     np.testing.assert_allclose(half, full, atol=0.03)
 
 
-def test_set_arrays_refuses_and_leaves_the_model():
-    model = AECRNet(TINY, rngs=nnx.Rngs(0))
-    arrays = get_arrays(model)
+def test_build_model_names_the_wrong_tensor():
+    arrays = get_arrays(AECRNet(TINY, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match=r"tensor down1.kernel has shape \(1, 3, 7, 4\) and must have \(7, 7, 3, 4\)"):
-        set_arrays(model, arrays | {"down1.kernel": jnp.zeros((1, 3, 7, 4))})
+        build_model(TINY, arrays | {"down1.kernel": jnp.zeros((1, 3, 7, 4))})
     with pytest.raises(ValueError, match=r"tensor mix1.theta of shape \(\) is missing"):
-        set_arrays(model, {k: v for k, v in arrays.items() if k != "mix1.theta"})
+        build_model(TINY, {k: v for k, v in arrays.items() if k != "mix1.theta"})
     with pytest.raises(ValueError, match="unknown tensor nonsense"):
-        set_arrays(model, arrays | {"nonsense": jnp.zeros(())})
+        build_model(TINY, arrays | {"nonsense": jnp.zeros(())})
 
 
 def test_refuses_wrong_settings_and_inputs():

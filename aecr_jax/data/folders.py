@@ -59,7 +59,7 @@ def find_pairs(hazy: str | Path, clear: str | Path) -> list[Pair]:
     if hazy.resolve() == clear.resolve():
         hazy_images = [path for path in hazy_images if path.stem.lower().endswith("_hazy")]
         clear_images = [path for path in clear_images if path not in hazy_images]
-    by_name = {path.stem.lower(): path for path in clear_images}
+    by_name = _by_name(clear_images)
     for folder, images in ((hazy, hazy_images), (clear, clear_images)):
         if not images:
             raise UserError(
@@ -88,16 +88,16 @@ def find_depth_scenes(clear: str | Path, depth: str | Path) -> list[DepthScene]:
       UserError: a folder is missing or empty, or a clear image has no depth.
     """
     clear_images = list_images(clear)
-    by_name = {path.stem: path for path in list_images(depth)}
+    by_name = _by_name(list_images(depth))
     if not clear_images:
         raise UserError(f"no images in {clear}: looked for clear images such as 00000.jpg with depth maps such as {depth}/00000.png")
-    missing = [path for path in clear_images if path.stem not in by_name]
+    missing = [path for path in clear_images if path.stem.lower() not in by_name]
     if missing:
         raise UserError(
             f"{len(missing)} of {len(clear_images)} clear images have no depth map, first {missing[0]}:"
             f" looked for {missing[0].stem}.png in {depth}"
         )
-    return [DepthScene(path, by_name[path.stem]) for path in clear_images]
+    return [DepthScene(path, by_name[path.stem.lower()]) for path in clear_images]
 
 
 def find_dataset(root: str | Path) -> list[Pair] | list[DepthScene]:
@@ -153,6 +153,15 @@ def read_depth_scene(scene: DepthScene) -> tuple[np.ndarray, np.ndarray]:
     if depth.shape == _RESIDE_FRAME:
         clear, depth = _cut_border(clear), _cut_border(depth)
     return clear, depth
+
+
+def _by_name(images: Sequence[Path]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in images:
+        other = found.setdefault(path.stem.lower(), path)
+        if other != path:
+            raise UserError(f"{other} and {path} have one name: remove one of them")
+    return found
 
 
 def _cut_border(image: np.ndarray) -> np.ndarray:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from aecr_jax.errors import UserError
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"})
+
+# Pillow refuses at twice this and warns from it on. Its own limit, 89 million, is below what telephones take.
+Image.MAX_IMAGE_PIXELS = 250_000_000
 
 
 def list_images(folder: str | Path) -> list[Path]:
@@ -44,31 +46,49 @@ def read_image(path: str | Path) -> np.ndarray:
 
 
 def read_depth(path: str | Path) -> np.ndarray:
-    """Reads an 8- or 16-bit depth map as RESIDE takes it: `[H, W]`, `min((value + 0.5) / maximum of the type, 1)`.
+    """Reads a depth map of any scale, `[H, W]`: `min((value + 0.5) / largest value, 1)`, as RESIDE takes NYU's.
 
-    Relative to the largest depth of the whole frame, which the file has as its largest value. Errors as in `read_image`.
+    RESIDE's haze is defined by depth relative to the largest of the whole frame, whatever the file's unit.
+
+    Raises:
+      UserError: as `read_image`, or the depth is zero everywhere or not finite.
     """
     image = _open(path)
-    wide = image.mode.startswith("I")
-    values = np.asarray(image if wide else image.convert("L"), np.float32)
-    return np.minimum((values + 0.5) / (65535 if wide else 255), 1)
+    values = np.asarray(image if image.mode == "F" or image.mode.startswith("I") else image.convert("L"), np.float32)
+    if not (np.isfinite(values).all() and values.max() > 0):
+        raise UserError(f"{path} is no depth map: its values must be finite and not all zero")
+    half = 0.0 if image.mode == "F" else 0.5  # the middle of what was rounded down to an integer
+    return np.minimum((values + half) / values.max(), 1)
 
 
 def _open(path: str | Path) -> Image.Image:
     if not Path(path).is_file():
         raise UserError(f"there is no file {path}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image.load()
-                return ImageOps.exif_transpose(image)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        with Image.open(path) as image:
+            image.load()
+    except Image.DecompressionBombError as error:
         raise UserError(f"{path} is too large: {error}") from error
     except UnidentifiedImageError as error:
         raise UserError(f"{path} is not an image file") from error
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three for damaged files
+    except Exception as error:  # Pillow's decoders raise a dozen kinds for damaged files
         raise UserError(f"{path} cannot be read: {error}") from error
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF says nothing about the pixels
+        return image
+
+
+def unique_names(stems: Iterable[str]) -> list[str]:
+    """File names without extension, the second `a` as `a_2`: a.jpg and a.png, or one name from two folders."""
+    names: dict[str, str] = {}
+    for stem in stems:
+        name, number = stem, 1
+        while name.lower() in names:
+            number += 1
+            name = f"{stem}_{number}"
+        names[name.lower()] = name
+    return list(names.values())
 
 
 def make_folder(folder: str | Path) -> Path:

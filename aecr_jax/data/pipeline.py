@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 
 import grain
 import numpy as np
+from absl import flags
 from tqdm import tqdm
 
 from aecr_jax.config import Config, DataConfig
 from aecr_jax.data.folders import DepthScene, Pair, find_dataset, find_depth_scenes, find_pairs, read_depth_scene, read_pair
 from aecr_jax.data.haze import add_haze, draw_haze
+from aecr_jax.data.images import unique_names
 from aecr_jax.data.scenes import render_scene
 from aecr_jax.errors import UserError
 
@@ -70,9 +72,6 @@ class Source:
             name = self.name(int(index))
             raise UserError(f"{name} is {w}x{h}, smaller than a crop: data.crop (={self._least}) must be at most {min(h, w)}")
         return element
-
-    def __repr__(self) -> str:  # grain compares it when a checkpoint is restored
-        return f"Source({len(self)})"
 
     def name(self, index: int) -> str:
         """What to call sample `index` in a message."""
@@ -161,6 +160,8 @@ def train_batches(samples: Sequence[Any], config: Config, *, process_index: int 
     options = grain.ReadOptions(num_threads=config.data.threads, prefetch_buffer_size=2 * config.data.threads)
     iterator = dataset.to_iter_dataset(options)
     if config.data.workers:
+        if not flags.FLAGS.is_parsed():  # grain's worker processes read absl's flags, which only absl's own programs parse
+            flags.FLAGS.mark_as_parsed()
         iterator = iterator.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.data.workers))
     return iter(iterator)
 
@@ -172,11 +173,12 @@ def eval_images(samples: Sequence[Any], *, limit: int | None = None, seed: int =
     """
     source = Source(samples)
     count = len(source) if limit is None else min(limit, len(source))
+    names = unique_names(Path(source.name(i)).stem for i in range(len(source)))
     for index in (i * len(source) // count for i in range(count)):
         element = source[index]
         if "hazy" not in element:
             element["hazy"] = add_haze(element["clear"], element["depth"], *draw_haze(np.random.default_rng((seed, index))))
-        yield EvalImage(Path(source.name(index)).stem, element["hazy"], element["clear"])
+        yield EvalImage(names[index], element["hazy"], element["clear"])
 
 
 def open_eval_data(data: str, scene_size: tuple[int, int] = DataConfig.scene_size) -> list[Any]:
