@@ -91,9 +91,9 @@ def train(config: Config, *, say: Callable[[str], None] = tqdm.write) -> dict[st
                     values["images_per_second"] = (step - measured_from) * config.train.batch / seconds
                     values["waiting_for_data"] = waited / seconds
                     log.write(step, "train", values)
-                    if not np.isfinite([values["total"], values["grad_norm"]]).all():
+                    if not np.isfinite([values["total"], values["grad_norm"], values["param_norm"]]).all():
                         raise UserError(
-                            f"the loss or its gradient is not finite between steps {measured_from + 1} and {step} (largest offset"
+                            f"the loss, its gradient or the parameters are not finite between steps {measured_from + 1} and {step} (largest offset"
                             f" {values.get('offset_max', 0):.3g} pixels); the last checkpoint in {workdir} is from before."
                             " A lower train.learning_rate, train.offset_rate or train.clip_norm may help"
                         )

@@ -131,7 +131,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(config_file, t
         "0",
     ]
     said = fails(capsys, "train", "--config", config_file, *options)
-    assert "is not finite between steps" in said
+    assert "are not finite between steps" in said
     for step in (int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()):
         arrays = get_arrays(load_checkpoint(workdir / "checkpoints" / str(step)))
         assert step < 4 and "fast_deconv.kernel" in arrays
