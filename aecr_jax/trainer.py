@@ -93,9 +93,9 @@ def train(config: Config, *, say: Callable[[str], None] = tqdm.write) -> dict[st
                     log.write(step, "train", values)
                     if not np.isfinite([values["total"], values["grad_norm"], values["param_norm"]]).all():
                         raise UserError(
-                            f"the loss, its gradient or the parameters are not finite between steps {measured_from + 1} and {step} (largest offset"
-                            f" {values.get('offset_max', 0):.3g} pixels); the last checkpoint in {workdir} is from before."
-                            " A lower train.learning_rate, train.offset_rate or train.clip_norm may help"
+                            f"the loss, its gradient or the parameters are not finite between steps {measured_from + 1} and {step}"
+                            f" (largest offset {values.get('offset_max', 0):.3g} pixels); the last checkpoint in {workdir} is from"
+                            " before. A lower train.learning_rate, train.offset_rate or train.clip_norm may help"
                         )
                     bar.set_postfix({name: f"{values[name]:.4f}" for name in ("l1", "cr") if name in values})
                     waited, since, measured_from = 0.0, time.perf_counter(), step
