@@ -30,6 +30,16 @@ def test_ssim_of_equal_images_is_one():
     np.testing.assert_allclose(ssim_valid(x, x), [1], rtol=1e-5)
 
 
+def test_scikit_image_where_the_definitions_agree():
+    """Computed with scikit-image 0.26.0: peak_signal_noise_ratio, and structural_similarity with gaussian_weights, sigma 1.5,
+    use_sample_covariance=False, which leaves the border out as `ssim_valid` does; data_range 1."""
+    rng = np.random.default_rng(7)
+    x = rng.random((24, 31, 3))
+    y = np.clip(x + 0.2 * rng.standard_normal(x.shape), 0, 1)
+    np.testing.assert_allclose(psnr(y[None], x[None]), [15.089111727620871], atol=1e-4)
+    np.testing.assert_allclose(ssim_valid(y[None], x[None]), [0.8168184955309746], atol=1e-5)
+
+
 def test_other_definitions():
     """By hand: white has luma 235; a grey step of 0.1 is 21.9 of 255 in luma; 0.001 vanishes in 8 bit."""
     np.testing.assert_allclose(luma(jnp.ones((1, 1, 1, 3))), 235 / 255, rtol=1e-6)
