@@ -1,8 +1,8 @@
-"""A narrow AECR-Net on NYU Depth v2 with haze made on the fly: an hour on a laptop, and a model that dehazes photographs.
+"""A narrow AECR-Net on NYU Depth v2 with haze made on the fly, for a laptop: the model that the package ships.
 
 Command: `python train.py --config configs/nyu_tiny.py --data.clear NYU/rgb --data.depth NYU/depth --loss.features vgg19.safetensors`
 Hardware: 2 CPU cores
-Time: about 50 minutes (80 on the machine of the README's table, which did other work beside it)
+Time: 80 minutes, on a machine that did other work beside it.
 Expected score: 20.3 dB, 0.858 on ten scenes of SOTS indoor (hazy input 11.2 dB, 0.692); see the README's table of runs.
 """
 

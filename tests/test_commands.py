@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 
+import grain
 import numpy as np
 import pytest
 from test_data import picture
@@ -135,6 +136,28 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(config_file, t
     for step in (int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()):
         arrays = get_arrays(load_checkpoint(workdir / "checkpoints" / str(step)))
         assert step < 4 and "fast_deconv.kernel" in arrays
+
+
+def test_a_damaged_training_image_stops_the_run_and_loses_no_step(config_file, tmp_path, capsys):
+    """Of 24 images in batches of 8, the one that the third batch meets is damaged: two steps are kept, and mended, it goes on."""
+    for side in ("hazy", "clear"):
+        for i in range(24):
+            picture(tmp_path / side / f"{i:02d}.png", (16, 16), seed=i)
+    order = grain.MapDataset.source(range(24)).seed(0).shuffle()
+    damaged = tmp_path / "hazy" / f"{order[20]:02d}.png"
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:100])
+    workdir, held = tmp_path / "w", tmp_path / "held"
+    picture(held / "hazy" / "a.png", (16, 16)), picture(held / "clear" / "a.png", (16, 16))
+    options = ["--train.workdir", workdir, "--train.eval_every", "9", "--loss.cr", "0", "--data.hazy", tmp_path / "hazy"]
+    options += ["--data.clear", tmp_path / "clear", "--data.eval_hazy", held / "hazy", "--data.eval_clear", held / "clear"]
+    arguments = ["train", "--config", config_file, *map(str, options)]
+    assert f"{damaged.name} cannot be read" in fails(capsys, *arguments)
+    assert [p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()] == ["2"]
+    damaged.write_bytes(whole)
+    assert main(arguments) == 0
+    assert "continuing from step 2" in capsys.readouterr().out
+    load_checkpoint(workdir)
 
 
 def test_a_damaged_evaluation_image_is_found_before_training(config_file, tmp_path, capsys):
