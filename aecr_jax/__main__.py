@@ -6,7 +6,6 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from aecr_jax.errors import UserError
@@ -87,54 +86,9 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _eval(options: argparse.Namespace, rest: list[str]) -> int:
-    import numpy as np
+    from aecr_jax.evaluate import evaluate_checkpoint
 
-    from aecr_jax.checkpoint import DEFAULT_MODEL, load_checkpoint_with_config
-    from aecr_jax.config import DataConfig
-    from aecr_jax.data.images import make_folder, panel, write_image
-    from aecr_jax.data.pipeline import eval_images, open_eval_data
-    from aecr_jax.evaluate import Score, evaluate, summarize, table, write_results
-    from aecr_jax.restore import Restorer
-
-    if options.save_images and not options.output:
-        raise UserError("--save-images needs --output DIR")
-    checkpoint = options.checkpoint or DEFAULT_MODEL
-    model, config = load_checkpoint_with_config(checkpoint)
-    restorer = Restorer(model)
-    # The embedded scenes at the size that the run evaluated on, so that the two scores agree.
-    size = config.get("data", {}).get("scene_size", DataConfig.scene_size)
-    samples = open_eval_data(options.data, tuple(size))
-    if options.output:
-        make_folder(options.output)
-    shown = {i * len(samples) // 4 for i in range(4)}
-    if options.save_images:
-        inputs = {Path(path).parent.resolve() for sample in samples for path in sample if isinstance(path, Path)}
-        for kind in ("hazy", "restored", "clear"):
-            if (folder := Path(options.output) / kind).resolve() in inputs:
-                raise UserError(f"{folder} holds images to evaluate on and would be overwritten: name another --output")
-    scores: list[Score] = []
-    rows: list[list[np.ndarray]] = []
-    for score, image, restored in evaluate(restorer, eval_images(samples), len(samples)):
-        scores.append(score)
-        if options.output:
-            pictures = {"hazy": image.hazy, "restored": restored, "clear": image.clear}
-            # a few rows from all over the set, of one size
-            if len(scores) - 1 in shown and (not rows or rows[0][0].shape == restored.shape):
-                rows.append(list(pictures.values()))
-            if options.save_images:
-                for kind, picture in pictures.items():
-                    write_image(Path(options.output) / kind / f"{image.name}.png", picture)
-    means = summarize(scores)
-    about = {"checkpoint": str(checkpoint), "data": options.data, "metrics": "RGB, float, as the official code"}
-    if "step" in config:
-        about["step"] = config["step"]
-    if options.output:
-        write_results(options.output, scores, means | about)
-        write_image(Path(options.output) / "panel.png", panel(rows))
-    print(table([("hazy input", means["input_psnr"], means["input_ssim"]), ("restored", means["psnr"], means["ssim"])]))
-    print(f"mean over {means['images']} images; PSNR and SSIM on RGB as in the official code")
-    if options.output:
-        print(f"hazy | restored | clear: {Path(options.output) / 'panel.png'}")
+    evaluate_checkpoint(options.checkpoint, options.data, options.output, save_images=options.save_images)
     return 0
 
 

@@ -88,19 +88,14 @@ class Checkpoints:
                 "input": CheckpointRestore(iterator),
             }
             try:
-                there = _model_config(self._load_config(step))
-                if there == model:
-                    got = self._manager.restore(step, args=ocp.args.Composite(**items))
+                self._check_model(step, model)
+                got = self._manager.restore(step, args=ocp.args.Composite(**items))
+            except UserError:
+                raise
             except Exception as error:  # orbax, tensorstore and the file system raise a dozen kinds
                 log.warning("checkpoint %s cannot be read (%s), trying the one before", self.folder / str(step), first_line(error))
                 failed.append(step)
                 continue
-            if there != model:
-                name = next(f.name for f in dataclasses.fields(model) if getattr(there, f.name) != getattr(model, f.name))
-                raise UserError(
-                    f"{self.folder.parent} holds another run: model.{name} is {getattr(there, name)} there and {getattr(model, name)} here;"
-                    " name another train.workdir"
-                )
             for damaged in failed:  # orbax would save nothing before the latest step
                 (self.folder / str(damaged)).rename(self.folder.parent / f"damaged-checkpoint-{damaged}")
             if failed:
@@ -128,6 +123,15 @@ class Checkpoints:
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), target)
         got = self._manager.restore(step, args=ocp.args.Composite(model=ocp.args.StandardRestore(target)))["model"]
         return build_model(model_config, {**got["params"], **got["stats"]}), config | {"step": step}
+
+    def _check_model(self, step: int, here: ModelConfig) -> None:
+        there = _model_config(self._load_config(step))
+        for name in (f.name for f in dataclasses.fields(here)):
+            if getattr(there, name) != getattr(here, name):
+                raise UserError(
+                    f"{self.folder.parent} holds another run: model.{name} is {getattr(there, name)} there and {getattr(here, name)} here;"
+                    " name another train.workdir"
+                )
 
     def _load_config(self, step: int) -> dict[str, Any]:
         return self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]

@@ -14,11 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from aecr_jax.data.images import make_folder
-from aecr_jax.data.pipeline import EvalImage
+from aecr_jax.checkpoint import DEFAULT_MODEL, load_checkpoint_with_config
+from aecr_jax.config import DataConfig
+from aecr_jax.data.images import make_folder, panel, write_image
+from aecr_jax.data.pipeline import EvalImage, eval_images, open_eval_data
 from aecr_jax.errors import UserError
 from aecr_jax.metrics import psnr, ssim
 from aecr_jax.restore import Restorer
+
+
+_PANEL_ROWS = 4
+_FOLDERS = ("hazy", "restored", "clear")
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,71 @@ def evaluate(restorer: Restorer, images: Iterable[EvalImage], total: int | None 
         restored = restorer(image.hazy)
         after, before = (np.asarray(_measure(x, image.clear)) for x in (restored, image.hazy))
         yield Score(image.name, float(after[0]), float(after[1]), float(before[0]), float(before[1])), image, restored
+
+
+def evaluate_checkpoint(
+    checkpoint: str | Path | None, data: str, output: str | Path | None = None, *, save_images: bool = False
+) -> dict[str, Any]:
+    """Scores a checkpoint on a data set and prints a table.
+
+    Args:
+      checkpoint: as `load_checkpoint` takes it; None for the shipped model.
+      data: a folder as `find_dataset` takes it, or "scenes".
+      output: folder for `per_image.csv`, `summary.json` and `panel.png` (hazy | restored | clear).
+      save_images: write `hazy/`, `restored/` and `clear/` into `output` too.
+
+    Returns:
+      The summary.
+
+    Raises:
+      UserError: the checkpoint or the data are not what they should be, or the output cannot be written or would replace the data.
+    """
+    if save_images and not output:
+        raise UserError("--save-images needs --output DIR")
+    checkpoint = checkpoint or DEFAULT_MODEL
+    model, config = load_checkpoint_with_config(checkpoint)
+    restorer = Restorer(model)
+    # The embedded scenes at the size that the run evaluated on, so that the two scores agree.
+    size = config.get("data", {}).get("scene_size", DataConfig.scene_size)
+    samples = open_eval_data(data, tuple(size))
+    if output:
+        output = make_folder(output)
+        if save_images:
+            _check_folders(output, samples)
+    shown = {i * len(samples) // _PANEL_ROWS for i in range(_PANEL_ROWS)}
+    scores: list[Score] = []
+    rows: list[list[np.ndarray]] = []
+    for score, image, restored in evaluate(restorer, eval_images(samples), len(samples)):
+        if output and len(scores) in shown:
+            add_row(rows, image, restored)
+        if output and save_images:
+            for kind, picture in zip(_FOLDERS, (image.hazy, restored, image.clear)):
+                write_image(output / kind / f"{image.name}.png", picture)
+        scores.append(score)
+    means = summarize(scores)
+    print(table([("hazy input", means["input_psnr"], means["input_ssim"]), ("restored", means["psnr"], means["ssim"])]))
+    print(f"mean over {means['images']} images; PSNR and SSIM on RGB as in the official code")
+    about = {"checkpoint": str(checkpoint), "data": data, "metrics": "RGB, float, as the official code"}
+    if "step" in config:
+        about["step"] = config["step"]
+    if output:
+        write_results(output, scores, means | about)
+        write_image(output / "panel.png", panel(rows))
+        print(f"hazy | restored | clear: {output / 'panel.png'}")
+    return means | about
+
+
+def add_row(rows: list[list[np.ndarray]], image: EvalImage, restored: np.ndarray) -> None:
+    """Adds hazy, restored and clear to the rows of a panel, unless they are of another size than those."""
+    if not rows or rows[0][0].shape == restored.shape:
+        rows.append([image.hazy, restored, image.clear])
+
+
+def _check_folders(output: Path, samples: list[Any]) -> None:
+    inputs = {path.parent.resolve() for sample in samples for path in sample if isinstance(path, Path)}
+    for kind in _FOLDERS:
+        if (folder := output / kind).resolve() in inputs:
+            raise UserError(f"{folder} holds images to evaluate on and would be overwritten: name another --output")
 
 
 def summarize(scores: list[Score]) -> dict[str, Any]:

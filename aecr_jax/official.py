@@ -22,11 +22,7 @@ def _conv_back(x: np.ndarray) -> np.ndarray:
     return x.transpose(3, 2, 0, 1)
 
 
-def _up(x: np.ndarray) -> np.ndarray:  # IOHW -> HWIO
-    return x.transpose(2, 3, 0, 1)
-
-
-def _up_back(x: np.ndarray) -> np.ndarray:
+def _up(x: np.ndarray) -> np.ndarray:  # IOHW -> HWIO, and back
     return x.transpose(2, 3, 0, 1)
 
 
@@ -35,7 +31,7 @@ _PATCH = np.arange(27).reshape(3, 3, 3).transpose(1, 2, 0).ravel()
 _PATCH_BACK = np.argsort(_PATCH)
 
 _CONV: tuple[_Layout, _Layout] = (_conv, _conv_back)
-_UP: tuple[_Layout, _Layout] = (_up, _up_back)
+_UP: tuple[_Layout, _Layout] = (_up, _up)
 _SAME: tuple[_Layout, _Layout] = (_same, _same)
 _MEAN: tuple[_Layout, _Layout] = (lambda x: x[_PATCH], lambda x: x[_PATCH_BACK])
 _MATRIX: tuple[_Layout, _Layout] = (lambda x: x[np.ix_(_PATCH, _PATCH)], lambda x: x[np.ix_(_PATCH_BACK, _PATCH_BACK)])

@@ -17,9 +17,9 @@ from aecr_jax.config import Config, config_to_json
 from aecr_jax.data.images import make_folder, panel, write_image
 from aecr_jax.data.pipeline import eval_images, split_samples, train_batches
 from aecr_jax.errors import UserError
-from aecr_jax.evaluate import Score, evaluate, summarize
+from aecr_jax.evaluate import Score, add_row, evaluate, summarize
 from aecr_jax.restore import Restorer
-from aecr_jax.step import check_batch, init_state, make_mesh, make_train_step, replicate, shard_batch, state_to_model
+from aecr_jax.step import TrainState, check_batch, init_state, make_mesh, make_train_step, replicate, shard_batch, state_to_model
 from aecr_jax.vgg import VGG19Features, load_vgg19, random_vgg19
 
 _PANEL_ROWS = 3
@@ -100,8 +100,7 @@ def train(config: Config, *, say: Callable[[str], None] = tqdm.write) -> dict[st
                     bar.set_postfix({name: f"{values[name]:.4f}" for name in ("l1", "cr") if name in values})
                     waited, since, measured_from = 0.0, time.perf_counter(), step
                 if evaluating:
-                    restorer.set_arrays({**state.params, **state.stats})
-                    summary = _evaluate(restorer, eval_samples, count, workdir / "panels" / f"step_{step:07d}.png")
+                    summary = _evaluate(restorer, state, eval_samples, count, workdir / "panels" / f"step_{step:07d}.png")
                     log.write(step, "eval", summary)
                     say(
                         f"step {step}: PSNR {summary['psnr']:.2f} dB, SSIM {summary['ssim']:.4f}"
@@ -112,8 +111,7 @@ def train(config: Config, *, say: Callable[[str], None] = tqdm.write) -> dict[st
     finally:
         checkpoints.close()
     if not summary:  # the run was complete already
-        restorer.set_arrays({**state.params, **state.stats})
-        summary = _evaluate(restorer, eval_samples, count, None)
+        summary = _evaluate(restorer, state, eval_samples, count, None)
     return summary | {"step": int(state.step)}
 
 
@@ -126,14 +124,14 @@ def _load_features(config: Config) -> VGG19Features | None:
     return features
 
 
-def _evaluate(restorer: Restorer, samples: list[Any], count: int, picture: Path | None) -> dict[str, Any]:
+def _evaluate(restorer: Restorer, state: TrainState, samples: list[Any], count: int, picture: Path | None) -> dict[str, Any]:
+    restorer.set_arrays({**state.params, **state.stats})
     scores: list[Score] = []
     rows: list[list[np.ndarray]] = []
     for score, image, restored in evaluate(restorer, eval_images(samples, limit=count), count):
         scores.append(score)
-        # The images of one panel are of one size.
-        if len(rows) < _PANEL_ROWS and (not rows or rows[0][0].shape == image.hazy.shape):
-            rows.append([image.hazy, restored, image.clear])
+        if len(rows) < _PANEL_ROWS:
+            add_row(rows, image, restored)
     if picture is not None:
         write_image(picture, panel(rows))
     return summarize(scores)
