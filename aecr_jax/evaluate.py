@@ -22,7 +22,6 @@ from aecr_jax.errors import UserError
 from aecr_jax.metrics import psnr, ssim
 from aecr_jax.restore import Restorer
 
-
 _PANEL_ROWS = 4
 _FOLDERS = ("hazy", "restored", "clear")
 
