@@ -1,4 +1,7 @@
-"""The command line: `python -m aecr_jax COMMAND`. Exit status 0, or 2 with one line on standard error for bad usage or input."""
+"""The command line: `python -m aecr_jax COMMAND`. Exit status 0, or 2 with one line on standard error for bad usage or input.
+
+`check-data` exits with 1 if training on the data would be a mistake.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parser = _make_parser()
         options, rest = parser.parse_known_args(argv)
-        if options.command != "train" and rest:
+        if rest and not (options.command in ("train", "benchmark") or (options.command == "check-data" and options.config)):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         return _RUN[options.command](options, rest)
     except UserError as error:
@@ -43,7 +46,13 @@ def _make_parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("eval", help="score a checkpoint", allow_abbrev=False)
     evaluate.add_argument("--checkpoint", metavar="DIR", help="work directory of a run, or a converted model (default: the shipped model)")
-    evaluate.add_argument("--data", required=True, metavar="DIR", help='folder with hazy/ and clear/ (or rgb/ and depth/), or "scenes"')
+    evaluate.add_argument(
+        "--data", required=True, metavar="DIR", help='folder with hazy/ and clear/ (or rgb/ and depth/), a built data set, or "scenes"'
+    )
+    evaluate.add_argument(
+        "--split", default="", metavar="NAME/PART", help="score on that part of a named split, such as nh_haze_45_5_5/test"
+    )
+    evaluate.add_argument("--data-dir", default="", metavar="DIR", help="where prepare-data wrote (default: ~/tensorflow_datasets)")
     evaluate.add_argument("--output", metavar="DIR", help="write per_image.csv, summary.json and panel.png there")
     evaluate.add_argument("--save-images", action="store_true", help="write hazy/, restored/ and clear/ into --output too")
 
@@ -58,6 +67,28 @@ def _make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="images of more than N x N pixels go in overlapping tiles (0: never); default 1536",
     )
+
+    prepare = commands.add_parser("prepare-data", help="build a data set from its authors' archives", allow_abbrev=False)
+    prepare.add_argument("name", metavar="NAME", help="reside/its, ots, sots_indoor, sots_outdoor, hsts or rtts; nh_haze, dense_haze")
+    prepare.add_argument("--source", required=True, metavar="DIR", help="folder where the archives were unpacked")
+    prepare.add_argument("--data-dir", metavar="DIR", help="where to write (default: ~/tensorflow_datasets)")
+
+    check = commands.add_parser("check-data", help="look for mistakes in training data", allow_abbrev=False)
+    check.add_argument("--data", metavar="DATA", help="folder or built data set to train on; or use --config")
+    check.add_argument("--test", metavar="DATA", help="folder or built data set to evaluate on")
+    check.add_argument("--config", metavar="FILE", help="check what this config trains and evaluates on; takes --data.* settings too")
+    check.add_argument("--data-dir", default="", metavar="DIR", help="where prepare-data wrote (default: ~/tensorflow_datasets)")
+    check.add_argument("--limit", type=int, metavar="N", help="read N images of each, evenly spread (default: all)")
+    check.add_argument("--output", default="check-data.png", metavar="FILE", help="picture of pairs to write; default check-data.png")
+
+    benchmark = commands.add_parser("benchmark", help="measure speed", allow_abbrev=False)
+    kinds = benchmark.add_subparsers(dest="what", required=True, metavar="WHAT", parser_class=_Parser)
+    data = kinds.add_parser("data", help="the input pipeline: images per second by stage and in all", allow_abbrev=False)
+    data.add_argument("--config", required=True, metavar="FILE", help="takes its settings too, such as --data.cache True")
+    data.add_argument("--seconds", type=float, default=5.0, metavar="S", help="how long to measure each row; default 5")
+    data.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="numbers of worker processes; default 0 1 2")
+    data.add_argument("--steps-per-second", type=float, default=20.0, metavar="R", help="of the accelerator to feed; default 20")
+    data.add_argument("--output", metavar="FILE", help="write the figures there as JSON")
 
     vgg = commands.add_parser("convert-vgg", help="VGG-19 weights for contrastive regularization", allow_abbrev=False)
     vgg.add_argument("file", metavar="FILE", help="torchvision's .pth, a .safetensors of torchvision or timm, or .npz")
@@ -88,7 +119,14 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
 def _eval(options: argparse.Namespace, rest: list[str]) -> int:
     from aecr_jax.evaluate import evaluate_checkpoint
 
-    evaluate_checkpoint(options.checkpoint, options.data, options.output, save_images=options.save_images)
+    evaluate_checkpoint(
+        options.checkpoint,
+        options.data,
+        options.output,
+        save_images=options.save_images,
+        data_dir=options.data_dir,
+        split=options.split,
+    )
     return 0
 
 
@@ -96,6 +134,59 @@ def _dehaze(options: argparse.Namespace, rest: list[str]) -> int:
     from aecr_jax.dehaze import dehaze
 
     return 0 if dehaze(options.input, options.output, checkpoint=options.checkpoint, tile=options.tile) else 2
+
+
+def _prepare_data(options: argparse.Namespace, rest: list[str]) -> int:
+    from aecr_jax.data.builders import prepare
+
+    print(prepare(options.name, options.source, options.data_dir))
+    return 0
+
+
+def _check_data(options: argparse.Namespace, rest: list[str]) -> int:
+    from pathlib import Path
+
+    from aecr_jax.config import load_config
+    from aecr_jax.data.check import check_data
+    from aecr_jax.data.pipeline import open_eval_data, split_samples
+
+    if bool(options.data) == bool(options.config):
+        raise UserError("check-data takes --data DATA or --config FILE: name one of the two")
+    if options.config and (options.test or options.data_dir):
+        raise UserError("--test and --data-dir go with --data; with --config use --data.eval_dataset, --data.eval_hazy or --data.data_dir")
+    if options.limit is not None and options.limit < 1:
+        raise UserError(f"--limit (={options.limit}) must be at least 1")
+    unpaired: list[Path] = []
+    if options.config:
+        config = load_config(options.config, rest)
+        train, test, test_name = split_samples(config.data, unpaired)
+        crop = config.data.crop
+    else:
+        train, _ = open_eval_data(options.data, data_dir=options.data_dir, unpaired=unpaired)
+        test, test_name = open_eval_data(options.test, data_dir=options.data_dir, unpaired=unpaired) if options.test else ([], "")
+        crop = 1
+    report = check_data(train, test, test_name=test_name, unpaired=unpaired, crop=crop, limit=options.limit, sheet=options.output)
+    print(report)
+    return int(report.mistaken)
+
+
+def _benchmark(options: argparse.Namespace, rest: list[str]) -> int:
+    from aecr_jax.benchmark.data import benchmark_data
+    from aecr_jax.config import load_config
+    from aecr_jax.data.pipeline import split_samples
+
+    if options.seconds <= 0 or options.steps_per_second <= 0 or min(options.workers) < 0:
+        raise UserError("--seconds and --steps-per-second must be positive, --workers at least 0")
+    config = load_config(options.config, rest)
+    benchmark_data(
+        split_samples(config.data).train,
+        config,
+        seconds=options.seconds,
+        workers=options.workers,
+        steps_per_second=options.steps_per_second,
+        output=options.output,
+    )
+    return 0
 
 
 def _convert_vgg(options: argparse.Namespace, rest: list[str]) -> int:
@@ -112,7 +203,16 @@ def _convert_aecr(options: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
-_RUN = {"train": _train, "eval": _eval, "dehaze": _dehaze, "convert-vgg": _convert_vgg, "convert-aecr": _convert_aecr}
+_RUN = {
+    "train": _train,
+    "eval": _eval,
+    "dehaze": _dehaze,
+    "prepare-data": _prepare_data,
+    "check-data": _check_data,
+    "benchmark": _benchmark,
+    "convert-vgg": _convert_vgg,
+    "convert-aecr": _convert_aecr,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -27,8 +27,16 @@ from aecr_jax.model import ModelConfig
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Images for training and evaluation. With no folder named, the embedded scenes."""
+    """Images for training and evaluation: a data set that `prepare-data` built, or folders, or else the embedded scenes."""
 
+    dataset: str = ""
+    """Built data set to train on, such as reside/its or nh_haze; the folders below are then not looked at."""
+    eval_dataset: str = ""
+    """Built data set for evaluation during training, such as reside/sots_indoor."""
+    data_dir: str = ""
+    """Where `prepare-data` wrote them; empty: ~/tensorflow_datasets."""
+    split: str = ""
+    """Named split, such as nh_haze_45_5_5: its parts train and evaluate."""
     hazy: str = ""
     """Folder of hazy training images; goes with `clear`."""
     clear: str = ""
@@ -40,7 +48,7 @@ class DataConfig:
     eval_clear: str = ""
     """Folder of clear images for evaluation during training."""
     holdout: int = 0
-    """Without `eval_hazy`: this many clear images, the last by name, leave training for evaluation."""
+    """Without a split or evaluation images: this many clear images, the last by name, leave training for evaluation."""
     scenes: int = 200
     """How many embedded scenes to train on, if no folder is named; 20 others are for evaluation."""
     scene_size: tuple[int, int] = (240, 320)
@@ -51,6 +59,8 @@ class DataConfig:
     """Threads that read and prepare images."""
     workers: int = 0
     """Processes that do so; 0: only the threads of the training process."""
+    cache: bool = False
+    """Keep decoded images in memory: 1.7 MB for each pair of RESIDE's 620x460, 2 MB with depth (NYU's 1399: 2.8 GB), times `workers`."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +151,8 @@ class Config:
         if "float64" in (self.model.dtype, self.model.param_dtype) and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
             raise UserError("float64 needs the environment variable JAX_ENABLE_X64=1")
         data = self.data
+        if data.split and (data.eval_dataset or data.eval_hazy or data.holdout):
+            raise UserError(f"data.split (={data.split}) says what to evaluate on: leave data.eval_* empty and data.holdout 0")
         if data.hazy and data.depth:
             raise UserError("data.hazy and data.depth are both set: name hazy images, or depth to make haze from")
         if (data.hazy or data.depth) and not data.clear:

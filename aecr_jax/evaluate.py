@@ -51,15 +51,23 @@ def evaluate(restorer: Restorer, images: Iterable[EvalImage], total: int | None 
 
 
 def evaluate_checkpoint(
-    checkpoint: str | Path | None, data: str, output: str | Path | None = None, *, save_images: bool = False
+    checkpoint: str | Path | None,
+    data: str,
+    output: str | Path | None = None,
+    *,
+    save_images: bool = False,
+    data_dir: str = "",
+    split: str = "",
 ) -> dict[str, Any]:
     """Scores a checkpoint on a data set and prints a table.
 
     Args:
       checkpoint: as `load_checkpoint` takes it; None for the shipped model.
-      data: a folder as `find_dataset` takes it, or "scenes".
+      data: a folder as `find_dataset` takes it, a built data set such as "reside/sots_indoor", or "scenes".
       output: folder for `per_image.csv`, `summary.json` and `panel.png` (hazy | restored | clear).
       save_images: write `hazy/`, `restored/` and `clear/` into `output` too.
+      data_dir: where built data sets are; `~/tensorflow_datasets` by default.
+      split: "NAME/PART" of a named split, to score on that part alone.
 
     Returns:
       The summary.
@@ -74,7 +82,7 @@ def evaluate_checkpoint(
     restorer = Restorer(model)
     # The embedded scenes at the size that the run evaluated on, so that the two scores agree.
     size = config.get("data", {}).get("scene_size", DataConfig.scene_size)
-    samples = open_eval_data(data, tuple(size))
+    samples, name = open_eval_data(data, tuple(size), data_dir=data_dir, split=split)
     if output:
         output = make_folder(output)
         if save_images:
@@ -91,8 +99,8 @@ def evaluate_checkpoint(
         scores.append(score)
     means = summarize(scores)
     print(table([("hazy input", means["input_psnr"], means["input_ssim"]), ("restored", means["psnr"], means["ssim"])]))
-    print(f"mean over {means['images']} images; PSNR and SSIM on RGB as in the official code")
-    about = {"checkpoint": str(checkpoint), "data": data, "metrics": "RGB, float, as the official code"}
+    print(f"mean over {means['images']} images of {name}; PSNR and SSIM on RGB as in the official code")
+    about = {"checkpoint": str(checkpoint), "data": data, "split": name, "metrics": "RGB, float, as the official code"}
     if "step" in config:
         about["step"] = config["step"]
     if output:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from aecr_jax.checkpoint import Checkpoints
 from aecr_jax.config import Config, config_to_json
 from aecr_jax.data.images import make_folder, panel, write_image
-from aecr_jax.data.pipeline import eval_images, split_samples, train_batches
+from aecr_jax.data.pipeline import cache_bytes, eval_images, split_samples, train_batches
 from aecr_jax.errors import UserError
 from aecr_jax.evaluate import Score, add_row, evaluate, summarize
 from aecr_jax.restore import Restorer
@@ -35,7 +35,7 @@ def train(config: Config, *, say: Callable[[str], None] = tqdm.write) -> dict[st
       say: takes lines for the person who waits.
 
     Returns:
-      The last evaluation's summary: `psnr`, `ssim`, `input_psnr`, `input_ssim`, `images`, `step`.
+      The last evaluation's summary: `psnr`, `ssim`, `input_psnr`, `input_ssim`, `images`, `data` (what it evaluated on), `step`.
 
     Raises:
       UserError: a setting, a file or a folder is wrong, or the loss is not finite.
@@ -47,9 +47,11 @@ def train(config: Config, *, say: Callable[[str], None] = tqdm.write) -> dict[st
     mesh = make_mesh()
     check_batch(config, mesh)
     features = _load_features(config)
-    train_samples, eval_samples = split_samples(config.data)
+    train_samples, eval_samples, evaluated_on = split_samples(config.data)
     if not eval_samples:
         raise UserError("nothing to evaluate on: set data.eval_hazy and data.eval_clear, or data.holdout")
+    if config.data.cache:
+        say(f"keeping {len(train_samples)} images in memory: about {cache_bytes(train_samples, config.data) / 1e9:.1f} GB")
     batches = train_batches(train_samples, config, process_index=jax.process_index(), process_count=jax.process_count())
     count = min(config.train.eval_images, len(eval_samples))
     for _ in eval_images(eval_samples, limit=count):  # reads them once: a damaged one should not stop the run at its first evaluation
@@ -66,7 +68,7 @@ def train(config: Config, *, say: Callable[[str], None] = tqdm.write) -> dict[st
     log = _RunLog(workdir, config, first)
     step_fn = make_train_step(config, features, mesh)
     restorer = Restorer(state_to_model(config, state))
-    say(f"training on {len(train_samples)} images, evaluating on {len(eval_samples)}, {mesh.size} device(s)")
+    say(f"training on {len(train_samples)} images, evaluating on {len(eval_samples)} ({evaluated_on}), {mesh.size} device(s)")
 
     # ---- the loop
     summary: dict[str, Any] = {}
@@ -101,7 +103,7 @@ def train(config: Config, *, say: Callable[[str], None] = tqdm.write) -> dict[st
                     waited, since, measured_from = 0.0, time.perf_counter(), step
                 if evaluating:
                     summary = _evaluate(restorer, state, eval_samples, count, workdir / "panels" / f"step_{step:07d}.png")
-                    log.write(step, "eval", summary)
+                    log.write(step, "eval", summary | {"data": evaluated_on})
                     say(
                         f"step {step}: PSNR {summary['psnr']:.2f} dB, SSIM {summary['ssim']:.4f}"
                         f" (hazy input {summary['input_psnr']:.2f} dB, {summary['input_ssim']:.4f})"
@@ -112,7 +114,7 @@ def train(config: Config, *, say: Callable[[str], None] = tqdm.write) -> dict[st
         checkpoints.close()
     if not summary:  # the run was complete already
         summary = _evaluate(restorer, state, eval_samples, count, None)
-    return summary | {"step": int(state.step)}
+    return summary | {"data": evaluated_on, "step": int(state.step)}
 
 
 def _load_features(config: Config) -> VGG19Features | None:
@@ -150,7 +152,7 @@ class _RunLog:
         except (OSError, ValueError) as error:
             raise UserError(f"{workdir} cannot be written, or its metrics.jsonl is damaged: {error}") from error
 
-    def write(self, step: int, kind: str, values: dict[str, float]) -> None:
+    def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
         line = json.dumps({"step": step, "kind": kind, "time": round(time.time(), 3), **values})
         try:
             with open(self._path, "a") as file:

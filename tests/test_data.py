@@ -7,10 +7,10 @@ from PIL import Image
 
 from aecr_jax import UserError
 from aecr_jax.config import Config, DataConfig, TrainConfig
-from aecr_jax.data.folders import DepthScene, Pair, clear_names, find_dataset, find_depth_scenes, find_pairs, read_depth_scene, read_pair
+from aecr_jax.data.folders import DepthScene, Pair, clear_names, find_dataset, find_depth_scenes, find_pairs
 from aecr_jax.data.haze import add_haze, draw_haze
 from aecr_jax.data.images import list_images, panel, read_depth, read_image, write_image
-from aecr_jax.data.pipeline import eval_images, split_samples, train_batches
+from aecr_jax.data.pipeline import cache_bytes, eval_images, split_samples, train_batches
 from aecr_jax.data.scenes import render_scene
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -50,7 +50,7 @@ def test_reproduces_genuine_its_images(name, beta):
     scene = int(name.split("_")[0])
     clear = read_image(SHARED / "its_samples" / "clear" / f"{scene}.png")
     nyu = SHARED / "nyu_depth_v2"
-    _, depth = read_depth_scene(DepthScene(nyu / "rgb" / f"{scene - 1:05d}.jpg", nyu / "depth" / f"{scene - 1:05d}.png"))
+    depth = DepthScene(nyu / "rgb" / f"{scene - 1:05d}.jpg", nyu / "depth" / f"{scene - 1:05d}.png").read()["depth"]
     ours = add_haze(clear, depth, float(name.split("_")[2]), beta)
     genuine = read_image(SHARED / "its_samples" / "hazy" / f"{name}.png")
     assert -10 * np.log10(np.mean((ours - genuine) ** 2)) > 55
@@ -127,9 +127,11 @@ def test_two_files_of_one_name_are_refused(tmp_path):
 def test_worker_processes_give_the_same_batches(tmp_path):
     samples = pair_samples(tmp_path)
     expected = train_batches(samples, small_config())
-    batches = train_batches(samples, small_config(workers=1))
-    for _ in range(2):
-        np.testing.assert_array_equal(next(batches)["clear"], next(expected)["clear"])
+    one, three = (train_batches(samples, small_config(workers=n)) for n in (1, 3))
+    for _ in range(4):
+        batch = next(expected)["clear"]
+        np.testing.assert_array_equal(next(one)["clear"], batch)
+        np.testing.assert_array_equal(next(three)["clear"], batch)
 
 
 def test_write_image_rounds_and_reports(tmp_path):
@@ -196,20 +198,20 @@ def test_reside_clear_images_are_cropped_in_the_middle(tmp_path):
     frame = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)
     Image.fromarray(frame).save(tmp_path / "1400.png")
     Image.fromarray(frame[10:470, 10:630]).save(tmp_path / "1400_1.png")
-    hazy, clear = read_pair(Pair(tmp_path / "1400_1.png", tmp_path / "1400.png"))
-    np.testing.assert_array_equal(hazy, clear)
+    read = Pair(tmp_path / "1400_1.png", tmp_path / "1400.png").read()
+    np.testing.assert_array_equal(read["hazy"], read["clear"])
     picture(tmp_path / "other.png", (630, 470))
     with pytest.raises(UserError, match=r"1400_1.png is 620x460 and .*other.png is 630x470: sizes must be equal"):
-        read_pair(Pair(tmp_path / "1400_1.png", tmp_path / "other.png"))
+        Pair(tmp_path / "1400_1.png", tmp_path / "other.png").read()
 
 
 def test_nyu_frames_lose_their_border(tmp_path):
     picture(tmp_path / "c.png", (640, 480), value=0.5), picture(tmp_path / "d.png", (640, 480), value=0.5)
-    clear, depth = read_depth_scene(DepthScene(tmp_path / "c.png", tmp_path / "d.png"))
-    assert clear.shape == (460, 620, 3) and depth.shape == (460, 620)
+    read = DepthScene(tmp_path / "c.png", tmp_path / "d.png").read()
+    assert read["clear"].shape == (460, 620, 3) and read["depth"].shape == (460, 620)
     picture(tmp_path / "e.png", (64, 48))
     with pytest.raises(UserError, match="sizes must be equal"):
-        read_depth_scene(DepthScene(tmp_path / "c.png", tmp_path / "e.png"))
+        DepthScene(tmp_path / "c.png", tmp_path / "e.png").read()
 
 
 # ---- pipeline
@@ -252,15 +254,42 @@ def test_position_can_be_saved_and_set(tmp_path):
 
 
 def test_processes_share_an_epoch_without_overlap(tmp_path):
-    """Of 6 one-valued images, two processes see 3 each in the first epoch, all different."""
-    for i in range(6):
+    """Of 7 one-valued images, two processes that read 14 together see each twice, in two epochs, whoever reads it."""
+    for i in range(7):
         picture(tmp_path / "clear" / f"{i}.png", value=i / 10), picture(tmp_path / "hazy" / f"{i}.png", value=i / 10)
-    config = dataclasses.replace(small_config(), train=TrainConfig(batch=6), data=DataConfig(crop=4))
+    config = dataclasses.replace(small_config(), train=TrainConfig(batch=2), data=DataConfig(crop=4))
     parts = [train_batches(find_dataset(tmp_path), config, process_index=i, process_count=2) for i in range(2)]
-    seen = [round(float(value) * 10) for part in parts for value in next(part)["clear"][:, 0, 0, 0]]
-    assert sorted(seen) == [0, 1, 2, 3, 4, 5]
-    with pytest.raises(UserError, match=r"train.batch \(=6\) must divide by the 4 processes"):
+    seen = [round(float(next(part)["clear"][0, 0, 0, 0]) * 10) for _ in range(7) for part in parts]
+    assert sorted(seen[:7]) == sorted(seen[7:]) == list(range(7)) and seen[:7] != seen[7:]
+    with pytest.raises(UserError, match=r"train.batch \(=2\) must divide by the 4 processes"):
         train_batches(find_dataset(tmp_path), config, process_count=4)
+
+
+def test_processes_read_together_what_one_reads_alone(tmp_path):
+    """The same images, crops and turns, so that a run may go on with another number of processes."""
+    samples, config = pair_samples(tmp_path), small_config()
+    alone = train_batches(samples, config)
+    parts = [train_batches(samples, config, process_index=i, process_count=2) for i in range(2)]
+    for _ in range(4):
+        expected, dealt = next(alone)["clear"], [next(part)["clear"] for part in parts]
+        np.testing.assert_array_equal(dealt[0], expected[0::2])
+        np.testing.assert_array_equal(dealt[1], expected[1::2])
+
+
+def test_cached_images_give_the_same_batches(tmp_path):
+    samples = pair_samples(tmp_path)
+    plain, cached = (train_batches(samples, small_config(cache=cache)) for cache in (False, True))
+    for _ in range(5):
+        first, second = next(plain), next(cached)
+        np.testing.assert_array_equal(first["hazy"], second["hazy"])
+    for sample in samples:
+        sample.hazy.unlink()
+    next(cached)  # reads no file any more
+    # 5 pairs of 20x16 pixels, 3 bytes each
+    samples = pair_samples(tmp_path)
+    assert cache_bytes(samples, DataConfig()) == 5 * 2 * 20 * 16 * 3
+    with pytest.raises(UserError, match=r"data.cache needs about .* GB for 5 images in 1000000000 workers, and this machine has"):
+        cache_bytes(samples, DataConfig(workers=10**9))
 
 
 def test_haze_on_the_fly_is_new_in_each_epoch(tmp_path):
@@ -286,7 +315,7 @@ def test_holdout_keeps_all_versions_of_a_scene_together(tmp_path):
         for version in range(3):
             picture(tmp_path / "hazy" / f"{scene}_{version}.png")
     data = DataConfig(hazy=str(tmp_path / "hazy"), clear=str(tmp_path / "clear"), holdout=1)
-    train, held = split_samples(data)
+    train, held, _ = split_samples(data)
     assert len(train) == 9 and {pair.clear.name for pair in held} == {"3.png"} and len(held) == 3
     with pytest.raises(UserError, match=r"data.holdout \(=4\) must be less than the 4 clear images"):
         split_samples(dataclasses.replace(data, holdout=4))

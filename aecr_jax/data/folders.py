@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from aecr_jax.data.images import list_images, read_depth, read_image
+from aecr_jax.data.images import list_images, read_depth, read_pixels
 from aecr_jax.errors import UserError
 
 HAZY_FOLDERS = ("hazy", "haze", "hazy_images", "input")
 CLEAR_FOLDERS = ("clear", "gt", "clean", "clear_images", "target", "rgb", "image")
 DEPTH_FOLDERS = ("depth",)
 # RESIDE's clear images of 640x480 belong to hazy ones of 620x460: 10 pixels off every side. To resize them instead costs 15 dB.
-_RESIDE_FRAME, _RESIDE_CROP, RESIDE_BORDER = (480, 640), (460, 620), 10
+_RESIDE_FRAME, _RESIDE_CROP, _RESIDE_BORDER = (480, 640), (460, 620), 10
 
 
 class Pair(NamedTuple):
@@ -24,12 +24,77 @@ class Pair(NamedTuple):
     hazy: Path
     clear: Path
 
+    @property
+    def name(self) -> str:
+        """The hazy file's, without extension."""
+        return self.hazy.stem
+
+    @property
+    def origin(self) -> str:
+        """What to call it in a message."""
+        return str(self.hazy)
+
+    @property
+    def scene(self) -> str:
+        """What the hazy versions of one clear image have in common."""
+        return self.clear.stem
+
+    def read(self) -> dict[str, np.ndarray]:
+        """`hazy` and `clear`, `[H, W, 3]` each, as `read_pixels` gives them.
+
+        Raises:
+          UserError: a file cannot be read, or the sizes do not fit.
+        """
+        hazy, clear = read_pixels(self.hazy), read_pixels(self.clear)
+        return {"hazy": hazy, "clear": fit_clear(hazy, clear, str(self.hazy), str(self.clear))}
+
 
 class DepthScene(NamedTuple):
     """A clear image with its depth map, to make haze from."""
 
     clear: Path
     depth: Path
+
+    @property
+    def name(self) -> str:
+        """The clear file's, without extension."""
+        return self.clear.stem
+
+    @property
+    def origin(self) -> str:
+        """What to call it in a message."""
+        return str(self.clear)
+
+    @property
+    def scene(self) -> str:
+        """The same as its name: every clear image is a scene."""
+        return self.clear.stem
+
+    def read(self) -> dict[str, np.ndarray]:
+        """`clear` `[H, W, 3]` and `depth` `[H, W]`; NYU's 640x480 frames lose their white border, as in RESIDE.
+
+        Raises:
+          UserError: a file cannot be read, or the sizes differ.
+        """
+        clear, depth = read_pixels(self.clear), read_depth(self.depth)
+        if clear.shape[:2] != depth.shape:
+            raise UserError(f"{self.clear} is {_size(clear)} and {self.depth} is {_size(depth)}: sizes must be equal")
+        if depth.shape == _RESIDE_FRAME:
+            clear, depth = _cut_border(clear), _cut_border(depth)
+        return {"clear": clear, "depth": depth}
+
+
+def fit_clear(hazy: np.ndarray, clear: np.ndarray, hazy_name: str, clear_name: str) -> np.ndarray:
+    """The clear image at the hazy one's size: RESIDE's larger clear images are cropped in the middle, never resized.
+
+    Raises:
+      UserError: the sizes do not fit.
+    """
+    if clear.shape[:2] == _RESIDE_FRAME and hazy.shape[:2] == _RESIDE_CROP:
+        clear = _cut_border(clear)
+    if hazy.shape != clear.shape:
+        raise UserError(f"{hazy_name} is {_size(hazy)} and {clear_name} is {_size(clear)}: sizes must be equal, or 620x460 with 640x480")
+    return clear
 
 
 def clear_names(stem: str) -> list[str]:
@@ -46,10 +111,11 @@ def clear_names(stem: str) -> list[str]:
     return names
 
 
-def find_pairs(hazy: str | Path, clear: str | Path) -> list[Pair]:
+def find_pairs(hazy: str | Path, clear: str | Path, unpaired: list[Path] | None = None) -> list[Pair]:
     """Every image in the folder `hazy` with its clear one from `clear`, sorted by name.
 
-    Both may be the same folder if the names tell them apart (`01_hazy.png`, `01_GT.png`).
+    Both may be the same folder if the names tell them apart (`01_hazy.png`, `01_GT.png`). With a list `unpaired`, hazy images
+    without a clear one are added to it instead of refused.
 
     Raises:
       UserError: a folder is missing or empty, or a hazy image has no clear one.
@@ -65,17 +131,20 @@ def find_pairs(hazy: str | Path, clear: str | Path) -> list[Pair]:
             raise UserError(
                 f"no pairs in {folder}: looked for images such as 1400_1.png with 1400.png, 01_hazy.png with 01_GT.png, or equal names"
             )
-    pairs, unpaired = [], []
+    pairs: list[Pair] = []
+    alone: list[Path] = []
     for path in hazy_images:
         match = next((by_name[name] for name in clear_names(path.stem) if name in by_name), None)
         if match is None:
-            unpaired.append(path)
+            alone.append(path)
         else:
             pairs.append(Pair(path, match))
-    if unpaired:
-        first = unpaired[0]
+    if unpaired is not None:
+        unpaired += alone
+    elif alone:
+        first = alone[0]
         raise UserError(
-            f"{len(unpaired)} of {len(hazy_images)} hazy images have no clear one, first {first}:"
+            f"{len(alone)} of {len(hazy_images)} hazy images have no clear one, first {first}:"
             f" looked in {clear} for {' or '.join(clear_names(first.stem))} with any image extension"
         )
     return pairs
@@ -100,8 +169,10 @@ def find_depth_scenes(clear: str | Path, depth: str | Path) -> list[DepthScene]:
     return [DepthScene(path, by_name[path.stem.lower()]) for path in clear_images]
 
 
-def find_dataset(root: str | Path) -> list[Pair] | list[DepthScene]:
+def find_dataset(root: str | Path, unpaired: list[Path] | None = None) -> list[Pair] | list[DepthScene]:
     """The pairs or depth scenes in `root`: subfolders such as hazy/ and clear/ (or rgb/ and depth/), or NH-HAZE's names side by side.
+
+    `unpaired` is as for `find_pairs`.
 
     Raises:
       UserError: nothing of that kind is there.
@@ -116,43 +187,15 @@ def find_dataset(root: str | Path) -> list[Pair] | list[DepthScene]:
 
     hazy, clear, depth = first(HAZY_FOLDERS), first(CLEAR_FOLDERS), first(DEPTH_FOLDERS)
     if hazy and clear:
-        return find_pairs(hazy, clear)
+        return find_pairs(hazy, clear, unpaired)
     if clear and depth:
         return find_depth_scenes(clear, depth)
     if any(path.stem.lower().endswith("_hazy") for path in list_images(root)):
-        return find_pairs(root, root)
+        return find_pairs(root, root, unpaired)
     raise UserError(
         f"no pairs in {root}: looked for folders {'/'.join(HAZY_FOLDERS)} with {'/'.join(CLEAR_FOLDERS)},"
         f" for {'/'.join(CLEAR_FOLDERS)} with depth, and for files such as 01_hazy.png with 01_GT.png"
     )
-
-
-def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
-    """The hazy and the clear image, `[H, W, 3]` each; RESIDE's larger clear images are cropped in the middle, never resized.
-
-    Raises:
-      UserError: a file cannot be read, or the sizes do not fit.
-    """
-    hazy, clear = read_image(pair.hazy), read_image(pair.clear)
-    if clear.shape[:2] == _RESIDE_FRAME and hazy.shape[:2] == _RESIDE_CROP:
-        clear = _cut_border(clear)
-    if hazy.shape != clear.shape:
-        raise UserError(f"{pair.hazy} is {_size(hazy)} and {pair.clear} is {_size(clear)}: sizes must be equal, or 620x460 with 640x480")
-    return hazy, clear
-
-
-def read_depth_scene(scene: DepthScene) -> tuple[np.ndarray, np.ndarray]:
-    """The clear image `[H, W, 3]` and its depth `[H, W]`; NYU's 640x480 frames lose their white border, as in RESIDE.
-
-    Raises:
-      UserError: a file cannot be read, or the sizes differ.
-    """
-    clear, depth = read_image(scene.clear), read_depth(scene.depth)
-    if clear.shape[:2] != depth.shape:
-        raise UserError(f"{scene.clear} is {_size(clear)} and {scene.depth} is {_size(depth)}: sizes must be equal")
-    if depth.shape == _RESIDE_FRAME:
-        clear, depth = _cut_border(clear), _cut_border(depth)
-    return clear, depth
 
 
 def _by_name(images: Sequence[Path]) -> dict[str, Path]:
@@ -165,7 +208,7 @@ def _by_name(images: Sequence[Path]) -> dict[str, Path]:
 
 
 def _cut_border(image: np.ndarray) -> np.ndarray:
-    return image[RESIDE_BORDER:-RESIDE_BORDER, RESIDE_BORDER:-RESIDE_BORDER]
+    return image[_RESIDE_BORDER:-_RESIDE_BORDER, _RESIDE_BORDER:-_RESIDE_BORDER]
 
 
 def _size(image: np.ndarray) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -36,16 +37,34 @@ def read_image(path: str | Path) -> np.ndarray:
     Raises:
       UserError: the file is missing, no image, or truncated.
     """
-    image = _open(path)
+    return to_float(read_pixels(path))
+
+
+def read_pixels(file: str | Path | bytes, name: str = "") -> np.ndarray:
+    """As `read_image`, but 8-bit pictures stay uint8 `[H, W, 3]`; what they become in float is `to_float`'s.
+
+    Args:
+      file: a path, or the bytes of an image file.
+      name: what to call it in an error; the path by default.
+
+    Raises:
+      UserError: as `read_image`.
+    """
+    image = _open(file, name)
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion to RGB would clip at 255
         grey = np.asarray(image, np.float32) / 65535
         return np.repeat(np.clip(grey, 0, 1)[..., None], 3, -1)
     if image.mode == "F":
         return np.repeat(np.clip(np.asarray(image, np.float32), 0, 1)[..., None], 3, -1)
-    return np.asarray(image.convert("RGB"), np.float32) / 255
+    return np.asarray(image.convert("RGB"))
 
 
-def read_depth(path: str | Path) -> np.ndarray:
+def to_float(pixels: np.ndarray) -> np.ndarray:
+    """Pixels of 8 bit, or of float already, to float32 in [0, 1]."""
+    return pixels.astype(np.float32) / 255 if pixels.dtype == np.uint8 else pixels.astype(np.float32, copy=False)
+
+
+def read_depth(file: str | Path | bytes, name: str = "") -> np.ndarray:
     """Reads a depth map of any scale, `[H, W]`: `min((value + 0.5) / largest value, 1)`, as RESIDE takes NYU's.
 
     RESIDE's haze is defined by depth relative to the largest of the whole frame, whatever the file's unit.
@@ -53,26 +72,31 @@ def read_depth(path: str | Path) -> np.ndarray:
     Raises:
       UserError: as `read_image`, or the depth is zero everywhere or not finite.
     """
-    image = _open(path)
+    image = _open(file, name)
     values = np.asarray(image if image.mode == "F" or image.mode.startswith("I") else image.convert("L"), np.float32)
     if not (np.isfinite(values).all() and values.max() > 0):
-        raise UserError(f"{path} is no depth map: its values must be finite and not all zero")
+        raise UserError(f"{name or _called(file)} is no depth map: its values must be finite and not all zero")
     half = 0.0 if image.mode == "F" else 0.5  # the middle of what was rounded down to an integer
     return np.minimum((values + half) / values.max(), 1)
 
 
-def _open(path: str | Path) -> Image.Image:
-    if not Path(path).is_file():
-        raise UserError(f"there is no file {path}")
+def _called(file: str | Path | bytes) -> str:
+    return f"an image of {len(file)} bytes" if isinstance(file, bytes) else str(file)
+
+
+def _open(file: str | Path | bytes, name: str = "") -> Image.Image:
+    name = name or _called(file)
+    if not isinstance(file, bytes) and not Path(file).is_file():
+        raise UserError(f"there is no file {name}")
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
             image.load()
     except Image.DecompressionBombError as error:
-        raise UserError(f"{path} is too large: {error}") from error
+        raise UserError(f"{name} is too large: {error}") from error
     except UnidentifiedImageError as error:
-        raise UserError(f"{path} is not an image file") from error
+        raise UserError(f"{name} is not an image file") from error
     except Exception as error:  # Pillow's decoders raise a dozen kinds for damaged files
-        raise UserError(f"{path} cannot be read: {error}") from error
+        raise UserError(f"{name} cannot be read: {error}") from error
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # damaged EXIF says nothing about the pixels

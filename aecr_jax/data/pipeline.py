@@ -6,10 +6,11 @@ and the position alone, whatever the number of threads or workers.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import grain
 import numpy as np
@@ -17,11 +18,15 @@ from absl import flags
 from tqdm import tqdm
 
 from aecr_jax.config import Config, DataConfig
-from aecr_jax.data.folders import DepthScene, Pair, find_dataset, find_depth_scenes, find_pairs, read_depth_scene, read_pair
+from aecr_jax.data.folders import DepthScene, Pair, find_dataset, find_depth_scenes, find_pairs
 from aecr_jax.data.haze import add_haze, draw_haze
-from aecr_jax.data.images import unique_names
+from aecr_jax.data.images import to_float, unique_names
 from aecr_jax.data.scenes import render_scene
+from aecr_jax.data.splits import PARTS, apply_split
 from aecr_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from aecr_jax.data.builders import Record
 
 # The embedded evaluation scenes: seeds apart from those of training, and how many there are.
 _EVAL_SEED, _EVAL_SCENES = 1, 20
@@ -35,48 +40,65 @@ class EvalImage(NamedTuple):
     clear: np.ndarray  # [H, W, 3]
 
 
-class _Scene(NamedTuple):
-    """A drawn scene in memory."""
+class DrawnScene(NamedTuple):
+    """An embedded scene in memory."""
 
     name: str
     clear: np.ndarray
     depth: np.ndarray
 
+    @property
+    def origin(self) -> str:
+        """What to call it in a message."""
+        return self.name
 
-Sample = Pair | DepthScene | _Scene
+    @property
+    def scene(self) -> str:
+        """The same as its name: every clear image is a scene."""
+        return self.name
+
+    def read(self) -> dict[str, np.ndarray]:
+        """`clear` `[H, W, 3]` and `depth` `[H, W]`."""
+        return {"clear": self.clear, "depth": self.depth}
+
+
+Sample: TypeAlias = "Pair | DepthScene | DrawnScene | Record"
+
+
+class SplitSamples(NamedTuple):
+    """What to train and to evaluate on; `evaluated_on` names the latter in every result."""
+
+    train: list[Any]
+    evaluation: list[Any]
+    evaluated_on: str
 
 
 class Source:
     """Random access to samples: `{"hazy", "clear"}` from pairs, `{"clear", "depth"}` from scenes (for grain).
 
-    Reading one raises UserError if it is damaged, or smaller than `least` pixels on a side.
+    Reading one raises UserError if it is damaged, or smaller than `least` pixels on a side. With `cache`, each is read once.
     """
 
-    def __init__(self, samples: Sequence[Sample], least: int = 1):
+    def __init__(self, samples: Sequence[Sample], least: int = 1, *, cache: bool = False):
         self._samples = samples
         self._least = least
+        self._cache: dict[int, dict[str, np.ndarray]] | None = {} if cache else None
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def __getitem__(self, index: Any) -> dict[str, np.ndarray]:
-        sample = self._samples[int(index)]
-        if isinstance(sample, Pair):
-            hazy, clear = read_pair(sample)
-            element = {"hazy": hazy, "clear": clear}
-        else:
-            clear, depth = read_depth_scene(sample) if isinstance(sample, DepthScene) else (sample.clear, sample.depth)
-            element = {"clear": clear, "depth": depth}
-        h, w = clear.shape[:2]
-        if min(h, w) < self._least:
-            name = self.name(int(index))
-            raise UserError(f"{name} is {w}x{h}, smaller than a crop: data.crop (={self._least}) must be at most {min(h, w)}")
-        return element
-
-    def name(self, index: int) -> str:
-        """What to call sample `index` in a message."""
+        index = int(index)
+        if self._cache is not None and index in self._cache:
+            return self._cache[index]
         sample = self._samples[index]
-        return sample.name if isinstance(sample, _Scene) else str(sample[0])
+        element = sample.read()
+        h, w = element["clear"].shape[:2]
+        if min(h, w) < self._least:
+            raise UserError(f"{sample.origin} is {w}x{h}, smaller than a crop: data.crop (={self._least}) must be at most {min(h, w)}")
+        if self._cache is not None:
+            self._cache[index] = element
+        return element
 
 
 class Augment(grain.transforms.RandomMap):
@@ -95,46 +117,68 @@ class Augment(grain.transforms.RandomMap):
             image = image[top : top + self._crop, left : left + self._crop]
             return np.ascontiguousarray(np.rot90(image[:, ::-1] if flip else image, turns))
 
-        element = {key: cut(image) for key, image in element.items()}
+        # Cut before anything else: a crop is a fraction of its image.
+        element = {key: to_float(cut(image)) for key, image in element.items()}
         if "depth" in element:
             element["hazy"] = add_haze(element["clear"], element["depth"], *draw_haze(rng))
         return {"hazy": element["hazy"], "clear": element["clear"]}
 
 
-def split_samples(data: DataConfig) -> tuple[list[Any], list[Any]]:
+def split_samples(data: DataConfig, unpaired: list[Path] | None = None) -> SplitSamples:
     """The training and the evaluation samples that the settings name; embedded scenes are drawn here, once.
 
+    `unpaired` is as for `find_pairs`.
+
     Raises:
-      UserError: a folder is not what it should be, or `holdout` leaves nothing to train on.
+      UserError: a folder or a built data set is not what it should be, or nothing is left to train on.
     """
-    if data.clear:
-        train: list[Any] = list(find_pairs(data.hazy, data.clear) if data.hazy else find_depth_scenes(data.clear, data.depth))
+    train: list[Any]
+    if data.dataset:
+        train, where = _open_built(data.dataset, data.data_dir)
+    elif data.clear:
+        train, where = (
+            list(find_pairs(data.hazy, data.clear, unpaired) if data.hazy else find_depth_scenes(data.clear, data.depth)),
+            data.clear,
+        )
     else:
-        train = draw_scenes(0, data.scenes, data.scene_size)
+        train, where = draw_scenes(0, data.scenes, data.scene_size), "scenes"
+    if data.split:
+        parts = apply_split(data.split, train)
+        part = next(part for part in PARTS[1:] if part in parts)
+        return SplitSamples(parts["train"], parts[part], f"{data.split}/{part}")
+    if data.eval_dataset:
+        return SplitSamples(train, *_open_built(data.eval_dataset, data.data_dir))
     if data.eval_hazy:
-        return train, list(find_pairs(data.eval_hazy, data.eval_clear))
-    if not data.clear:
-        return train, eval_scenes(data.scene_size)
+        return SplitSamples(train, list(find_pairs(data.eval_hazy, data.eval_clear, unpaired)), data.eval_hazy)
+    if where == "scenes":
+        return SplitSamples(train, eval_scenes(data.scene_size), "scenes")
     # By clear image: the ten hazy versions of one scene must not be on both sides.
-    scenes = sorted({sample.clear for sample in train})
+    scenes = sorted({sample.scene for sample in train})
     if data.holdout >= len(scenes):
-        raise UserError(f"data.holdout (={data.holdout}) must be less than the {len(scenes)} clear images in {data.clear}")
+        raise UserError(f"data.holdout (={data.holdout}) must be less than the {len(scenes)} clear images in {where}")
     # The last ones and not every n-th: neighbours in NYU show the same room.
     held = set(scenes[len(scenes) - data.holdout :])
-    return [s for s in train if s.clear not in held], [s for s in train if s.clear in held]
+    kept, out = [s for s in train if s.scene not in held], [s for s in train if s.scene in held]
+    return SplitSamples(kept, out, f"the last {data.holdout} scenes of {where}")
 
 
-def draw_scenes(stream: int, count: int, size: tuple[int, int]) -> list[_Scene]:
+def _open_built(name: str, data_dir: str) -> tuple[list[Any], str]:
+    from aecr_jax.data.builders import open_dataset  # tensorflow-datasets takes a second to import, and folders do without
+
+    return open_dataset(name, data_dir or None)
+
+
+def draw_scenes(stream: int, count: int, size: tuple[int, int]) -> list[DrawnScene]:
     """Draws `count` embedded scenes of `size` (height, width), two at a time."""
     with ThreadPoolExecutor(2) as pool:
         drawn = pool.map(lambda i: render_scene((stream, i), *size), range(count))
         return [
-            _Scene(f"scene{stream}-{i:04d}", clear, depth)
+            DrawnScene(f"scene{stream}-{i:04d}", clear, depth)
             for i, (clear, depth) in enumerate(tqdm(drawn, "drawing scenes", count, leave=False, disable=count < 10))
         ]
 
 
-def eval_scenes(size: tuple[int, int]) -> list[_Scene]:
+def eval_scenes(size: tuple[int, int]) -> list[DrawnScene]:
     """The embedded evaluation scenes, none of which is trained on."""
     return draw_scenes(_EVAL_SEED, _EVAL_SCENES, size)
 
@@ -142,7 +186,8 @@ def eval_scenes(size: tuple[int, int]) -> list[_Scene]:
 def train_batches(samples: Sequence[Any], config: Config, *, process_index: int = 0, process_count: int = 1) -> grain.DatasetIterator:
     """Endless shuffled batches `{"hazy", "clear"}`, `[batch / process_count, crop, crop, 3]`; its position can be checkpointed.
 
-    Each process of a pod reads its own part of every epoch's order.
+    One seed gives one order of images, crops and haze, which the processes of a pod deal out among themselves: together they read
+    the batch that a single process would, and no image twice an epoch.
 
     Raises:
       UserError: the batch does not divide by the processes, or, here or while reading, a file is damaged or smaller than a crop.
@@ -152,11 +197,10 @@ def train_batches(samples: Sequence[Any], config: Config, *, process_index: int 
         raise UserError(f"train.batch (={batch}) must divide by the {process_count} processes")
     if len(samples) < process_count:
         raise UserError(f"{len(samples)} training images are too few for {process_count} processes")
-    source = Source(samples, least=config.data.crop)
+    source = Source(samples, least=config.data.crop, cache=config.data.cache)
     source[0]  # what is wrong with all of them should be known before training begins
-    dataset = grain.MapDataset.source(source).seed(config.train.seed).shuffle()
-    dataset = dataset[process_index::process_count].repeat()
-    dataset = dataset.random_map(Augment(config.data.crop)).batch(batch // process_count, drop_remainder=True)
+    dataset = grain.MapDataset.source(source).seed(config.train.seed).shuffle().repeat().random_map(Augment(config.data.crop))
+    dataset = dataset[process_index::process_count].batch(batch // process_count, drop_remainder=True)
     options = grain.ReadOptions(num_threads=config.data.threads, prefetch_buffer_size=2 * config.data.threads)
     iterator = dataset.to_iter_dataset(options)
     if config.data.workers:
@@ -166,6 +210,23 @@ def train_batches(samples: Sequence[Any], config: Config, *, process_index: int 
     return iter(iterator)
 
 
+def cache_bytes(samples: Sequence[Any], data: DataConfig) -> int:
+    """The memory that `data.cache` takes in one process, judged by the first image.
+
+    Raises:
+      UserError: that image is damaged, or the machine has less memory.
+    """
+    count = sum(array.nbytes for array in samples[0].read().values()) * len(samples) * max(1, data.workers)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if count > memory:
+        raise UserError(
+            f"data.cache needs about {count / 1e9:.1f} GB for {len(samples)} images"
+            + (f" in {data.workers} workers" if data.workers else "")
+            + f", and this machine has {memory / 1e9:.1f}: set data.cache False"
+        )
+    return count
+
+
 def eval_images(samples: Sequence[Any], *, limit: int | None = None, seed: int = 0) -> Iterator[EvalImage]:
     """The samples whole, in order; clear + depth get haze that is drawn from `seed` and the index, the same at every call.
 
@@ -173,18 +234,47 @@ def eval_images(samples: Sequence[Any], *, limit: int | None = None, seed: int =
     """
     source = Source(samples)
     count = len(source) if limit is None else min(limit, len(source))
-    names = unique_names(Path(source.name(i)).stem for i in range(len(source)))
+    names = unique_names(sample.name for sample in samples)
     for index in (i * len(source) // count for i in range(count)):
-        element = source[index]
+        element = {key: to_float(array) for key, array in source[index].items()}
         if "hazy" not in element:
             element["hazy"] = add_haze(element["clear"], element["depth"], *draw_haze(np.random.default_rng((seed, index))))
         yield EvalImage(names[index], element["hazy"], element["clear"])
 
 
-def open_eval_data(data: str, scene_size: tuple[int, int] = DataConfig.scene_size) -> list[Any]:
-    """The samples that `eval.py --data` names: a folder, or "scenes" for the embedded ones of `scene_size` (height, width).
+def open_eval_data(
+    data: str,
+    scene_size: tuple[int, int] = DataConfig.scene_size,
+    *,
+    data_dir: str = "",
+    split: str = "",
+    unpaired: list[Path] | None = None,
+) -> tuple[list[Any], str]:
+    """The samples that `eval.py --data` names, and what to call them in a result.
+
+    Args:
+      data: a folder, a built data set such as "reside/sots_indoor", or "scenes" for the embedded ones.
+      scene_size: height and width of those.
+      data_dir: where built data sets are.
+      split: "NAME/PART" takes that part of a named split.
+      unpaired: as for `find_pairs`.
 
     Raises:
-      UserError: nothing of that kind is there.
+      UserError: nothing of that kind is there, or the split does not fit it.
     """
-    return eval_scenes(scene_size) if data == "scenes" else list(find_dataset(data))
+    from aecr_jax.data.builders import is_dataset_name
+
+    samples: list[Any]
+    if data == "scenes":
+        samples, name = eval_scenes(scene_size), "scenes"
+    elif is_dataset_name(data):
+        samples, name = _open_built(data, data_dir)
+    else:
+        samples, name = list(find_dataset(data, unpaired)), data
+    if split:
+        split_name, _, part = split.partition("/")
+        parts = apply_split(split_name, samples)
+        if part not in parts:
+            raise UserError(f"--split {split} must be NAME/PART: {split_name} has {', '.join(f'{split_name}/{p}' for p in parts)}")
+        samples, name = parts[part], split
+    return samples, name

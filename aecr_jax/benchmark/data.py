@@ -1,0 +1,127 @@
+"""How fast the input pipeline is, stage by stage and as a whole, and how many workers an accelerator needs."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from aecr_jax.config import Config
+from aecr_jax.data.haze import add_haze, draw_haze
+from aecr_jax.data.images import make_folder, to_float
+from aecr_jax.data.pipeline import Augment, cache_bytes, train_batches
+from aecr_jax.errors import UserError
+
+
+def benchmark_data(
+    samples: Sequence[Any],
+    config: Config,
+    *,
+    seconds: float = 5.0,
+    workers: Sequence[int] = (0, 1, 2),
+    steps_per_second: float = 20.0,
+    output: str | Path | None = None,
+) -> dict[str, Any]:
+    """Measures the pipeline of a config and prints tables.
+
+    Args:
+      samples: to train on.
+      config: gives crop, batch, threads and cache.
+      seconds: how long to measure each row.
+      workers: numbers of worker processes to try; 0 is the threads of this process alone.
+      steps_per_second: of the accelerator whose waiting is to be told; a step is played by a pause.
+      output: JSON file for the figures.
+
+    Returns:
+      The figures: `stages` and `pipelines`, each a list of dicts.
+
+    Raises:
+      UserError: a file cannot be read, or the output cannot be written.
+    """
+    crop, batch = config.data.crop, config.train.batch
+    stages = _measure_stages(samples, crop, batch, seconds)
+    print(f"one thread, crops of {crop}x{crop}, batches of {batch}; {len(samples)} images, {os.cpu_count()} CPU cores")
+    print(f"{'stage':24}{'ms/image':>10}{'images/s':>10}")
+    for row in stages:
+        print(f"{row['stage']:24}{row['ms']:10.2f}{1000 / row['ms']:10.0f}")
+    pipelines = []
+    print(f"\nthe whole pipeline, {config.data.threads} threads{', cached' if config.data.cache else ''};")
+    print(f"waiting: of an accelerator that does {steps_per_second:g} steps of {batch} a second")
+    print(f"{'workers':24}{'images/s':>10}{'waiting':>10}")
+    for count in workers:
+        row = _measure_pipeline(samples, replace(config, data=replace(config.data, workers=count)), seconds, steps_per_second)
+        pipelines.append(row)
+        print(f"{count or 'none':<24}{row['images_per_second']:10.0f}{row['waiting']:10.1%}")
+    needed = steps_per_second * batch
+    alone = pipelines[0]["images_per_second"]
+    cores = os.cpu_count() or 1
+    print(f"{needed:g} images a second take {needed / alone * cores:.1f} cores like these ({alone / cores:.0f} images a second each)")
+    figures = {"crop": crop, "batch": batch, "images": len(samples), "cores": cores, "stages": stages, "pipelines": pipelines}
+    if output is not None:
+        make_folder(Path(output).parent)
+        try:
+            Path(output).write_text(json.dumps(figures, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"{output} cannot be written: {error.strerror or error}") from error
+    return figures
+
+
+def _measure_stages(samples: Sequence[Any], crop: int, batch: int, seconds: float) -> list[dict[str, Any]]:
+    """Milliseconds of one thread for each image, stage by stage."""
+    paths = [path for path in samples[0] if isinstance(path, Path)] if isinstance(samples[0], tuple) else []
+    rng = np.random.default_rng(0)
+    augment = Augment(crop)
+    stages = []
+
+    def measure(stage: str, work: Callable[[int], Any], per_call: int = 1) -> None:
+        work(0)
+        start, done = time.perf_counter(), 0
+        while (spent := time.perf_counter() - start) < seconds / 5 or done < 3:
+            work(done)
+            done += 1
+        stages.append({"stage": stage, "ms": 1000 * spent / (done * per_call)})
+
+    if paths:
+        measure("read files", lambda i: [p.read_bytes() for p in samples[i % len(samples)] if isinstance(p, Path)])
+    measure("read and decode", lambda i: samples[i % len(samples)].read())
+    element = samples[0].read()
+    cut = {key: to_float(array[:crop, :crop]) for key, array in element.items()}
+    if "depth" in element:
+        measure("make haze (of the crop)", lambda i: add_haze(cut["clear"], cut["depth"], *draw_haze(rng)))
+    measure("augment (with haze)" if "depth" in element else "augment", lambda i: augment.random_map(element, rng))
+    crops = [augment.random_map(element, rng) for _ in range(batch)]
+    measure("batch", lambda i: {key: np.stack([c[key] for c in crops]) for key in crops[0]}, batch)
+    return stages
+
+
+def _measure_pipeline(samples: Sequence[Any], config: Config, seconds: float, steps_per_second: float) -> dict[str, Any]:
+    batch = config.train.batch
+    if config.data.cache:
+        cache_bytes(samples, config.data)
+    batches = train_batches(samples, config)
+    next(batches)
+    if config.data.cache:  # the first epoch fills it
+        for _ in tqdm(range(len(samples) * max(1, config.data.workers) // batch + 1), "filling the cache", leave=False):
+            next(batches)
+    for _ in range(4 * max(1, config.data.workers)):  # what was prefetched while nobody asked
+        next(batches)
+    start, done = time.perf_counter(), 0
+    while (spent := time.perf_counter() - start) < seconds:
+        next(batches)
+        done += 1
+    rate = done * batch / spent
+    waited, start, steps = 0.0, time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        asked = time.perf_counter()
+        next(batches)
+        waited += time.perf_counter() - asked
+        steps += 1
+        time.sleep(1 / steps_per_second)
+    return {"workers": config.data.workers, "images_per_second": rate, "waiting": waited / (time.perf_counter() - start)}

@@ -1,0 +1,185 @@
+"""Where the authors' archives of RESIDE, NH-HAZE and Dense-Haze keep their images, and which release a copy is.
+
+Folder names are those of the archives as their authors publish them, and of the copies that the field passes on; letter case does not
+matter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from aecr_jax.data.folders import Pair, find_pairs
+from aecr_jax.data.images import list_images
+from aecr_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Part:
+    """One split of a data set: pairs, or hazy images alone."""
+
+    pairs: tuple[Pair, ...] = ()
+    hazy: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What was found of a data set."""
+
+    release: str
+    parts: dict[str, Part]
+
+
+# Data set -> split -> (hazy folder, clear folder) below the folder that the user names, in the order to look; "." is that folder itself.
+# An entry without a clear folder is of hazy images alone.
+_INDOOR = [("SOTS/indoor/nyuhaze500", "gt"), ("SOTS/nyuhaze500", "gt"), ("SOTS/indoor", "gt"), ("SOTS/indoor", "clear")]
+_OUTDOOR = [("SOTS/outdoor", "gt"), ("SOTS/outdoor", "clear")]
+_FOLDERS: dict[str, dict[str, list[tuple[str, str]]]] = {
+    "reside/its": {
+        "train": [
+            ("ITS/train/ITS_haze", "ITS/train/ITS_clear"),
+            ("ITS/hazy", "ITS/clear"),
+            ("ITS_v2/hazy", "ITS_v2/clear"),
+            ("ITS/train/hazy", "ITS/train/clear"),
+        ],
+        "val": [("ITS/val/haze", "ITS/val/clear"), ("ITS/val/hazy", "ITS/val/clear")],
+    },
+    "reside/ots": {
+        "train": [
+            ("OTS_ALPHA/OTS", "OTS_ALPHA/clear_images"),
+            ("OTS_ALPHA/haze/OTS", "OTS_ALPHA/clear/clear_images"),
+            ("OTS_BETA/hazy", "OTS_BETA/clear"),
+            ("OTS_BETA/OTS", "OTS_BETA/clear_images"),
+            ("OTS/hazy", "OTS/clear"),
+            ("OTS/OTS", "OTS/clear_images"),
+            ("OTS/train/hazy", "OTS/train/clear"),
+        ]
+    },
+    "reside/sots_indoor": {"test": [(f"{folder}/hazy", f"{folder}/{clear}") for folder, clear in _INDOOR]},
+    "reside/sots_outdoor": {"test": [(f"{folder}/hazy", f"{folder}/{clear}") for folder, clear in _OUTDOOR]},
+    "reside/hsts": {"test": [("HSTS/synthetic/synthetic", "HSTS/synthetic/original")], "real": [("HSTS/real-world", "")]},
+    "reside/rtts": {"test": [("RTTS/JPEGImages", "")]},
+    "nh_haze": {"full": [("NH-HAZE/hazy", "NH-HAZE/GT"), ("NH-HAZE/hazy", "NH-HAZE/clear"), ("NH-HAZE", "NH-HAZE")]},
+    "dense_haze": {
+        "full": [
+            ("Dense_Haze_NTIRE19/hazy", "Dense_Haze_NTIRE19/GT"),
+            ("Dense-Haze/hazy", "Dense-Haze/GT"),
+            ("Dense-Haze/hazy", "Dense-Haze/clear"),
+            ("Dense-Haze", "Dense-Haze"),
+        ]
+    },
+}
+# Splits that a data set may lack: the other release, or the other half of the archive.
+_OPTIONAL = {("reside/its", "val"), ("reside/hsts", "real")}
+
+# Published (hazy, clear) numbers of each release, over all its splits.
+RELEASES: dict[str, dict[str, tuple[int, int]]] = {
+    "reside/its": {"RESIDE-standard": (13_990, 1_399), "RESIDE-v0": (110_000, 11_000)},
+    "reside/ots": {"RESIDE-v0": (313_950, 8_970), "RESIDE-beta": (72_135, 2_061)},
+    "reside/sots_indoor": {"RESIDE-standard": (500, 50)},
+    "reside/sots_outdoor": {"RESIDE-standard": (500, 492)},
+    "reside/hsts": {"RESIDE-standard": (20, 10)},
+    "reside/rtts": {"RESIDE-beta": (4_322, 0)},
+    "nh_haze": {"NTIRE 2020": (55, 55)},
+    "dense_haze": {"NTIRE 2019": (55, 55)},
+}
+# `0499_05_0.8353`: four and two digits, zero-padded. `1_1_0.90179`, or `1_1` in some copies: neither is padded.
+_ITS_V0 = re.compile(r"\d{4}_\d{2}(_[01](\.\d+)?)?$")
+_ITS_STANDARD = re.compile(r"[1-9]\d{0,3}_([1-9]|10)(_[01](\.\d+)?)?$")
+_OTS = re.compile(r"\d{4}_[01](\.\d+)?_0?\.\d+$")
+_SOTS_INDOOR = re.compile(r"14[0-4]\d_([1-9]|10)$")
+
+
+def find_layout(name: str, root: str | Path) -> Layout:
+    """Finds the data set `name` ("reside/its", "nh_haze", ...) in the folder where its archives were unpacked.
+
+    Raises:
+      UserError: the name is unknown, the data set is not there, or an image has no partner.
+    """
+    if name not in _FOLDERS:
+        raise UserError(f"there is no data set {name!r}; there are {', '.join(_FOLDERS)}")
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"there is no folder {root}")
+    parts = {}
+    for split, candidates in _FOLDERS[name].items():
+        part = next((found for hazy, clear in candidates if (found := _find_part(root, hazy, clear)) is not None), None)
+        if part is not None:
+            parts[split] = part
+        elif (name, split) not in _OPTIONAL:
+            looked = " or ".join(f"{hazy} with {clear}" if clear and clear != hazy else hazy for hazy, clear in candidates)
+            archives = sorted(p.name for p in root.iterdir() if re.search(r"\.(zip|rar|tar|7z|z\d\d|\d\d\d)(\.gz)?$", p.name.lower()))
+            raise UserError(
+                f"{name} is not in {root}: looked for {looked}" + (f"; unpack {', '.join(archives[:3])} there first" if archives else "")
+            )
+    pairs = [pair for part in parts.values() for pair in part.pairs]
+    alone = [path for part in parts.values() for path in part.hazy]
+    hazy = [pair.name for pair in pairs] + [path.stem for path in alone]
+    return Layout(recognise_release(name, hazy, len({pair.clear for pair in pairs})), parts)
+
+
+def _find_part(root: Path, hazy: str, clear: str) -> Part | None:
+    # The folder that the user names may be the one around the data set's own, or that one.
+    for skip in (0, 1):
+        folders = [_descend(root, path.split("/")[skip:]) if path else None for path in (hazy, clear)]
+        if folders[0] is None or (clear and folders[1] is None) or not list_images(folders[0]):
+            continue
+        if not clear:
+            return Part(hazy=tuple(list_images(folders[0])))
+        if hazy == clear and not any(path.stem.lower().endswith("_hazy") for path in list_images(folders[0])):
+            continue
+        assert folders[1] is not None
+        return Part(pairs=tuple(find_pairs(folders[0], folders[1])))
+    return None
+
+
+def _descend(folder: Path, names: Sequence[str]) -> Path | None:
+    for name in names:
+        found = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name.lower() == name.lower()]
+        if not found:
+            return None
+        folder = found[0]
+    return folder
+
+
+def recognise_data_set(names: Iterable[str]) -> str | None:
+    """Which of the field's data sets hazy images of these names (without extension) come from, or None."""
+    names = list(names)
+
+    def share(pattern: re.Pattern[str]) -> float:
+        return sum(bool(pattern.match(name)) for name in names) / max(len(names), 1)
+
+    if share(_SOTS_INDOOR) == 1:
+        return "reside/sots_indoor"
+    if share(_ITS_V0) > 0.9 or share(_ITS_STANDARD) > 0.9:
+        return "reside/its"
+    if share(_OTS) > 0.9:
+        return "reside/sots_outdoor" if len(names) <= 500 else "reside/ots"
+    return None
+
+
+def recognise_release(name: str, hazy: Sequence[str], clear: int) -> str:
+    """The release of a copy of data set `name`, by the names of its hazy images and the number of its clear ones.
+
+    ITS is told by its names; OTS, whose releases name their files alike, by its numbers; "unknown release" if neither tells.
+    """
+    releases = RELEASES.get(name, {})
+    if name == "reside/its":
+        padded = sum(bool(_ITS_V0.match(stem)) for stem in hazy)
+        plain = sum(bool(_ITS_STANDARD.match(stem)) for stem in hazy)
+        # 1000_10 is of both forms; what is of one alone decides.
+        if max(padded, plain) > 0.9 * len(hazy) and padded != plain:
+            return "RESIDE-v0" if padded > plain else "RESIDE-standard"
+    if len(releases) == 1:
+        return next(iter(releases))
+    return next((release for release, numbers in releases.items() if numbers == (len(hazy), clear)), "unknown release")
+
+
+def missing_images(name: str, release: str, hazy: int, clear: int) -> str | None:
+    """A line on how a copy's numbers differ from the published ones, or None if they do not."""
+    published = RELEASES.get(name, {}).get(release)
+    if published is None or published == (hazy, clear):
+        return None
+    return f"{release} has {published[0]} hazy and {published[1]} clear images, this copy {hazy} and {clear}"
