@@ -18,3 +18,35 @@ def x64():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
+
+
+_TINY = """
+from aecr_jax.config import Config, DataConfig, LossConfig, TrainConfig
+from aecr_jax.model import ModelConfig
+config = Config(
+    model=ModelConfig(width=4, blocks=1),
+    data=DataConfig(scenes=4, scene_size=(24, 32), crop=16, threads=1),
+    loss=LossConfig(features="random"),
+    train=TrainConfig(steps=4, batch=8, log_every=1, eval_every=2, eval_images=3),
+)
+"""
+
+
+@pytest.fixture(scope="session")
+def config_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "tiny.py"
+    path.write_text(_TINY)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory):
+    """A small exported model."""
+    from flax import nnx
+
+    from aecr_jax.checkpoint import export_model
+    from aecr_jax.model import AECRNet, ModelConfig
+
+    path = tmp_path_factory.mktemp("models") / "small"
+    export_model(AECRNet(ModelConfig(width=2, blocks=1), rngs=nnx.Rngs(0)), path)
+    return path

@@ -11,27 +11,8 @@ from test_data import picture
 
 from aecr_jax import load_checkpoint
 from aecr_jax.__main__ import main
-from aecr_jax.checkpoint import export_model
 from aecr_jax.data.images import read_image
-from aecr_jax.model import AECRNet, ModelConfig, get_arrays
-
-TINY = """
-from aecr_jax.config import Config, DataConfig, LossConfig, TrainConfig
-from aecr_jax.model import ModelConfig
-config = Config(
-    model=ModelConfig(width=4, blocks=1),
-    data=DataConfig(scenes=4, scene_size=(24, 32), crop=16, threads=1),
-    loss=LossConfig(features="random"),
-    train=TrainConfig(steps=4, batch=8, log_every=1, eval_every=2, eval_images=3),
-)
-"""
-
-
-@pytest.fixture(scope="module")
-def config_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("config") / "tiny.py"
-    path.write_text(TINY)
-    return str(path)
+from aecr_jax.model import get_arrays
 
 
 @pytest.fixture(scope="module")
@@ -40,16 +21,6 @@ def run(tmp_path_factory, config_file):
     workdir = tmp_path_factory.mktemp("runs") / "tiny"
     assert main(["train", "--config", config_file, "--train.workdir", str(workdir)]) == 0
     return workdir
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    """A small exported model."""
-    from flax import nnx
-
-    path = tmp_path_factory.mktemp("models") / "small"
-    export_model(AECRNet(ModelConfig(width=2, blocks=1), rngs=nnx.Rngs(0)), path)
-    return path
 
 
 def fails(capsys, *arguments):

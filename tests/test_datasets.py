@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
-from test_commands import fails
+from test_commands import fails, lines
 from test_data import SHARED, needs_shared, picture
 
 from aecr_jax import UserError
@@ -169,7 +169,8 @@ def test_splits_are_of_the_55_images_and_do_not_overlap(name):
 
 def haze_folder(tmp_path):
     for i in range(1, 56):
-        picture(tmp_path / "NH-HAZE" / f"{i:02d}_hazy.png", seed=i), picture(tmp_path / "NH-HAZE" / f"{i:02d}_GT.png", seed=100 + i)
+        picture(tmp_path / "NH-HAZE" / f"{i:02d}_hazy.png", (30, 20), seed=i)
+        picture(tmp_path / "NH-HAZE" / f"{i:02d}_GT.png", (30, 20), seed=100 + i)
     return tmp_path / "NH-HAZE"
 
 
@@ -322,3 +323,34 @@ def test_genuine_images_through_a_builder(tmp_path):
     pairs = find_dataset(SHARED / "sots_indoor_subset")
     for i in (0, 57, 99):
         np.testing.assert_array_equal(records[i].read()["hazy"], pairs[i].read()["hazy"])
+
+
+# ---- by the commands
+
+
+def test_train_and_eval_on_built_data(tmp_path, config_file, model_dir, capsys):
+    haze_folder(tmp_path)
+    built = str(tmp_path / "built")
+    assert main(["prepare-data", "nh_haze", "--source", str(tmp_path), "--data-dir", built]) == 0
+    data = ["--data.dataset", "nh_haze", "--data.data_dir", built, "--data.split", "nh_haze_45_5_5", "--data.cache", "True"]
+    assert main(["train", "--config", config_file, "--train.workdir", str(tmp_path / "run"), *data]) == 0
+    assert {entry["data"] for entry in lines(tmp_path / "run", "eval")} == {"nh_haze_45_5_5/validation"}
+    said = capsys.readouterr().out
+    assert "keeping 45 images in memory" in said and "training on 45 images, evaluating on 5 (nh_haze_45_5_5/validation)" in said
+    assert main(["eval", "--checkpoint", str(model_dir), "--data", "nh_haze", "--data-dir", built, "--split", "nh_haze_50_5/test"]) == 0
+    assert "5 images of nh_haze_50_5/test" in capsys.readouterr().out
+    options = ["--data.split", "nh_haze_45_5_5", "--data.holdout", "3"]
+    assert "says what to evaluate on" in fails(capsys, "train", "--config", config_file, *options)
+
+
+def test_benchmark_data(tmp_path, config_file, capsys):
+    """Stages and pipelines have figures that belong together: a stage's images/s is 1000 / ms."""
+    root = haze_folder(tmp_path)
+    out = tmp_path / "figures.json"
+    options = ["--data.hazy", root, "--data.clear", root, "--data.crop", "16", "--seconds", "0.2", "--workers", "0", "--output", out]
+    assert main(["benchmark", "data", "--config", config_file, *map(str, options)]) == 0
+    figures = json.loads(out.read_text())
+    assert [row["stage"] for row in figures["stages"]] == ["read files", "read and decode", "augment", "batch"]
+    assert all(row["ms"] > 0 for row in figures["stages"]) and figures["pipelines"][0]["images_per_second"] > 0
+    assert 0 <= figures["pipelines"][0]["waiting"] <= 1 and "images a second take" in capsys.readouterr().out
+    assert "must be positive" in fails(capsys, "benchmark", "data", "--config", config_file, "--seconds", "0")

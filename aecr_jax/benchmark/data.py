@@ -16,7 +16,7 @@ from tqdm import tqdm
 from aecr_jax.config import Config
 from aecr_jax.data.haze import add_haze, draw_haze
 from aecr_jax.data.images import make_folder, to_float
-from aecr_jax.data.pipeline import Augment, cache_bytes, train_batches
+from aecr_jax.data.pipeline import Augment, Source, cache_bytes, train_batches
 from aecr_jax.errors import UserError
 
 
@@ -91,7 +91,7 @@ def _measure_stages(samples: Sequence[Any], crop: int, batch: int, seconds: floa
     if paths:
         measure("read files", lambda i: [p.read_bytes() for p in samples[i % len(samples)] if isinstance(p, Path)])
     measure("read and decode", lambda i: samples[i % len(samples)].read())
-    element = samples[0].read()
+    element = Source(samples, least=crop)[0]
     cut = {key: to_float(array[:crop, :crop]) for key, array in element.items()}
     if "depth" in element:
         measure("make haze (of the crop)", lambda i: add_haze(cut["clear"], cut["depth"], *draw_haze(rng)))
