@@ -1,6 +1,6 @@
 """The command line: `python -m aecr_jax COMMAND`. Exit status 0, or 2 with one line on standard error for bad usage or input.
 
-`check-data` exits with 1 if training on the data would be a mistake.
+`check-data` exits with 1 if training on the data would be a mistake, `train` with 75 if SIGTERM stopped it and its state is saved.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from aecr_jax.errors import UserError
+from aecr_jax.errors import Stopped, UserError
 
 
 class _Parser(argparse.ArgumentParser):
@@ -21,8 +21,9 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
-    # orbax and grain report their routine at levels that a person would take for trouble.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # orbax and grain report their routine at levels that a person would take for trouble, and trouble many times over.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         parser = _make_parser()
         options, rest = parser.parse_known_args(argv)
@@ -32,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"aecr_jax: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(f"aecr_jax: {stopped}", file=sys.stderr)
+        return stopped.status
     except KeyboardInterrupt:
         print("aecr_jax: interrupted", file=sys.stderr)
         return 130
@@ -112,7 +116,10 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
     from aecr_jax.trainer import train
 
     summary = train(config)
-    print(f"done: step {summary['step']}, PSNR {summary['psnr']:.2f} dB, SSIM {summary['ssim']:.4f}, in {config.train.workdir}")
+    from aecr_jax.distributed import is_main
+
+    if is_main():
+        print(f"done: step {summary['step']}, PSNR {summary['psnr']:.2f} dB, SSIM {summary['ssim']:.4f}, in {config.train.workdir}")
     return 0
 
 

@@ -1,6 +1,7 @@
 """Checkpoints: orbax for training runs, one safetensors file for models that travel.
 
-A training checkpoint holds parameters, running statistics, optimizer, step and the input's position, and the config. An exported
+A training checkpoint holds parameters and their moving average, running statistics, optimizer, step, the input's position, the config,
+and a checksum of every array. An exported
 model (what conversion writes and the package ships) is a folder of `model.safetensors` and `config.json`. Both are data alone:
 reading one runs no code.
 """
@@ -10,15 +11,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shutil
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
-from grain.checkpoint import CheckpointRestore, CheckpointSave
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 from safetensors import SafetensorError
@@ -35,6 +38,21 @@ DEFAULT_MODEL = Path(__file__).parent / "pretrained"
 _WEIGHTS, _CONFIG, _CHECKPOINTS = "model.safetensors", "config.json", "checkpoints"
 
 log = logging.getLogger(__name__)
+
+
+class Position(NamedTuple):
+    """Where the input stands."""
+
+    images: int  # read so far
+    data: str  # what from, as `describe_samples` gives it
+
+
+class Restored(NamedTuple):
+    """What a run goes on from."""
+
+    state: TrainState
+    position: Position
+    changes: list[str]  # settings that are not what they were, "train.batch: 8 -> 16"
 
 
 class Checkpoints:
@@ -55,13 +73,24 @@ class Checkpoints:
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
-    def save(self, state: TrainState, config: Config, iterator: Any, psnr: float) -> None:
-        """Writes in the background; a checkpoint appears whole or not at all."""
+    def save(self, state: TrainState, config: Config, position: Position, psnr: float = -np.inf) -> None:
+        """Writes in the background; a checkpoint appears whole or not at all. Every process of a pod calls it.
+
+        Raises:
+          UserError: this checkpoint, or the one before, cannot be written.
+        """
+        model, optimizer = _items(state)
+        needed = sum(x.nbytes for x in jax.tree.leaves(state))
+        if (free := shutil.disk_usage(self.folder).free) < 1.1 * needed + 1e6:
+            raise UserError(
+                f"no checkpoint can be written to {self.folder}: it takes {needed / 1e6:.1f} MB and the disk has {free / 1e6:.1f} MB free"
+            )
         items = {
-            "model": ocp.args.StandardSave({"params": state.params, "stats": state.stats}),
-            "optimizer": ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
-            "input": CheckpointSave(iterator),
+            "model": ocp.args.StandardSave(model),
+            "optimizer": ocp.args.StandardSave(optimizer),
+            "input": ocp.args.JsonSave(position._asdict()),
             "config": ocp.args.JsonSave(dataclasses.asdict(config)),
+            "checksums": ocp.args.JsonSave({"model": _checksums(model), "optimizer": _checksums(optimizer)}),
         }
         try:
             saved = self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics={"psnr": psnr})
@@ -70,40 +99,66 @@ class Checkpoints:
         if not saved:
             raise UserError(f"{self.folder} has a checkpoint after step {int(state.step)}: name another train.workdir")
 
-    def restore(self, model: ModelConfig, state: TrainState, iterator: Any, mesh: Mesh) -> TrainState | None:
-        """The last whole checkpoint, onto `mesh`, and `iterator` set to its position; None if there is none.
+    def restore(self, config: Config, state: TrainState, data: str, mesh: Mesh) -> Restored | None:
+        """The last whole checkpoint, onto `mesh`, whatever the number of devices was; None if there is none.
 
-        One that cannot be read is moved aside with a warning, for the one before it.
+        One that cannot be read, or has other values than were written, is moved aside with a warning, for the one before it.
+
+        Args:
+          config: the settings to go on with.
+          state: a state of the right shapes.
+          data: what `train_batches` trains on, as `describe_samples` gives it.
+          mesh: the devices.
 
         Raises:
-          UserError: no checkpoint can be read, or they are of another network than `model`.
+          UserError: no checkpoint can be read, or they are of another network or of other data.
         """
-        replicated = NamedSharding(mesh, PartitionSpec())
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), state)
         failed: list[int] = []
         for step in reversed(self.steps()):
-            items = {
-                "model": ocp.args.StandardRestore({"params": target.params, "stats": target.stats}),
-                "optimizer": ocp.args.StandardRestore({"step": target.step, "opt_state": target.opt_state}),
-                "input": CheckpointRestore(iterator),
-            }
             try:
-                self._check_model(step, model)
-                got = self._manager.restore(step, args=ocp.args.Composite(**items))
+                saved = self._load_json(step, "config")
+                position = Position(**self._load_json(step, "input"))
+                self._check_same_run(saved, config, position, data)
+                state = self._load_state(step, state, NamedSharding(mesh, PartitionSpec()), ema=bool(saved["train"]["ema"]))
             except UserError:
                 raise
             except Exception as error:  # orbax, tensorstore and the file system raise a dozen kinds
                 log.warning("checkpoint %s cannot be read (%s), trying the one before", self.folder / str(step), first_line(error))
                 failed.append(step)
                 continue
-            for damaged in failed:  # orbax would save nothing before the latest step
-                (self.folder / str(damaged)).rename(self.folder.parent / f"damaged-checkpoint-{damaged}")
-            if failed:
-                self._manager.reload()
-            return TrainState(**got["model"], **got["optimizer"])
+            self._move_aside(failed)
+            # A moving average that was not kept begins with the parameters, in arrays of its own: the step consumes both.
+            ema = (state.ema or jax.tree.map(jnp.copy, state.params)) if config.train.ema else {}
+            return Restored(dataclasses.replace(state, ema=ema), position, _changes(saved, dataclasses.asdict(config)))
         if failed:
             raise UserError(f"no checkpoint in {self.folder} can be read: delete the folder to begin anew, or name another train.workdir")
         return None
+
+    def _load_state(self, step: int, like: TrainState, sharding: NamedSharding, *, ema: bool) -> TrainState:
+        like = dataclasses.replace(like, ema=like.params if ema else {})
+        targets = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), _items(like))
+        items = {name: ocp.args.StandardRestore(target) for name, target in zip(("model", "optimizer"), targets)}
+        got = self._manager.restore(step, args=ocp.args.Composite(**items))
+        self._verify(step, {"model": got["model"], "optimizer": got["optimizer"]})
+        return TrainState(**{"ema": {}, **got["model"], **got["optimizer"]})
+
+    def _verify(self, step: int, items: dict[str, Any]) -> None:
+        # tensorstore reads values of which single bits were changed without a word.
+        written = self._load_json(step, "checksums")
+        for item, tree in items.items():
+            for name, checksum in _checksums(tree).items():
+                if written[item][name] != checksum:
+                    raise ValueError(f"{name} is not what was written")
+
+    def _move_aside(self, steps: list[int]) -> None:
+        if not steps:
+            return
+        if jax.process_index() == 0:
+            for step in steps:  # orbax would save nothing before the latest step
+                (self.folder / str(step)).rename(self.folder.parent / f"damaged-checkpoint-{step}")
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints moved aside")
+        self._manager.reload()
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, ascending."""
@@ -114,27 +169,30 @@ class Checkpoints:
         return self._manager.best_step()
 
     def load_model(self, step: int) -> tuple[AECRNet, dict[str, Any]]:
-        """The model of one step, on the default device, and the run's config."""
-        config = self._load_config(step)
+        """The model of one step, on the default device, and the run's config; the moving average of its parameters if it has one."""
+        config = self._load_json(step, "config")
         model_config = _model_config(config)
         model = abstract_model(model_config)
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        target = {"params": get_arrays(model, nnx.Param), "stats": get_arrays(model, nnx.BatchStat)}
+        params = get_arrays(model, nnx.Param)
+        target = {"params": params, "stats": get_arrays(model, nnx.BatchStat)} | ({"ema": params} if config["train"]["ema"] else {})
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), target)
         got = self._manager.restore(step, args=ocp.args.Composite(model=ocp.args.StandardRestore(target)))["model"]
-        return build_model(model_config, {**got["params"], **got["stats"]}), config | {"step": step}
+        self._verify(step, {"model": got})
+        weights = "ema" if "ema" in got else "params"
+        return build_model(model_config, {**got[weights], **got["stats"]}), config | {"step": step, "weights": weights}
 
-    def _check_model(self, step: int, here: ModelConfig) -> None:
-        there = _model_config(self._load_config(step))
-        for name in (f.name for f in dataclasses.fields(here)):
-            if getattr(there, name) != getattr(here, name):
-                raise UserError(
-                    f"{self.folder.parent} holds another run: model.{name} is {getattr(there, name)} there and {getattr(here, name)} here;"
-                    " name another train.workdir"
-                )
+    def _check_same_run(self, saved: dict[str, Any], config: Config, position: Position, data: str) -> None:
+        other = f"{self.folder.parent} holds another run"
+        for name, there, here in model_changes(_model_config(saved), config.model):
+            raise UserError(f"{other}: {name} is {there} there and {here} here; name another train.workdir")
+        if position.data != data:
+            raise UserError(f"{other}: it trains on {position.data}, and here are {data}; name another train.workdir")
+        if (seed := saved["train"]["seed"]) != config.train.seed:
+            raise UserError(f"{other}: train.seed is {seed} there and {config.train.seed} here; name another train.workdir")
 
-    def _load_config(self, step: int) -> dict[str, Any]:
-        return self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+    def _load_json(self, step: int, item: str) -> dict[str, Any]:
+        return self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.JsonRestore()}))[item]
 
     def close(self) -> None:
         """Waits until everything is written."""
@@ -142,6 +200,19 @@ class Checkpoints:
             self._manager.close()
         except Exception as error:
             raise UserError(f"the last checkpoint cannot be written to {self.folder}: {first_line(error)}") from error
+
+
+def has_checkpoint(workdir: str | Path) -> bool:
+    """Whether a run has saved one."""
+    folder = Path(workdir) / _CHECKPOINTS
+    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+
+
+def model_changes(before: ModelConfig, now: ModelConfig) -> list[tuple[str, Any, Any]]:
+    """The settings by which two networks differ, as (name, before, now); not those that say how one is computed."""
+    names = (f.name for f in dataclasses.fields(before) if f.name not in ("dtype", "remat"))
+    pairs = ((f"model.{name}", getattr(before, name), getattr(now, name)) for name in names)
+    return [change for change in pairs if change[1] != change[2]]
 
 
 def load_checkpoint(path: str | Path = DEFAULT_MODEL) -> AECRNet:
@@ -222,6 +293,23 @@ def _load_exported(path: Path) -> tuple[AECRNet, dict[str, Any]]:
 
 def _model_config(config: dict[str, Any]) -> ModelConfig:
     return ModelConfig(**config["model"])
+
+
+def _items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
+    model = {"params": state.params, "stats": state.stats} | ({"ema": state.ema} if state.ema else {})
+    return model, {"step": state.step, "opt_state": state.opt_state}
+
+
+def _checksums(tree: Any) -> dict[str, int]:
+    return {jax.tree_util.keystr(path): zlib.crc32(np.asarray(leaf).tobytes()) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The settings that differ; names and places of a run are left out."""
+    places = {"workdir", "coordinator", "processes", "process_id", "log_every", "tensorboard", "threads", "workers", "cache"}
+    before, now = json.loads(json.dumps(before)), json.loads(json.dumps(now))  # tuples are lists there
+    pairs = ((f"{part}.{name}", before[part].get(name), value) for part in now for name, value in now[part].items() if name not in places)
+    return [f"{name}: {old} -> {new}" for name, old, new in pairs if old != new]
 
 
 def _psnr(metrics: Any) -> float:

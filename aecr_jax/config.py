@@ -93,6 +93,11 @@ class TrainConfig:
     """Cosine annealing to 0 at the last step, or none."""
     warmup: int = 0
     """Steps over which the learning rate rises from 0 linearly, on top of the schedule."""
+    accumulate: int = 1
+    """Parts that a batch is computed in, one after the other, to save memory; FastDeconv and the ratio of contrastive
+    regularization are then of a part and not of the batch."""
+    ema: float = 0.0
+    """Decay of a moving average of the parameters, such as 0.999, which is then what is evaluated; 0: none."""
     offset_rate: float = 1.0
     """Factor on the learning rate of the convolution that predicts the deformable layers' offsets; less than 1 where a high
     learning rate makes them run away."""
@@ -102,10 +107,22 @@ class TrainConfig:
     """Seeds initial values, order, crops and haze."""
     log_every: int = 100
     """Steps between lines in metrics.jsonl."""
+    save_every: int = 1000
+    """Steps between checkpoints; each evaluation writes one too."""
     eval_every: int = 5000
     """Steps between evaluations; each writes scores, a panel and a checkpoint."""
     eval_images: int = 100
     """Evaluate on at most this many images during training."""
+    init_from: str = ""
+    """Fine-tuning: a checkpoint whose parameters a new run begins with; its optimizer and step are not taken."""
+    tensorboard: bool = False
+    """Write scalars and panels for TensorBoard too, into the work directory."""
+    coordinator: str = ""
+    """For several processes: HOST:PORT of process 0, the same for all; or "auto" where the cluster tells (TPU pods, Slurm, MPI)."""
+    processes: int = 1
+    """How many processes there are; with a HOST:PORT."""
+    process_id: int = 0
+    """Which one this is, from 0; with a HOST:PORT."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +153,11 @@ class Config:
             "train.warmup": (self.train.warmup, 0),
             "train.offset_rate": (self.train.offset_rate, 0),
             "train.clip_norm": (self.train.clip_norm, 0),
+            "train.accumulate": (self.train.accumulate, 1),
+            "train.ema": (self.train.ema, 0),
+            "train.save_every": (self.train.save_every, 1),
+            "train.processes": (self.train.processes, 1),
+            "train.process_id": (self.train.process_id, 0),
             "train.eval_every": (self.train.eval_every, 1),
             "train.eval_images": (self.train.eval_images, 1),
         }
@@ -144,10 +166,16 @@ class Config:
                 raise UserError(f"{name} (={value}) must be at least {minimum}")
         if not self.train.learning_rate > 0:
             raise UserError(f"train.learning_rate (={self.train.learning_rate}) must be positive")
+        if self.train.ema >= 1:
+            raise UserError(f"train.ema (={self.train.ema}) must be less than 1")
+        if self.train.process_id >= self.train.processes:
+            raise UserError(f"train.process_id (={self.train.process_id}) must be less than train.processes (={self.train.processes})")
+        if self.train.processes > 1 and ":" not in self.train.coordinator:
+            raise UserError(f"train.coordinator (={self.train.coordinator!r}) must be HOST:PORT of process 0, if train.processes is set")
         for name in ("positives", "negatives"):
-            count = getattr(self.loss, name)
-            if self.loss.cr and count > self.train.batch:
-                raise UserError(f"loss.{name} (={count}) must be at most train.batch (={self.train.batch})")
+            count, part = getattr(self.loss, name), self.train.batch // self.train.accumulate
+            if self.loss.cr and count > part:
+                raise UserError(f"loss.{name} (={count}) must be at most train.batch / train.accumulate (={part})")
         if "float64" in (self.model.dtype, self.model.param_dtype) and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
             raise UserError("float64 needs the environment variable JAX_ENABLE_X64=1")
         data = self.data

@@ -1,5 +1,13 @@
-"""The one exception that a command turns into a line on standard error and exit status 2."""
+"""The exceptions that a command turns into a line on standard error and an exit status."""
 
 
 class UserError(Exception):
     """Something that the user can mend: a wrong path, setting or file. Its text says what is wrong and what would be right."""
+
+
+class Stopped(Exception):
+    """A run was asked to stop and has saved its state: the same command goes on. `status` is what the program exits with."""
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status

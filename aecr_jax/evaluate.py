@@ -18,6 +18,7 @@ from aecr_jax.checkpoint import DEFAULT_MODEL, load_checkpoint_with_config
 from aecr_jax.config import DataConfig
 from aecr_jax.data.images import make_folder, panel, write_image
 from aecr_jax.data.pipeline import EvalImage, eval_images, open_eval_data
+from aecr_jax.distributed import gather
 from aecr_jax.errors import UserError
 from aecr_jax.metrics import psnr, ssim
 from aecr_jax.restore import Restorer
@@ -101,8 +102,7 @@ def evaluate_checkpoint(
     print(table([("hazy input", means["input_psnr"], means["input_ssim"]), ("restored", means["psnr"], means["ssim"])]))
     print(f"mean over {means['images']} images of {name}; PSNR and SSIM on RGB as in the official code")
     about = {"checkpoint": str(checkpoint), "data": data, "split": name, "metrics": "RGB, float, as the official code"}
-    if "step" in config:
-        about["step"] = config["step"]
+    about |= {key: config[key] for key in ("step", "weights") if key in config}
     if output:
         write_results(output, scores, means | about)
         write_image(output / "panel.png", panel(rows))
@@ -123,10 +123,15 @@ def _check_folders(output: Path, samples: list[Any]) -> None:
             raise UserError(f"{folder} holds images to evaluate on and would be overwritten: name another --output")
 
 
-def summarize(scores: list[Score]) -> dict[str, Any]:
-    """Means over images: `psnr`, `ssim`, `input_psnr`, `input_ssim`, and `images`, their number."""
+def summarize(scores: list[Score], count: int | None = None) -> dict[str, Any]:
+    """Means over images: `psnr`, `ssim`, `input_psnr`, `input_ssim`, and `images`, their number.
+
+    With `count`, each process of a run brings the scores of its share of that many images.
+    """
     keys = ("psnr", "ssim", "input_psnr", "input_ssim")
-    return {key: float(np.mean([getattr(score, key) for score in scores])) for key in keys} | {"images": len(scores)}
+    table = np.array([[getattr(score, key) for key in keys] for score in scores]).reshape(-1, len(keys))
+    table = table if count is None else gather(table, count)
+    return {key: float(mean) for key, mean in zip(keys, table.mean(0, dtype=np.float64))} | {"images": len(table)}
 
 
 def write_results(folder: str | Path, scores: list[Score], summary: dict[str, Any]) -> None:

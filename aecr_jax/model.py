@@ -42,6 +42,9 @@ class ModelConfig:
     """Type of the arithmetic; bfloat16 for accelerators."""
     param_dtype: Literal["float32", "float64"] = "float32"
     """Type of the parameters. float64 takes `JAX_ENABLE_X64=1`."""
+    remat: bool = False
+    """For gradients, keep the input of each layer and block alone and compute the rest anew: less memory, more time. XLA's CPU
+    backend undoes it."""
 
     def __post_init__(self) -> None:
         for name in ("width", "blocks", "deform_layers"):
@@ -92,26 +95,32 @@ class AECRNet(nnx.Module):
         x = jnp.pad(hazy, ((0, 0), (0, -h % self.MULTIPLE), (0, -w % self.MULTIPLE), (0, 0)), mode="reflect")
         if self.fast_deconv is not None:
             x = self.fast_deconv(x)
-        down1 = nnx.relu(self.down1(x))  # [n, h, w, width]
-        down2 = nnx.relu(self.down2(down1))  # [n, h / 2, w / 2, 2 width]
-        down3 = nnx.relu(self.down3(down2))  # [n, h / 4, w / 4, 4 width]
+        down1 = self._apply(self.down1, x, relu=True)  # [n, h, w, width]
+        down2 = self._apply(self.down2, down1, relu=True)  # [n, h / 2, w / 2, 2 width]
+        down3 = self._apply(self.down3, down2, relu=True)  # [n, h / 4, w / 4, 4 width]
         y = down3
         if self.config.dfe == "before":
             y = self._enhance(y)
         # A Python loop: a convolution inside lax.scan has a gradient 30 to 50 times slower on the CPU.
         for i in range(self.config.blocks):
-            y = self.blocks[i % len(self.blocks)](y)
+            y = self._apply(self.blocks[i % len(self.blocks)], y)
         if self.config.dfe == "after":
             y = self._enhance(y)
-        up1 = nnx.relu(self.up1(self._join(down3, y, deep=True)))
-        up2 = nnx.relu(self.up2(self._join(down2, up1, deep=False)))
-        out = jnp.tanh(self.up3(up2))
+        up1 = self._apply(self.up1, self._join(down3, y, deep=True), relu=True)
+        up2 = self._apply(self.up2, self._join(down2, up1, deep=False), relu=True)
+        out = jnp.tanh(self._apply(self.up3, up2))
         return out[:, :h, :w].astype(hazy.dtype)
 
     def _enhance(self, x: Array) -> Array:
         for i in range(self.config.deform_layers):
-            x = self.deform[i % len(self.deform)](x)
+            x = self._apply(self.deform[i % len(self.deform)], x)
         return x
+
+    def _apply(self, layer: Any, x: Array, *, relu: bool = False) -> Array:
+        def apply(layer: Any, x: Array) -> Array:
+            return nnx.relu(layer(x)) if relu else layer(x)
+
+        return nnx.remat(apply)(layer, x) if self.config.remat else apply(layer, x)
 
     def _join(self, down: Array, up: Array, *, deep: bool) -> Array:
         if self.config.mixup == "adaptive":

@@ -26,7 +26,7 @@ from aecr_jax.model import AECRNet, abstract_model, build_model, get_arrays, rep
 from aecr_jax.vgg import VGG19Features
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "stats", "opt_state"], meta_fields=[])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "stats", "opt_state", "ema"], meta_fields=[])
 @dataclass
 class TrainState:
     """All that changes from step to step."""
@@ -35,6 +35,12 @@ class TrainState:
     params: dict[str, Array]  # by dotted name
     stats: dict[str, Array]  # FastDeconv's running statistics
     opt_state: optax.OptState
+    ema: dict[str, Array]  # moving average of the parameters, by the same names; empty without train.ema
+
+    @property
+    def eval_arrays(self) -> dict[str, Array]:
+        """What is evaluated: the moving average if there is one, else the parameters; and the running statistics."""
+        return {**(self.ema or self.params), **self.stats}
 
 
 Batch = dict[str, Array]
@@ -70,12 +76,15 @@ def init_state(config: Config, model: AECRNet | None = None) -> TrainState:
     if model is None:
         model = AECRNet(config.model, rngs=nnx.Rngs(config.train.seed))
     params = get_arrays(model, nnx.Param)
-    return TrainState(jnp.zeros((), jnp.int32), params, get_arrays(model, nnx.BatchStat), make_optimizer(config).init(params))
+    stats = get_arrays(model, nnx.BatchStat)
+    # In arrays of its own: the step consumes both.
+    ema = jax.tree.map(jnp.copy, params) if config.train.ema else {}
+    return TrainState(jnp.zeros((), jnp.int32), params, stats, make_optimizer(config).init(params), ema)
 
 
 def state_to_model(config: Config, state: TrainState) -> AECRNet:
-    """A model in evaluation mode with the state's parameters and statistics."""
-    return build_model(config.model, {**state.params, **state.stats})
+    """A model in evaluation mode with what the state evaluates."""
+    return build_model(config.model, state.eval_arrays)
 
 
 def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
@@ -91,10 +100,11 @@ def replicate(state: TrainState, mesh: Mesh) -> TrainState:
 
 def check_batch(config: Config, mesh: Mesh) -> None:
     """Raises UserError if the batch does not divide by the devices."""
-    if config.train.batch % mesh.size:
-        batch, n = config.train.batch, mesh.size
-        fitting = sorted({max(batch // n, 1) * n, (batch // n + 1) * n})
-        raise UserError(f"train.batch (={batch}) must divide by the {n} devices, such as {' or '.join(map(str, fitting))}")
+    batch, n, parts = config.train.batch, mesh.size, config.train.accumulate
+    if batch % (n * parts):
+        fitting = sorted({max(batch // (n * parts), 1) * n * parts, (batch // (n * parts) + 1) * n * parts})
+        by = f"{n} devices" + (f" times train.accumulate (={parts})" if parts > 1 else "")
+        raise UserError(f"train.batch (={batch}) must divide by the {by}, such as {' or '.join(map(str, fitting))}")
 
 
 def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
@@ -150,8 +160,27 @@ def make_train_step(config: Config, features: VGG19Features | None, mesh: Mesh) 
         measurements["total"] = total
         return total, (get_arrays(model, nnx.BatchStat), measurements)
 
-    def train_step(state: TrainState, features_state: Any, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        gradients, (stats, measurements) = jax.grad(loss_fn, has_aux=True)(state.params, state.stats, features_state, batch)
+    grad_fn = jax.grad(loss_fn, has_aux=True)
+
+    def accumulate(params: dict[str, Array], stats: dict[str, Array], features_state: Any, batch: Batch) -> tuple[Any, Any]:
+        count = config.train.accumulate
+        # Part i has images i, i + count, ...: some of every device.
+        parts = {key: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1) for key, x in batch.items()}
+
+        def add(carry: tuple[Any, Any], part: Batch) -> tuple[tuple[Any, Any], Any]:
+            total, stats = carry
+            gradients, (stats, measurements) = grad_fn(params, stats, features_state, part)
+            return (jax.tree.map(jnp.add, total, gradients), stats), measurements
+
+        # XLA's CPU backend runs convolutions inside a loop 30 to 50 times slower.
+        unroll = count if mesh.devices.flat[0].platform == "cpu" else 1
+        (total, stats), measurements = jax.lax.scan(add, (jax.tree.map(jnp.zeros_like, params), stats), parts, unroll=unroll)
+        merged = {name: values.max() if name == "offset_max" else values.mean() for name, values in measurements.items()}
+        return jax.tree.map(lambda gradient: gradient / count, total), (stats, merged)
+
+    def train_step(features_state: Any, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        compute = grad_fn if config.train.accumulate == 1 else accumulate
+        gradients, (stats, measurements) = compute(state.params, state.stats, features_state, batch)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         measurements |= {
@@ -160,13 +189,16 @@ def make_train_step(config: Config, features: VGG19Features | None, mesh: Mesh) 
             "update_norm": optax.tree.norm(updates),
             "param_norm": optax.tree.norm(params),
         }
-        return TrainState(state.step + 1, params, stats, opt_state), measurements
+        # At first the average follows closely, or it would long remember the initial values.
+        decay = jnp.minimum(config.train.ema, (1 + state.step) / (10 + state.step))
+        ema = {name: decay.astype(x.dtype) * x + (1 - decay).astype(x.dtype) * params[name] for name, x in state.ema.items()}
+        return TrainState(state.step + 1, params, stats, opt_state, ema), measurements
 
     replicated, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
-    compiled = jax.jit(train_step, donate_argnums=0, in_shardings=(replicated, replicated, split), out_shardings=(replicated, replicated))
+    compiled = jax.jit(train_step, donate_argnums=1, in_shardings=(replicated, replicated, split), out_shardings=(replicated, replicated))
     if features_state is not None:
         features_state = jax.device_put(features_state, replicated)
-    return lambda state, batch: compiled(state, features_state, batch)
+    return functools.partial(compiled, features_state)
 
 
 def _call(model: AECRNet, hazy: Array) -> Array:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,109 +12,157 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from aecr_jax.checkpoint import Checkpoints
-from aecr_jax.config import Config, config_to_json
-from aecr_jax.data.images import make_folder, panel, write_image
-from aecr_jax.data.pipeline import cache_bytes, eval_images, split_samples, train_batches
-from aecr_jax.errors import UserError
+from aecr_jax.checkpoint import Checkpoints, Position, has_checkpoint, load_checkpoint_with_config, model_changes
+from aecr_jax.config import Config
+from aecr_jax.data.images import make_folder
+from aecr_jax.data.pipeline import cache_bytes, check_samples, describe_samples, eval_images, split_samples, train_batches
+from aecr_jax.distributed import STATUS, StopRequest, gather, initialize, is_main
+from aecr_jax.errors import Stopped, UserError
 from aecr_jax.evaluate import Score, add_row, evaluate, summarize
+from aecr_jax.model import AECRNet
 from aecr_jax.restore import Restorer
+from aecr_jax.runlog import RunLog
 from aecr_jax.step import TrainState, check_batch, init_state, make_mesh, make_train_step, replicate, shard_batch, state_to_model
 from aecr_jax.vgg import VGG19Features, load_vgg19, random_vgg19
 
 _PANEL_ROWS = 3
+# Measurements are looked at this many steps late, so that the devices need not wait for it.
+_LATE = 2
 
 
 def train(config: Config, *, say: Callable[[str], None] = tqdm.write) -> dict[str, Any]:
     """Trains until `train.steps`; the same call again continues from the last checkpoint.
 
-    Writes into `train.workdir`: `config.json`, `metrics.jsonl`, `panels/*.png` (hazy | restored | clear), `checkpoints/`.
+    Writes into `train.workdir`: `config.json`, `versions.json`, `metrics.jsonl`, `panels/*.png` (hazy | restored | clear),
+    `checkpoints/`. How a run resumes:
+
+    1. The last whole checkpoint gives parameters, their average, statistics, optimizer and step, bit by bit.
+    2. The order of images, crops and haze follows from `train.seed`; the checkpoint says how many images were read of it.
+    3. Nothing else is random: the initial values, which come from `train.seed` too, are replaced.
 
     Args:
       config: the run's settings.
       say: takes lines for the person who waits.
 
     Returns:
-      The last evaluation's summary: `psnr`, `ssim`, `input_psnr`, `input_ssim`, `images`, `data` (what it evaluated on), `step`.
+      The last evaluation's summary: `psnr`, `ssim`, `input_psnr`, `input_ssim`, `images`, `data` (what it evaluated on), `weights`
+      (the parameters or their moving average), `step`.
 
     Raises:
       UserError: a setting, a file or a folder is wrong, or the loss is not finite.
+      Stopped: SIGTERM or Ctrl-C; the state is saved.
     """
     config.validate()
     workdir = Path(config.train.workdir)
 
-    # ---- devices, data, features: what can be wrong is found out before anything is written
+    # ---- processes, devices, data, features: what can be wrong is found out before anything is written
+    initialize(config.train)
+    if not is_main():
+        say = _be_silent
     mesh = make_mesh()
     check_batch(config, mesh)
     features = _load_features(config)
     train_samples, eval_samples, evaluated_on = split_samples(config.data)
     if not eval_samples:
         raise UserError("nothing to evaluate on: set data.eval_hazy and data.eval_clear, or data.holdout")
+    here = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     if config.data.cache:
         say(f"keeping {len(train_samples)} images in memory: about {cache_bytes(train_samples, config.data) / 1e9:.1f} GB")
-    batches = train_batches(train_samples, config, process_index=jax.process_index(), process_count=jax.process_count())
+    check_samples(train_samples, config, jax.process_count())
     count = min(config.train.eval_images, len(eval_samples))
-    for _ in eval_images(eval_samples, limit=count):  # reads them once: a damaged one should not stop the run at its first evaluation
+    for _ in eval_images(eval_samples, limit=count, **here):  # reads them once: a damaged one should not stop the first evaluation
         pass
+    initial = _load_initial(config)
     make_folder(workdir)
 
     # ---- state: initial values, or the last checkpoint with the input's position
+    data = describe_samples(train_samples)
     checkpoints = Checkpoints(workdir)
-    state = replicate(init_state(config), mesh)
-    if (restored := checkpoints.restore(config.model, state, batches, mesh)) is not None:
-        state = restored
+    state = replicate(init_state(config, initial), mesh)
+    position = Position(0, data)
+    if (restored := checkpoints.restore(config, state, data, mesh)) is not None:
+        state, position = restored.state, restored.position
         say(f"continuing from step {int(state.step)} in {workdir}")
+        for change in restored.changes:
+            say(f"setting changed since then: {change}")
+    elif config.train.init_from:
+        say(f"beginning with the parameters of {config.train.init_from}")
     first = int(state.step)
-    log = _RunLog(workdir, config, first)
+    batches = train_batches(train_samples, config, start=position.images, **here)
+    log = RunLog(workdir, config, first)
     step_fn = make_train_step(config, features, mesh)
     restorer = Restorer(state_to_model(config, state))
     say(f"training on {len(train_samples)} images, evaluating on {len(eval_samples)} ({evaluated_on}), {mesh.size} device(s)")
 
     # ---- the loop
     summary: dict[str, Any] = {}
-    waited, since, measured_from = 0.0, time.perf_counter(), first
+    watch = _Watch(workdir, train_samples)
+    waited, since, measured_from, warned = 0.0, time.perf_counter(), first, False
+    progress = tqdm(total=config.train.steps, initial=first, desc="training", unit="step", smoothing=0.1, disable=not is_main())
     try:
-        with tqdm(total=config.train.steps, initial=first, desc="training", unit="step", smoothing=0.1) as bar:
+        with StopRequest() as stop, progress as bar:
             for step in range(first + 1, config.train.steps + 1):
                 asked = time.perf_counter()
                 try:
-                    batch = shard_batch(next(batches), mesh)
-                except UserError:  # a damaged file: keep the steps since the last checkpoint
-                    if step - 1 not in (first, *checkpoints.steps()):
-                        checkpoints.save(state, config, batches, psnr=-np.inf)
+                    batch = next(batches)
+                except UserError:  # a file is damaged or gone: keep the steps since the last checkpoint
+                    watch.check_all()
+                    if jax.process_count() == 1 and step - 1 not in (first, *checkpoints.steps()):
+                        checkpoints.save(state, config, position)
                     raise
                 waited += time.perf_counter() - asked
-                state, measurements = step_fn(state, batch)
+                indices = batch.pop("index")
+                state, measurements = step_fn(state, shard_batch(batch, mesh))
+                position = position._replace(images=position.images + config.train.batch)
+                watch.add(step, measurements, indices)
                 bar.update()
                 evaluating = step % config.train.eval_every == 0 or step == config.train.steps
+                stopping = stop.at(step)
                 if step % config.train.log_every == 0 or evaluating:
+                    watch.check_all()
                     values = {name: float(value) for name, value in jax.device_get(measurements).items()}
                     seconds = time.perf_counter() - since
                     values["images_per_second"] = (step - measured_from) * config.train.batch / seconds
                     values["waiting_for_data"] = waited / seconds
                     log.write(step, "train", values)
-                    if not np.isfinite([values["total"], values["grad_norm"], values["param_norm"]]).all():
-                        raise UserError(
-                            f"the loss, its gradient or the parameters are not finite between steps {measured_from + 1} and {step}"
-                            f" (largest offset {values.get('offset_max', 0):.3g} pixels); the last checkpoint in {workdir} is from"
-                            " before. A lower train.learning_rate, train.offset_rate or train.clip_norm may help"
-                        )
                     bar.set_postfix({name: f"{values[name]:.4f}" for name in ("l1", "cr") if name in values})
+                    if values.get("offset_max", 0) > config.data.crop and not warned:
+                        warned = True
+                        say(
+                            f"warning: at step {step} the deformable layers look {values['offset_max']:.3g} pixels away, out of the crop of"
+                            f" {config.data.crop}; a lower train.offset_rate or train.learning_rate, or train.clip_norm, keeps them near"
+                        )
                     waited, since, measured_from = 0.0, time.perf_counter(), step
                 if evaluating:
-                    summary = _evaluate(restorer, state, eval_samples, count, workdir / "panels" / f"step_{step:07d}.png")
-                    log.write(step, "eval", summary | {"data": evaluated_on})
+                    summary, rows = _evaluate(restorer, state, eval_samples, count)
+                    summary["data"] = evaluated_on
+                    log.write_panel(step, rows)
+                    log.write(step, "eval", summary)
                     say(
                         f"step {step}: PSNR {summary['psnr']:.2f} dB, SSIM {summary['ssim']:.4f}"
                         f" (hazy input {summary['input_psnr']:.2f} dB, {summary['input_ssim']:.4f})"
                     )
-                    checkpoints.save(state, config, batches, summary["psnr"])
-                    since = time.perf_counter()  # evaluation is not training time
+                if evaluating or stopping or step % config.train.save_every == 0:
+                    watch.check_all()
+                    checkpoints.save(state, config, position, summary["psnr"] if evaluating else -np.inf)
+                    if evaluating:
+                        since = time.perf_counter()  # evaluation is not training time
+                if stopping and step < config.train.steps:
+                    checkpoints.close()
+                    raise Stopped(
+                        f"stopped by {stopping.name} after step {step}; the state is saved in {workdir}: the same command goes on",
+                        STATUS[stopping],
+                    )
     finally:
+        log.close()
         checkpoints.close()
     if not summary:  # the run was complete already
-        summary = _evaluate(restorer, state, eval_samples, count, None)
-    return summary | {"data": evaluated_on, "step": int(state.step)}
+        summary = _evaluate(restorer, state, eval_samples, count)[0] | {"data": evaluated_on}
+    return summary | {"step": int(state.step)}
+
+
+def _be_silent(_: str) -> None:
+    pass
 
 
 def _load_features(config: Config) -> VGG19Features | None:
@@ -126,36 +174,57 @@ def _load_features(config: Config) -> VGG19Features | None:
     return features
 
 
-def _evaluate(restorer: Restorer, state: TrainState, samples: list[Any], count: int, picture: Path | None) -> dict[str, Any]:
-    restorer.set_arrays({**state.params, **state.stats})
+def _load_initial(config: Config) -> AECRNet | None:
+    if not config.train.init_from or has_checkpoint(config.train.workdir):
+        return None
+    model, _ = load_checkpoint_with_config(config.train.init_from)
+    for name, there, here in model_changes(model.config, config.model):
+        raise UserError(f"train.init_from (={config.train.init_from}) is another network: {name} is {there} there and {here} here")
+    return model
+
+
+class _Watch:
+    """Looks at every step's loss and norms, a little late, and stops the run at the first that is not finite."""
+
+    def __init__(self, workdir: Path, samples: Sequence[Any]):
+        self._workdir = workdir
+        self._samples = samples
+        self._pending: deque[tuple[int, dict[str, jax.Array], np.ndarray]] = deque()
+
+    def add(self, step: int, measurements: dict[str, jax.Array], indices: np.ndarray) -> None:
+        self._pending.append((step, measurements, indices))
+        if len(self._pending) > _LATE:
+            self._check(*self._pending.popleft())
+
+    def check_all(self) -> None:
+        """Waits for the last step."""
+        while self._pending:
+            self._check(*self._pending.popleft())
+
+    def _check(self, step: int, measurements: dict[str, jax.Array], indices: np.ndarray) -> None:
+        names = ("total", "grad_norm", "param_norm")
+        values = {name: float(value) for name, value in jax.device_get({name: measurements[name] for name in names}).items()}
+        if np.isfinite(list(values.values())).all():
+            return
+        everyone = gather(indices.astype(np.float32)[:, None], len(indices) * jax.process_count())[:, 0].astype(int)
+        files = ", ".join(self._samples[i].origin for i in everyone)
+        raise UserError(
+            f"step {step} is not finite: loss {values['total']:.4g}, gradient norm {values['grad_norm']:.4g}, parameter norm"
+            f" {values['param_norm']:.4g}, largest offset {float(measurements.get('offset_max', 0)):.4g} pixels; the last checkpoint in"
+            f" {self._workdir} is from before. A lower train.learning_rate or train.offset_rate, or train.clip_norm, may help. Its images:"
+            f" {files}"
+        )
+
+
+def _evaluate(restorer: Restorer, state: TrainState, samples: list[Any], count: int) -> tuple[dict[str, Any], list[list[np.ndarray]]]:
+    """The summary over all processes, and this process's first images as rows of a panel."""
+    restorer.set_arrays(state.eval_arrays)
     scores: list[Score] = []
     rows: list[list[np.ndarray]] = []
-    for score, image, restored in evaluate(restorer, eval_images(samples, limit=count), count):
+    share = len(range(jax.process_index(), count, jax.process_count()))
+    images = eval_images(samples, limit=count, process_index=jax.process_index(), process_count=jax.process_count())
+    for score, image, restored in evaluate(restorer, images, share):
         scores.append(score)
         if len(rows) < _PANEL_ROWS:
             add_row(rows, image, restored)
-    if picture is not None:
-        write_image(picture, panel(rows))
-    return summarize(scores)
-
-
-class _RunLog:
-    """`config.json` and `metrics.jsonl` in the work directory; lines from after the checkpoint that a run continues from go."""
-
-    def __init__(self, workdir: Path, config: Config, first: int):
-        self._path = workdir / "metrics.jsonl"
-        try:
-            lines = self._path.read_text().splitlines() if self._path.exists() else []
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first]
-            self._path.write_text("".join(line + "\n" for line in kept))
-            (workdir / "config.json").write_text(config_to_json(config) + "\n")
-        except (OSError, ValueError) as error:
-            raise UserError(f"{workdir} cannot be written, or its metrics.jsonl is damaged: {error}") from error
-
-    def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
-        line = json.dumps({"step": step, "kind": kind, "time": round(time.time(), 3), **values})
-        try:
-            with open(self._path, "a") as file:
-                file.write(line + "\n")
-        except OSError as error:
-            raise UserError(f"{self._path} cannot be written: {error.strerror or error}") from error
+    return summarize(scores, count) | {"weights": "ema" if state.ema else "params"}, rows

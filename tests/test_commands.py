@@ -7,10 +7,13 @@ import shutil
 import grain
 import numpy as np
 import pytest
+from flax import nnx
 from test_data import picture
 
-from aecr_jax import load_checkpoint
+from aecr_jax import UserError, load_checkpoint
 from aecr_jax.__main__ import main
+from aecr_jax.checkpoint import load_checkpoint_with_config
+from aecr_jax.data.folders import Pair
 from aecr_jax.data.images import read_image
 from aecr_jax.model import get_arrays
 
@@ -60,12 +63,27 @@ def test_the_same_command_again_continues(run, config_file, tmp_path, capsys):
     np.testing.assert_array_equal(ours, expected)
 
 
-def test_a_damaged_checkpoint_is_skipped(run, config_file, tmp_path, capsys, caplog):
-    workdir = tmp_path / "damaged"
-    shutil.copytree(run, workdir)
-    for file in (workdir / "checkpoints" / "4" / "model").rglob("*"):
+def empty_all(folder):
+    for file in folder.rglob("*"):
         if file.is_file():
             file.write_bytes(b"")
+
+
+def flip_one_bit(folder):
+    """In the middle of the largest file, which has the values: what tensorstore would read without a word."""
+    file = max((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [empty_all, flip_one_bit])
+def test_a_damaged_checkpoint_is_skipped(run, config_file, tmp_path, capsys, caplog, damage):
+    workdir = tmp_path / "damaged"
+    shutil.copytree(run, workdir)
+    damage(workdir / "checkpoints" / "4" / "model")
+    with pytest.raises(UserError, match="is damaged or half written"):
+        load_checkpoint(workdir / "checkpoints" / "4")
     assert main(["train", "--config", config_file, "--train.workdir", str(workdir)]) == 0
     assert "checkpoints/4 cannot be read" in caplog.text
     assert "continuing from step 2" in capsys.readouterr().out
@@ -86,6 +104,76 @@ def test_a_complete_run_only_evaluates(run, config_file, capsys):
         main(["train", "--config", config_file, "--train.workdir", str(run), "--train.clip_norm", "1", "--train.offset_rate", "0.5"]) == 0
     )
     assert "continuing from step 4" in (said := capsys.readouterr().out) and "done: step 4" in said
+    assert "setting changed since then: train.clip_norm: 0.0 -> 1.0" in said
+
+
+def test_other_data_or_another_seed_do_not_continue_a_run(run, config_file, capsys):
+    said = fails(capsys, "train", "--config", config_file, "--train.workdir", run, "--data.scenes", "5")
+    assert "holds another run: it trains on 4 images (names" in said and "and here are 5 images" in said
+    said = fails(capsys, "train", "--config", config_file, "--train.workdir", run, "--train.seed", "1")
+    assert "train.seed is 0 there and 1 here" in said
+
+
+def test_fine_tuning_begins_with_the_parameters_of_a_checkpoint(run, config_file, tmp_path, capsys):
+    options = ["--train.init_from", run / "checkpoints" / "4", "--train.learning_rate", "1e-12", "--train.steps", "1"]
+    arguments = ["train", "--config", config_file, "--train.workdir", tmp_path / "w", *options]
+    assert main(list(map(str, arguments))) == 0
+    assert f"beginning with the parameters of {run}" in capsys.readouterr().out
+    ours, theirs = (get_arrays(load_checkpoint(folder), nnx.Param) for folder in (tmp_path / "w", run / "checkpoints" / "4"))
+    for name, array in theirs.items():
+        np.testing.assert_allclose(ours[name], array, atol=1e-9)
+    assert lines(tmp_path / "w", "train")[0]["step"] == 1
+    said = fails(capsys, *arguments, "--train.workdir", tmp_path / "v", "--model.width", "2")
+    assert "train.init_from" in said and "model.width is 4 there and 2 here" in said
+
+
+def test_the_moving_average_is_evaluated_saved_and_loaded(config_file, tmp_path, capsys):
+    workdir = tmp_path / "w"
+    arguments = ["train", "--config", config_file, "--train.workdir", str(workdir), "--loss.cr", "0", "--train.ema", "0.5"]
+    assert main(arguments) == 0
+    assert {entry["weights"] for entry in lines(workdir, "eval")} == {"ema"}
+    _, config = load_checkpoint_with_config(workdir / "checkpoints" / "4")
+    assert config["weights"] == "ema"
+    assert main(["eval", "--checkpoint", str(workdir / "checkpoints" / "4"), "--data", "scenes", "--output", str(tmp_path / "out")]) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["weights"] == "ema" and summary["step"] == 4
+    # It can be given up and taken up again.
+    assert main([*arguments, "--train.ema", "0", "--train.steps", "5"]) == 0
+    assert lines(workdir, "eval")[-1]["weights"] == "params"
+    assert main([*arguments, "--train.steps", "6"]) == 0
+    said = capsys.readouterr().out
+    assert "train.ema: 0.5 -> 0.0" in said and "train.ema: 0.0 -> 0.5" in said
+
+
+def test_checkpoints_between_evaluations_are_not_the_best(config_file, tmp_path):
+    options = ["--train.save_every", "1", "--train.eval_every", "3", "--train.steps", "5", "--loss.cr", "0"]
+    assert main(["train", "--config", config_file, "--train.workdir", str(tmp_path / "w"), *options]) == 0
+    kept = {int(p.name) for p in (tmp_path / "w" / "checkpoints").iterdir() if p.name.isdigit()}
+    scores = {entry["step"]: entry["psnr"] for entry in lines(tmp_path / "w", "eval")}
+    best = max(scores, key=scores.get)
+    assert set(scores) == {3, 5} and kept == {4, 5, best}
+    assert load_checkpoint_with_config(tmp_path / "w")[1]["step"] == best
+
+
+def test_a_full_disk_is_one_line(config_file, tmp_path, capsys, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    said = fails(capsys, "train", "--config", config_file, "--train.workdir", tmp_path / "w", "--loss.cr", "0")
+    assert "no checkpoint can be written to" in said and "and the disk has 0.0 MB free" in said
+
+
+def test_tensorboard_gets_scalars_and_panels(config_file, tmp_path):
+    workdir = tmp_path / "w"
+    assert main(["train", "--config", config_file, "--train.workdir", str(workdir), "--loss.cr", "0", "--train.tensorboard", "True"]) == 0
+    (events,) = (workdir / "tensorboard").iterdir()
+    data = events.read_bytes()
+    assert all(tag in data for tag in (b"train/l1", b"train/offset_max", b"eval/psnr", b"hazy_restored_clear"))
+
+
+def test_offsets_that_run_away_are_told(config_file, tmp_path, capsys):
+    options = ["--train.learning_rate", "300", "--train.steps", "3", "--loss.cr", "0", "--train.eval_every", "9"]
+    main(["train", "--config", config_file, "--train.workdir", str(tmp_path / "w"), *options])
+    assert "the deformable layers look" in (said := capsys.readouterr().out) and "out of the crop of 16" in said
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(config_file, tmp_path, capsys):
@@ -103,14 +191,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(config_file, t
         "0",
     ]
     said = fails(capsys, "train", "--config", config_file, *options)
-    assert "are not finite between steps" in said
+    assert "step 1 is not finite: loss 0." in said and "parameter norm inf, largest offset 0 pixels" in said
+    assert said.count("scene0-") == 8
     for step in (int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()):
         arrays = get_arrays(load_checkpoint(workdir / "checkpoints" / str(step)))
         assert step < 4 and "fast_deconv.kernel" in arrays
 
 
-def test_a_damaged_training_image_stops_the_run_and_loses_no_step(config_file, tmp_path, capsys):
-    """Of 24 images in batches of 8, the one that the third batch meets is damaged: two steps are kept, and mended, it goes on."""
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_damaged_training_image_stops_the_run_and_loses_no_step(config_file, tmp_path, capsys, monkeypatch, gone):
+    """Of 24 images in batches of 8, the one that the third batch meets is damaged or gone: two steps are kept, and mended, it goes on."""
     for side in ("hazy", "clear"):
         for i in range(24):
             picture(tmp_path / side / f"{i:02d}.png", (16, 16), seed=i)
@@ -118,12 +208,22 @@ def test_a_damaged_training_image_stops_the_run_and_loses_no_step(config_file, t
     damaged = tmp_path / "hazy" / f"{order[20]:02d}.png"
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[:100])
+    if gone:  # between the listing of the folder and the reading
+        read = Pair.read
+
+        def read_late(pair):
+            pair.hazy.unlink() if pair.hazy == damaged and damaged.exists() else None
+            return read(pair)
+
+        monkeypatch.setattr(Pair, "read", read_late)
     workdir, held = tmp_path / "w", tmp_path / "held"
     picture(held / "hazy" / "a.png", (16, 16)), picture(held / "clear" / "a.png", (16, 16))
     options = ["--train.workdir", workdir, "--train.eval_every", "9", "--loss.cr", "0", "--data.hazy", tmp_path / "hazy"]
     options += ["--data.clear", tmp_path / "clear", "--data.eval_hazy", held / "hazy", "--data.eval_clear", held / "clear"]
     arguments = ["train", "--config", config_file, *map(str, options)]
-    assert f"{damaged.name} cannot be read" in fails(capsys, *arguments)
+    said = fails(capsys, *arguments)
+    assert (f"there is no file {damaged}" if gone else f"{damaged.name} cannot be read") in said
+    monkeypatch.undo()
     assert [p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()] == ["2"]
     damaged.write_bytes(whole)
     assert main(arguments) == 0

@@ -43,7 +43,7 @@ def test_overrides_are_typed():
         (["--train.batch", "0"], r"train.batch \(=0\) must be at least 1"),
         (["--model.width", "0"], r"width \(=0\) must be at least 1"),
         (["--train.learning_rate", "-1"], r"train.learning_rate \(=-1.0\) must be positive"),
-        (["--loss.negatives", "17"], r"loss.negatives \(=17\) must be at most train.batch \(=16\)"),
+        (["--loss.negatives", "17"], r"loss.negatives \(=17\) must be at most train.batch / train.accumulate \(=16\)"),
         (["--data.hazy", "x"], r"data.clear is not set"),
         (["--data.clear", "x"], r"data.clear is set without data.hazy or data.depth"),
         (["--data.eval_hazy", "x"], r"data.eval_hazy and data.eval_clear go together"),

@@ -1,14 +1,32 @@
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
+from jax.ad_checkpoint import print_saved_residuals
 from reference import load, nhwc, official_weights, vgg19
 
 from aecr_jax import ModelConfig, UserError, contrastive_regularization
 from aecr_jax.config import Config, LossConfig, TrainConfig
-from aecr_jax.model import build_model
+from aecr_jax.contrastive import LAYER_WEIGHTS, combine_distances, contrastive_distances
+from aecr_jax.layers import FastDeconv
+from aecr_jax.model import build_model, get_arrays
 from aecr_jax.official import official_arrays, our_arrays
-from aecr_jax.step import check_batch, init_state, learning_rate, make_mesh, make_train_step, replicate, shard_batch, state_to_model
+from aecr_jax.step import (
+    check_batch,
+    init_state,
+    learning_rate,
+    make_mesh,
+    make_optimizer,
+    make_train_step,
+    replicate,
+    shard_batch,
+    state_to_model,
+)
 from aecr_jax.vgg import random_vgg19
 
 FLOAT64 = {"dtype": "float64", "param_dtype": "float64"}
@@ -50,11 +68,152 @@ def batches(count, dtype=np.float64, n=8):
     return [{k: rng.random((n, 16, 16, 3)).astype(dtype) for k in ("hazy", "clear")} for _ in range(count)]
 
 
+SMALL = ModelConfig(width=4, blocks=2)
+SMALL64 = ModelConfig(width=4, blocks=2, **FLOAT64)
+
+
+def near(a, b, rtol, atol):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), a, b)
+
+
 def test_one_device_and_eight_compute_the_same(x64):
-    config = Config(model=ModelConfig(width=4, blocks=2, **FLOAT64), train=TrainConfig(batch=8, steps=10))
+    config = Config(model=SMALL64, train=TrainConfig(batch=8, steps=10))
     (one, one_measured), (eight, eight_measured) = (run(config, n, batches(2)) for n in (1, 8))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), one, eight)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), one_measured, eight_measured)
+    near(one, eight, 1e-9, 1e-12)
+    near(one_measured, eight_measured, 1e-9, 0)
+
+
+def test_one_device_and_eight_compute_the_same_in_float32():
+    """One step; Adam's first is the sign of the gradient times the rate, so parameters are compared where the gradient is not about 0."""
+    config = Config(model=SMALL, train=TrainConfig(batch=8, steps=10))
+    (one, one_measured), (eight, eight_measured) = (run(config, n, batches(1, np.float32)) for n in (1, 8))
+    near(one_measured, eight_measured, 1e-5, 1e-7)
+    near(one.stats, eight.stats, 1e-5, 1e-5)
+    (_, adam, _), (_, other, _) = one.opt_state, eight.opt_state  # its first moment is a tenth of the gradient
+    for name, moment in adam[0].mu.items():
+        scale = np.abs(moment).max()
+        np.testing.assert_allclose(moment, other[0].mu[name], atol=1e-5 * scale, err_msg=name)
+        clear = np.abs(moment) > 1e-3 * scale
+        np.testing.assert_allclose(one.params[name][clear], eight.params[name][clear], rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+def test_the_step_is_the_pmap_of_a_step_per_device(x64, monkeypatch):
+    """With the collectives that a step per device needs: FastDeconv's patches, the distances of the ratio, the gradient, L1."""
+    config = Config(model=SMALL64, train=TrainConfig(batch=8, steps=10))
+    batch = batches(1)[0]
+    expected, measured = run(config, 8, [batch])
+    state, features, optimizer = init_state(config), random_vgg19(width=2), make_optimizer(config)
+    patches = FastDeconv._patches
+    monkeypatch.setattr(FastDeconv, "_patches", lambda self, x: jax.lax.all_gather(patches(self, x), "device", tiled=True))
+
+    def loss(params, hazy, clear):
+        model = build_model(config.model, {**params, **state.stats})
+        model.train()
+        restored = model(hazy)
+        l1 = jax.lax.pmean(jnp.abs(restored - clear).mean(), "device")
+        distances = jax.lax.pmean(contrastive_distances(restored, clear, hazy, features), "device")
+        total = l1 + config.loss.cr * combine_distances(*distances, weights=LAYER_WEIGHTS, negatives=1)
+        return total, get_arrays(model, nnx.BatchStat)
+
+    def step(hazy, clear):
+        (total, stats), gradients = jax.value_and_grad(loss, has_aux=True)(state.params, hazy, clear)
+        gradients = jax.lax.pmean(gradients, "device")
+        updates, _ = optimizer.update(gradients, state.opt_state, state.params)
+        return total, optax.apply_updates(state.params, updates), stats
+
+    split = {key: x.reshape(8, 1, *x.shape[1:]) for key, x in batch.items()}
+    total, params, stats = jax.pmap(step, "device")(split["hazy"], split["clear"])
+    np.testing.assert_allclose(total, np.full(8, measured["total"]), rtol=1e-9)
+    near({name: x[0] for name, x in params.items()}, expected.params, 1e-9, 1e-12)
+    near({name: x[0] for name, x in stats.items()}, expected.stats, 1e-9, 1e-12)
+
+
+def compiled(config, devices=8):
+    mesh = make_mesh(jax.devices()[:devices])
+    step = make_train_step(config, random_vgg19(width=2) if config.loss.cr else None, mesh)
+    state = replicate(init_state(config), mesh)
+    return step.func.lower(*step.args, state, shard_batch(batches(1, np.float32, config.train.batch)[0], mesh)).compile()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_compiled_step_reduces_gradients_and_gathers_no_images(accumulate):
+    config = Config(model=SMALL, train=TrainConfig(batch=16, steps=10, accumulate=accumulate))
+    text = compiled(config).as_text()
+    reduced = re.findall(r"= (.*) all-reduce(?:-start)?\(", text)
+    # the gradient of the deformable kernel, [3, 3, 16, 16], in whatever layout and company
+    assert any(sorted(map(int, shape.split(","))) == [3, 3, 16, 16] for line in reduced for shape in re.findall(r"f32\[([\d,]+)\]", line))
+    for kind in ("all-gather", "all-to-all", "collective-permute"):
+        moved = re.findall(rf"= (.*) {kind}(?:-start)?\(", text)
+        sizes = [np.prod([int(n) for n in shape.split(",") if n]) for line in moved for shape in re.findall(r"\w+\[([\d,]*)\]", line)]
+        assert max(sizes, default=0) < 16 * 16 * 3, f"{kind} of an image or a feature map: {moved}"
+
+
+def test_accumulated_gradients_are_those_of_the_batch(x64):
+    """Without what is of the whole batch (FastDeconv's statistics, the ratio), parts add up to the batch exactly."""
+    model = ModelConfig(width=4, blocks=1, fast_deconv=False, **FLOAT64)
+    configs = [Config(model=model, loss=LossConfig(cr=0), train=TrainConfig(batch=8, steps=10, accumulate=n)) for n in (1, 4)]
+    (whole, measured), (parts, measured_parts) = (run(config, 2, batches(2)) for config in configs)
+    near(whole, parts, 1e-9, 1e-12)
+    near(measured, measured_parts, 1e-9, 1e-12)
+
+
+def test_moving_average_of_parameters():
+    """Two steps by hand: decays min(0.9, 1/10) and min(0.9, 2/11) with the parameters after each step."""
+    config = Config(model=ModelConfig(width=4, blocks=1), loss=LossConfig(cr=0), train=TrainConfig(batch=8, steps=10, ema=0.9))
+    start = jax.device_get(init_state(config).params)
+    (first, _), (second, _) = (run(config, 1, batches(n, np.float32)) for n in (1, 2))
+    for name, x in start.items():
+        expected = 0.1 * x + 0.9 * first.params[name]
+        np.testing.assert_allclose(first.ema[name], expected, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(second.ema[name], 2 / 11 * expected + 9 / 11 * second.params[name], rtol=1e-5, atol=1e-7)
+    output = state_to_model(config, second)(batches(1, np.float32)[0]["hazy"])
+    averaged = build_model(config.model, {**second.ema, **second.stats})(batches(1, np.float32)[0]["hazy"])
+    np.testing.assert_array_equal(output, averaged)
+
+
+def kept_for_the_gradient(config, capsys):
+    """Bytes of activations that the forward pass keeps, as JAX lists them."""
+    graph, state = nnx.split(state_to_model(config, init_state(config)))
+    capsys.readouterr()
+    print_saved_residuals(lambda state, x: nnx.merge(graph, state)(x).sum(), state, jnp.zeros((2, 32, 32, 3)))
+    shapes = re.findall(r"^f32\[([\d,]+)\] (?!from the argument)", capsys.readouterr().out, re.M)
+    return 4 * sum(int(np.prod([int(n) for n in shape.split(",")])) for shape in shapes)
+
+
+def test_rematerialization_keeps_less_and_changes_no_number(capsys):
+    """(XLA's CPU backend computes nothing anew all the same, so the compiled program's memory shows nothing here.)"""
+    model = ModelConfig(width=4, blocks=3, shared=False)
+    configs = [
+        Config(model=dataclasses.replace(model, remat=remat), loss=LossConfig(cr=0), train=TrainConfig(batch=8, steps=10))
+        for remat in (False, True)
+    ]
+    (plain, measured), (again, measured_again) = (run(config, 1, batches(1, np.float32)) for config in configs)
+    near(measured, measured_again, 1e-4, 1e-6)
+    near(plain.stats, again.stats, 1e-5, 1e-6)
+    everything, less = (kept_for_the_gradient(config, capsys) for config in configs)
+    assert less < 0.6 * everything
+
+
+def test_bfloat16_compute():
+    """Parameters and their gradient stay float32; the loss is that of float32 to bfloat16's three digits."""
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        config = Config(model=ModelConfig(width=4, blocks=1, dtype=dtype), train=TrainConfig(batch=8, steps=10))
+        state, losses[dtype] = run(config, 1, batches(1, np.float32))
+        assert {x.dtype for x in jax.tree.leaves(state.params)} == {np.dtype("float32")}
+    for name, tolerance in (("l1", 0.01), ("cr", 0.05), ("grad_norm", 0.3)):
+        np.testing.assert_allclose(losses["bfloat16"][name], losses["float32"][name], rtol=tolerance)
+
+
+def test_warmup_and_factor_for_offsets():
+    config = Config(model=SMALL, train=TrainConfig(batch=8, steps=10, warmup=4, offset_rate=0.1, schedule="constant", learning_rate=1e-3))
+    np.testing.assert_allclose([learning_rate(config)(i) for i in range(5)], [0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3], rtol=1e-6)
+    before = jax.device_get(init_state(config).params)
+    state, _ = run(config, 1, batches(1, np.float32))
+    steps = {name: np.abs(state.params[name] - x).max() for name, x in before.items()}
+    # Adam's first step is the rate, whatever the gradient, but for its epsilon.
+    assert steps["deform.0.offset_mask.kernel"] == pytest.approx(0.025e-3, rel=0.05)
+    assert steps["down1.kernel"] == pytest.approx(0.25e-3, rel=0.01)
 
 
 def test_training_lowers_the_loss_without_regularization():

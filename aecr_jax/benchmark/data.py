@@ -92,7 +92,7 @@ def _measure_stages(samples: Sequence[Any], crop: int, batch: int, seconds: floa
         measure("read files", lambda i: [p.read_bytes() for p in samples[i % len(samples)] if isinstance(p, Path)])
     measure("read and decode", lambda i: samples[i % len(samples)].read())
     element = Source(samples, least=crop)[0]
-    cut = {key: to_float(array[:crop, :crop]) for key, array in element.items()}
+    cut = {key: to_float(array[:crop, :crop]) for key, array in element.items() if key != "index"}
     if "depth" in element:
         measure("make haze (of the crop)", lambda i: add_haze(cut["clear"], cut["depth"], *draw_haze(rng)))
     measure("augment (with haze)" if "depth" in element else "augment", lambda i: augment.random_map(element, rng))

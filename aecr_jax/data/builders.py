@@ -7,7 +7,6 @@ builders, so `tfds.data_source("reside/its", split="train", data_dir=...)` reads
 from __future__ import annotations
 
 import functools
-import logging
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
@@ -239,7 +238,6 @@ def open_dataset(name: str, data_dir: str | Path | None = None) -> tuple[list[Re
 
 
 def _builder(name: str, data_dir: str | Path | None) -> Any:
-    logging.getLogger("absl").setLevel(logging.ERROR)
     kind, _, config = name.partition("/")
     cls = {"reside": Reside, "nh_haze": NhHaze, "dense_haze": DenseHaze}[kind]
     options = {"config": config} if config else {}

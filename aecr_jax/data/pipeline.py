@@ -7,6 +7,7 @@ and the position alone, whatever the number of threads or workers.
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -74,7 +75,7 @@ class SplitSamples(NamedTuple):
 
 
 class Source:
-    """Random access to samples: `{"hazy", "clear"}` from pairs, `{"clear", "depth"}` from scenes (for grain).
+    """Random access to samples: `{"hazy", "clear", "index"}` from pairs, `{"clear", "depth", "index"}` from scenes (for grain).
 
     Reading one raises UserError if it is damaged, or smaller than `least` pixels on a side. With `cache`, each is read once.
     """
@@ -90,15 +91,15 @@ class Source:
     def __getitem__(self, index: Any) -> dict[str, np.ndarray]:
         index = int(index)
         if self._cache is not None and index in self._cache:
-            return self._cache[index]
+            return dict(self._cache[index])
         sample = self._samples[index]
-        element = sample.read()
+        element = {**sample.read(), "index": np.int32(index)}
         h, w = element["clear"].shape[:2]
         if min(h, w) < self._least:
             raise UserError(f"{sample.origin} is {w}x{h}, smaller than a crop: data.crop (={self._least}) must be at most {min(h, w)}")
         if self._cache is not None:
             self._cache[index] = element
-        return element
+        return dict(element)
 
 
 class Augment(grain.transforms.RandomMap):
@@ -108,7 +109,7 @@ class Augment(grain.transforms.RandomMap):
         self._crop = crop
 
     def random_map(self, element: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """`{"hazy" or "depth", "clear"}` of any size -> `{"hazy", "clear"}`, `[crop, crop, 3]`."""
+        """`{"hazy" or "depth", "clear", "index"}` of any size -> `{"hazy", "clear", "index"}`, images `[crop, crop, 3]`."""
         h, w = element["clear"].shape[:2]
         top, left = rng.integers(h - self._crop + 1), rng.integers(w - self._crop + 1)
         flip, turns = rng.integers(2), int(rng.integers(4))
@@ -118,10 +119,10 @@ class Augment(grain.transforms.RandomMap):
             return np.ascontiguousarray(np.rot90(image[:, ::-1] if flip else image, turns))
 
         # Cut before anything else: a crop is a fraction of its image.
-        element = {key: to_float(cut(image)) for key, image in element.items()}
-        if "depth" in element:
-            element["hazy"] = add_haze(element["clear"], element["depth"], *draw_haze(rng))
-        return {"hazy": element["hazy"], "clear": element["clear"]}
+        images = {key: to_float(cut(element[key])) for key in ("hazy", "clear", "depth") if key in element}
+        if "depth" in images:
+            images["hazy"] = add_haze(images["clear"], images["depth"], *draw_haze(rng))
+        return {"hazy": images["hazy"], "clear": images["clear"], "index": element["index"]}
 
 
 def split_samples(data: DataConfig, unpaired: list[Path] | None = None) -> SplitSamples:
@@ -183,24 +184,39 @@ def eval_scenes(size: tuple[int, int]) -> list[DrawnScene]:
     return draw_scenes(_EVAL_SEED, _EVAL_SCENES, size)
 
 
-def train_batches(samples: Sequence[Any], config: Config, *, process_index: int = 0, process_count: int = 1) -> grain.DatasetIterator:
-    """Endless shuffled batches `{"hazy", "clear"}`, `[batch / process_count, crop, crop, 3]`; its position can be checkpointed.
+def describe_samples(samples: Sequence[Any]) -> str:
+    """A line that tells training data from others: their number, and a checksum of their names in order."""
+    return f"{len(samples)} images (names {zlib.crc32(chr(10).join(sample.name for sample in samples).encode()):08x})"
 
-    One seed gives one order of images, crops and haze, which the processes of a pod deal out among themselves: together they read
-    the batch that a single process would, and no image twice an epoch.
+
+def check_samples(samples: Sequence[Any], config: Config, process_count: int = 1) -> None:
+    """Reads one image: what is wrong with all of them should be known before training begins.
 
     Raises:
-      UserError: the batch does not divide by the processes, or, here or while reading, a file is damaged or smaller than a crop.
+      UserError: it is damaged or smaller than a crop, or the batch does not divide by the processes.
     """
+    if config.train.batch % process_count:
+        raise UserError(f"train.batch (={config.train.batch}) must divide by the {process_count} processes")
+    Source(samples, least=config.data.crop)[0]
+
+
+def train_batches(
+    samples: Sequence[Any], config: Config, *, start: int = 0, process_index: int = 0, process_count: int = 1
+) -> grain.DatasetIterator:
+    """Endless shuffled batches `{"hazy", "clear", "index"}`: images `[batch / process_count, crop, crop, 3]`, and which samples they are.
+
+    One seed gives one order of images, crops and haze, which the processes of a pod deal out among themselves: together they read
+    the batch that a single process would, and no image twice an epoch. The first `start` images of that order are passed over, so
+    the number of images read is all that a checkpoint needs of the input.
+
+    Raises:
+      UserError: as `check_samples`; or, while reading, a file is damaged or smaller than a crop.
+    """
+    check_samples(samples, config, process_count)
     batch = config.train.batch
-    if batch % process_count:
-        raise UserError(f"train.batch (={batch}) must divide by the {process_count} processes")
-    if len(samples) < process_count:
-        raise UserError(f"{len(samples)} training images are too few for {process_count} processes")
     source = Source(samples, least=config.data.crop, cache=config.data.cache)
-    source[0]  # what is wrong with all of them should be known before training begins
     dataset = grain.MapDataset.source(source).seed(config.train.seed).shuffle().repeat().random_map(Augment(config.data.crop))
-    dataset = dataset[process_index::process_count].batch(batch // process_count, drop_remainder=True)
+    dataset = dataset[start + process_index :: process_count].batch(batch // process_count, drop_remainder=True)
     options = grain.ReadOptions(num_threads=config.data.threads, prefetch_buffer_size=2 * config.data.threads)
     iterator = dataset.to_iter_dataset(options)
     if config.data.workers:
@@ -227,16 +243,18 @@ def cache_bytes(samples: Sequence[Any], data: DataConfig) -> int:
     return count
 
 
-def eval_images(samples: Sequence[Any], *, limit: int | None = None, seed: int = 0) -> Iterator[EvalImage]:
+def eval_images(
+    samples: Sequence[Any], *, limit: int | None = None, seed: int = 0, process_index: int = 0, process_count: int = 1
+) -> Iterator[EvalImage]:
     """The samples whole, in order; clear + depth get haze that is drawn from `seed` and the index, the same at every call.
 
-    `limit` takes that many of them, evenly spread.
+    `limit` takes that many of them, evenly spread. Each of several processes gets its share of those.
     """
     source = Source(samples)
     count = len(source) if limit is None else min(limit, len(source))
     names = unique_names(sample.name for sample in samples)
-    for index in (i * len(source) // count for i in range(count)):
-        element = {key: to_float(array) for key, array in source[index].items()}
+    for index in (i * len(source) // count for i in range(process_index, count, process_count)):
+        element = {key: to_float(array) for key, array in source[index].items() if key != "index"}
         if "hazy" not in element:
             element["hazy"] = add_haze(element["clear"], element["depth"], *draw_haze(np.random.default_rng((seed, index))))
         yield EvalImage(names[index], element["hazy"], element["clear"])

@@ -1,0 +1,111 @@
+"""What a run writes for people: config, versions, metrics, panels, TensorBoard. Process 0 writes, the others do nothing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from aecr_jax.config import Config, config_to_json
+from aecr_jax.data.images import make_folder, panel, write_image
+from aecr_jax.distributed import is_main
+from aecr_jax.errors import UserError
+
+CONFIG, METRICS, VERSIONS, PANELS = "config.json", "metrics.jsonl", "versions.json", "panels"
+_PACKAGES = ("aecr-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
+
+
+class RunLog:
+    """Writes `config.json`, `versions.json`, `metrics.jsonl`, `panels/*.png` and, by setting, `tensorboard/`.
+
+    Lines in `metrics.jsonl` from after step `first`, from which a run continues, go.
+
+    Raises:
+      UserError: the folder cannot be written, or its `metrics.jsonl` is damaged.
+    """
+
+    def __init__(self, workdir: Path, config: Config, first: int):
+        self._workdir = workdir
+        self._board: Any = None
+        if not is_main():
+            return
+        path = workdir / METRICS
+        try:
+            lines = path.read_text().splitlines() if path.exists() else []
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first]
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{path} is damaged: {error}") from error
+        self._replace(METRICS, "".join(line + "\n" for line in kept))
+        self._replace(CONFIG, config_to_json(config) + "\n")
+        self._replace(VERSIONS, json.dumps(versions(), indent=2) + "\n")
+        if config.train.tensorboard:
+            import tensorboardX
+
+            self._board = tensorboardX.SummaryWriter(str(make_folder(workdir / "tensorboard")), purge_step=first + 1)
+
+    def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
+        """Adds a line to `metrics.jsonl`; the numbers go to TensorBoard too."""
+        if not is_main():
+            return
+        path = self._workdir / METRICS
+        line = json.dumps({"step": step, "kind": kind, "time": round(time.time(), 3), **values})
+        try:
+            with open(path, "a") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
+            self._board.flush()
+
+    def write_panel(self, step: int, rows: Sequence[Sequence[np.ndarray]]) -> None:
+        """Writes `panels/step_N.png` of rows of images (hazy, restored, clear)."""
+        if not is_main() or not rows:
+            return
+        picture = panel(rows)
+        write_image(self._workdir / PANELS / f"step_{step:07d}.png", picture)
+        if self._board is not None:
+            self._board.add_image("hazy_restored_clear", picture, step, dataformats="HWC")
+            self._board.flush()
+
+    def close(self) -> None:
+        """Ends TensorBoard's file."""
+        if self._board is not None:
+            self._board.close()
+
+    def _replace(self, name: str, text: str) -> None:
+        """Writes a file so that it is there whole, old or new, whenever the machine stops."""
+        partial = self._workdir / f".{name}.part"
+        try:
+            partial.write_text(text)
+            os.replace(partial, self._workdir / name)
+        except OSError as error:
+            raise UserError(f"{self._workdir / name} cannot be written: {error.strerror or error}") from error
+
+
+def versions() -> dict[str, Any]:
+    """The machine and the packages of this run."""
+    packages = {}
+    for name in _PACKAGES:
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            packages[name] = "not installed as a package"
+    devices = jax.devices()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "devices": f"{len(devices)} {devices[0].device_kind}",
+        "processes": jax.process_count(),
+        "packages": packages,
+    }

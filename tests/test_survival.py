@@ -1,0 +1,161 @@
+"""Runs in processes of their own that are killed, stopped and starved, and go on bit by bit."""
+
+import json
+import os
+import random
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CONFIG = """
+from aecr_jax.config import Config, DataConfig, LossConfig, TrainConfig
+from aecr_jax.model import ModelConfig
+config = Config(
+    model=ModelConfig(width=2, blocks=1, dfe="none"),
+    data=DataConfig(scenes=4, scene_size=(16, 24), crop=16, threads=1),
+    loss=LossConfig(cr=0),
+    train=TrainConfig(steps=1000, batch=2, schedule="constant", ema=0.9, log_every=1, eval_every=1000, eval_images=2, save_every=1),
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "tiny.py"
+    path.write_text(CONFIG)
+    return path
+
+
+def start(config, workdir, *options, limit=None):
+    """Begins a training in a process of its own, with one device; `limit`: the largest file that it may write."""
+    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=1", "PYTHONPATH": str(ROOT)}
+    if limit:
+        del environment["JAX_COMPILATION_CACHE_DIR"]  # a half-written entry would stay in it
+    command = [sys.executable, ROOT / "train.py", "--config", config, "--train.workdir", workdir, *options]
+
+    def restrict():
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    return subprocess.Popen(
+        [str(c) for c in command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=restrict
+    )
+
+
+def finish(process, status=0):
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == status, err[-2000:]
+    return out + err
+
+
+def steps(workdir):
+    """The step that the log has come to."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+
+def wait_for(process, workdir, step, seconds=90.0):
+    end = time.monotonic() + seconds
+    while steps(workdir) < step:
+        assert process.poll() is None and time.monotonic() < end, process.communicate()[1][-2000:]
+        time.sleep(0.02)
+
+
+def last(workdir):
+    return max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def checksums(workdir, step):
+    """Of every array of a checkpoint: parameters, their average, statistics, optimizer, step."""
+    folder = workdir / "checkpoints" / str(step) / "checksums"
+    found = [json.loads(path.read_text()) for path in folder.iterdir() if path.name == "metadata"]
+    assert len(found) == 1 and len(found[0]["model"]) > 40
+    return found[0]
+
+
+def test_killed_at_20_random_moments(config, tmp_path):
+    """With a checkpoint after every step, most kills hit one that is being written; the end is that of a run that was left alone."""
+    workdir, rng, half_written, seen = tmp_path / "killed", random.Random(0), 0, 0
+    for _ in range(20):
+        process = start(config, workdir)
+        wait_for(process, workdir, seen + 1)
+        time.sleep(rng.uniform(0, 0.4))
+        process.kill()
+        process.communicate()
+        half_written += any("tmp" in path.name for path in (workdir / "checkpoints").iterdir())
+        seen = steps(workdir)
+    assert half_written > 0
+    end = steps(workdir) + 1
+    finish(start(config, workdir, "--train.steps", end))
+    finish(start(config, tmp_path / "alone", "--train.steps", end, "--train.save_every", 1000))
+    assert end > 20 and checksums(workdir, end) == checksums(tmp_path / "alone", end)
+    logged = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines() if '"train"' in line]
+    assert logged == list(range(1, end + 1))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_saves_and_says_so(config, tmp_path, number):
+    workdir = tmp_path / "stopped"
+    process = start(config, workdir, "--train.save_every", 1000)
+    wait_for(process, workdir, 3)
+    process.send_signal(number)
+    said = finish(process, {signal.SIGTERM: 75, signal.SIGINT: 130}[number])
+    step = last(workdir)
+    assert f"aecr_jax: stopped by {number.name} after step {step}; the state is saved in {workdir}" in said and "Traceback" not in said
+    finish(start(config, workdir, "--train.steps", step + 2))
+    finish(start(config, tmp_path / "alone", "--train.steps", step + 2, "--train.save_every", 1000))
+    assert checksums(workdir, step + 2) == checksums(tmp_path / "alone", step + 2)
+
+
+def test_a_disk_that_takes_no_checkpoint_ends_the_run(config, tmp_path):
+    """No file may grow beyond 2 kB, as with a quota: the log fits, a checkpoint does not. (Other threads may complain too.)"""
+    said = finish(start(config, tmp_path / "w", limit=2000), 2)
+    lines = [line for line in said.splitlines() if line.startswith("aecr_jax: ")]
+    assert len(lines) == 1 and "checkpoint" in lines[0] and "File too large" in lines[0], said
+
+
+def start_two(config, workdir, *options):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    together = ["--train.coordinator", f"127.0.0.1:{port}", "--train.processes", 2, *options]
+    return [start(config, workdir, *together, "--train.process_id", i) for i in range(2)]
+
+
+def test_two_processes_are_killed_and_go_on(config, tmp_path):
+    workdir = tmp_path / "killed"
+    processes = start_two(config, workdir, "--train.save_every", 2)
+    wait_for(processes[0], workdir, 5)
+    for process in processes:
+        process.kill()
+        process.communicate()
+    end = last(workdir) + 3
+    options = ["--train.steps", end, "--train.eval_every", end]
+    resumed = [finish(process) for process in start_two(config, workdir, *options)]
+    alone = [finish(process) for process in start_two(config, tmp_path / "alone", *options, "--train.save_every", 1000)]
+    assert checksums(workdir, end) == checksums(tmp_path / "alone", end)
+    assert f"done: step {end}" in resumed[0] and "continuing from step" in resumed[0]
+    assert "done" not in alone[1] and "PSNR" not in alone[1]  # process 0 speaks for all
+    # Two processes with a device each compute what one does, but for the order of sums.
+    finish(start(config, tmp_path / "one", *options, "--train.save_every", 1000))
+    one, two = ([json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()] for run in ("one", "alone"))
+    for a, b in zip(one, two, strict=True):
+        assert (a["step"], a["kind"]) == (b["step"], b["kind"])
+        assert all(abs(a[name] - b[name]) <= 1e-4 * abs(a[name]) for name in ("l1", "psnr", "ssim", "images") if name in a)
+
+
+def test_sigterm_to_one_process_stops_both(config, tmp_path):
+    processes = start_two(config, tmp_path / "w", "--train.save_every", 1000)
+    wait_for(processes[0], tmp_path / "w", 3)
+    processes[1].send_signal(signal.SIGTERM)
+    said, _ = (finish(process, 75) for process in processes)
+    assert "stopped by SIGTERM" in said
+    assert last(tmp_path / "w") >= 3
