@@ -94,6 +94,9 @@ def _make_parser() -> argparse.ArgumentParser:
     data.add_argument("--steps-per-second", type=float, default=20.0, metavar="R", help="of the accelerator to feed; default 20")
     data.add_argument("--output", metavar="FILE", help="write the figures there as JSON")
 
+    report = commands.add_parser("report", help="one HTML page about a training run", allow_abbrev=False)
+    report.add_argument("workdir", metavar="WORKDIR", help="work directory of the run; report.html is written there")
+
     vgg = commands.add_parser("convert-vgg", help="VGG-19 weights for contrastive regularization", allow_abbrev=False)
     vgg.add_argument("file", metavar="FILE", help="torchvision's .pth, a .safetensors of torchvision or timm, or .npz")
     vgg.add_argument("--output", required=True, metavar="FILE", help="the .safetensors to write")
@@ -196,6 +199,13 @@ def _benchmark(options: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
+def _report(options: argparse.Namespace, rest: list[str]) -> int:
+    from aecr_jax.report import write_report
+
+    print(write_report(options.workdir))
+    return 0
+
+
 def _convert_vgg(options: argparse.Namespace, rest: list[str]) -> int:
     from aecr_jax.convert import convert_vgg
 
@@ -217,6 +227,7 @@ _RUN = {
     "prepare-data": _prepare_data,
     "check-data": _check_data,
     "benchmark": _benchmark,
+    "report": _report,
     "convert-vgg": _convert_vgg,
     "convert-aecr": _convert_aecr,
 }

@@ -365,3 +365,31 @@ def test_tiling_blends_to_one(model_dir):
 def test_usage(capsys):
     assert "invalid choice: 'nonsense'" in fails(capsys, "nonsense")
     assert "COMMAND" in fails(capsys)
+
+
+# ---- report
+
+
+def test_report_is_one_page_with_everything(run, tmp_path, capsys):
+    workdir = tmp_path / "a run & <more>"
+    shutil.copytree(run, workdir)
+    assert main(["report", str(workdir)]) == 0
+    path = workdir / "report.html"
+    assert str(path) in capsys.readouterr().out
+    page = path.read_text()
+    assert "a run &amp; &lt;more&gt;" in page and "<more>" not in page
+    last = lines(run, "eval")[-1]
+    assert f"<td>{last['psnr']:.2f}</td><td>{last['ssim']:.4f}</td>" in page
+    assert page.count("<svg") == 13 and page.count("data:image/jpeg;base64,") == 2
+    assert "d_ap_5" in page and "learning_rate" in page and "jaxlib" in page and "scene_size" in page
+    assert "http" not in page and "src='data:" in page  # nothing from elsewhere
+    assert "is no work directory of a run" in fails(capsys, "report", tmp_path)
+
+
+def test_ticks_are_round_and_enclose():
+    from aecr_jax.report import _log_ticks, _ticks
+
+    assert _ticks(0.0, 9.7) == [0, 2, 4, 6, 8, 10]
+    assert _ticks(5.0, 5.0)[0] <= 5 <= _ticks(5.0, 5.0)[-1]
+    assert _log_ticks(np.array([0.03, 0.4])) == pytest.approx([0.02, 0.05, 0.1, 0.2, 0.5])
+    assert _log_ticks(np.array([1.0, 1.0]))[0] == 1.0 and len(_log_ticks(np.array([1.0, 1.0]))) > 1
