@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -31,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         return _RUN[options.command](options, rest)
     except UserError as error:
-        print(f"aecr_jax: {error}", file=sys.stderr)
+        print(f"aecr_jax: {error}", file=sys.stderr, flush=True)
+        if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+            os._exit(2)  # an ordinary exit would wait for the other processes, which wait for this one
         return 2
     except Stopped as stopped:
         print(f"aecr_jax: {stopped}", file=sys.stderr)
@@ -157,7 +160,7 @@ def _check_data(options: argparse.Namespace, rest: list[str]) -> int:
     from pathlib import Path
 
     from aecr_jax.config import load_config
-    from aecr_jax.data.check import check_data
+    from aecr_jax.data.check import check_data, draw_sheet
     from aecr_jax.data.pipeline import open_eval_data, split_samples
 
     if bool(options.data) == bool(options.config):
@@ -175,8 +178,10 @@ def _check_data(options: argparse.Namespace, rest: list[str]) -> int:
         train, _ = open_eval_data(options.data, data_dir=options.data_dir, unpaired=unpaired)
         test, test_name = open_eval_data(options.test, data_dir=options.data_dir, unpaired=unpaired) if options.test else ([], "")
         crop = 1
-    report = check_data(train, test, test_name=test_name, unpaired=unpaired, crop=crop, limit=options.limit, sheet=options.output)
-    print(report)
+    report = check_data(train, test, test_name=test_name, unpaired=unpaired, crop=crop, limit=options.limit)
+    print(report, flush=True)
+    if draw_sheet(report, options.output):
+        print(f"pairs, hazy over clear: {options.output}")
     return int(report.mistaken)
 
 

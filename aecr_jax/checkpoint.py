@@ -29,7 +29,7 @@ from safetensors.numpy import load_file, save_file
 
 from aecr_jax.config import Config
 from aecr_jax.data.images import make_folder
-from aecr_jax.errors import UserError
+from aecr_jax.errors import UserError, first_line
 from aecr_jax.model import AECRNet, ModelConfig, abstract_model, build_model, get_arrays
 from aecr_jax.step import TrainState
 
@@ -155,7 +155,8 @@ class Checkpoints:
             return
         if jax.process_index() == 0:
             for step in steps:  # orbax would save nothing before the latest step
-                (self.folder / str(step)).rename(self.folder.parent / f"damaged-checkpoint-{step}")
+                aside = (self.folder.parent / f"damaged-checkpoint-{step}{suffix}" for suffix in ("", *(f"-{i}" for i in range(2, 1000))))
+                (self.folder / str(step)).rename(next(path for path in aside if not path.exists()))
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints moved aside")
         self._manager.reload()
@@ -314,8 +315,3 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def _psnr(metrics: Any) -> float:
     return metrics["psnr"] if np.isfinite(metrics["psnr"]) else -np.inf
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type: libraries' messages run over many."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -30,9 +30,9 @@ class DataConfig:
     """Images for training and evaluation: a data set that `prepare-data` built, or folders, or else the embedded scenes."""
 
     dataset: str = ""
-    """Built data set to train on, such as reside/its or nh_haze; the folders below are then not looked at."""
+    """Built data set to train on, such as reside/its or nh_haze, instead of the folders `hazy`, `clear` and `depth`."""
     eval_dataset: str = ""
-    """Built data set for evaluation during training, such as reside/sots_indoor."""
+    """Built data set for evaluation during training, such as reside/sots_indoor, instead of `eval_hazy` and `eval_clear`."""
     data_dir: str = ""
     """Where `prepare-data` wrote them; empty: ~/tensorflow_datasets."""
     split: str = ""
@@ -166,6 +166,8 @@ class Config:
                 raise UserError(f"{name} (={value}) must be at least {minimum}")
         if not self.train.learning_rate > 0:
             raise UserError(f"train.learning_rate (={self.train.learning_rate}) must be positive")
+        if "://" in self.train.workdir:
+            raise UserError(f"train.workdir (={self.train.workdir}) must be a folder; mount the bucket, or copy the run there afterwards")
         if self.train.ema >= 1:
             raise UserError(f"train.ema (={self.train.ema}) must be less than 1")
         if self.train.process_id >= self.train.processes:

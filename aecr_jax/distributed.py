@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 from types import FrameType, TracebackType
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from aecr_jax.config import TrainConfig
-from aecr_jax.errors import UserError
+from aecr_jax.errors import UserError, first_line
 
 # What a run that was stopped exits with. 75 is EX_TEMPFAIL of sysexits.h: the same command, called again, goes on.
 STATUS = {signal.SIGTERM: 75, signal.SIGINT: 130}
@@ -30,8 +31,7 @@ def initialize(config: TrainConfig) -> None:
         else:
             jax.distributed.initialize(config.coordinator, config.processes, config.process_id)
     except (RuntimeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"train.coordinator (={config.coordinator}): the processes do not find each other: {reason}") from error
+        raise UserError(f"train.coordinator (={config.coordinator}): the processes do not find each other: {first_line(error)}") from error
 
 
 def is_main() -> bool:
@@ -40,7 +40,7 @@ def is_main() -> bool:
 
 
 def gather(rows: np.ndarray, count: int) -> np.ndarray:
-    """The rows `[share, K]` of all processes, in the order in which `rows[process::processes]` was dealt out: `[count, K]`."""
+    """The rows `[share, K]` of all processes, in the order in which `rows[process::processes]` were dealt out: `[count, K]`."""
     processes = jax.process_count()
     if processes == 1:
         return rows
@@ -51,8 +51,19 @@ def gather(rows: np.ndarray, count: int) -> np.ndarray:
     return np.swapaxes(np.asarray(everyone), 0, 1).reshape(-1, *rows.shape[1:])[:count]
 
 
+def check_shared(path: Path) -> None:
+    """Raises UserError in a process that does not see the file `path`, which process 0 has just written."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(str(path))
+        if not path.is_file():
+            raise UserError(f"process {jax.process_index()} does not see {path}: train.workdir must be a folder that all processes share")
+
+
 class StopRequest:
-    """Inside `with`, SIGTERM (preemption) and the first Ctrl-C are noted instead of obeyed; a second Ctrl-C is obeyed."""
+    """Inside `with`, SIGTERM (preemption) and the first Ctrl-C are noted instead of obeyed; a second Ctrl-C is obeyed.
+
+    Of several processes, SIGTERM to any is noted by all; Ctrl-C ends the process.
+    """
 
     def __init__(self) -> None:
         self._signal: signal.Signals | None = None

@@ -5,6 +5,11 @@ class UserError(Exception):
     """Something that the user can mend: a wrong path, setting or file. Its text says what is wrong and what would be right."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type: libraries' messages run over many."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
 class Stopped(Exception):
     """A run was asked to stop and has saved its state: the same command goes on. `status` is what the program exits with."""
 

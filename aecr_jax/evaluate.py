@@ -18,7 +18,7 @@ from aecr_jax.checkpoint import DEFAULT_MODEL, load_checkpoint_with_config
 from aecr_jax.config import DataConfig
 from aecr_jax.data.images import make_folder, panel, write_image
 from aecr_jax.data.pipeline import EvalImage, eval_images, open_eval_data
-from aecr_jax.distributed import gather
+from aecr_jax.distributed import gather, is_main
 from aecr_jax.errors import UserError
 from aecr_jax.metrics import psnr, ssim
 from aecr_jax.restore import Restorer
@@ -45,7 +45,7 @@ def _measure(prediction: jax.Array, target: jax.Array) -> jax.Array:
 
 def evaluate(restorer: Restorer, images: Iterable[EvalImage], total: int | None = None) -> Iterator[tuple[Score, EvalImage, np.ndarray]]:
     """Restores each image and yields its score, the image and the restored one."""
-    for image in tqdm(images, "evaluating", total, leave=False):
+    for image in tqdm(images, "evaluating", total, leave=False, disable=not is_main()):
         restored = restorer(image.hazy)
         after, before = (np.asarray(_measure(x, image.clear)) for x in (restored, image.hazy))
         yield Score(image.name, float(after[0]), float(after[1]), float(before[0]), float(before[1])), image, restored

@@ -95,7 +95,8 @@ def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
 
 def replicate(state: TrainState, mesh: Mesh) -> TrainState:
     """A copy of the state on every device, as the step wants it (another placement would compile the step twice)."""
-    return jax.device_put(state, NamedSharding(mesh, PartitionSpec()), may_alias=False)
+    # By way of the host: what is on one device cannot go to those of other processes.
+    return jax.device_put(jax.tree.map(np.asarray, state), NamedSharding(mesh, PartitionSpec()), may_alias=False)
 
 
 def check_batch(config: Config, mesh: Mesh) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -10,18 +11,19 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from aecr_jax.checkpoint import Checkpoints, Position, has_checkpoint, load_checkpoint_with_config, model_changes
 from aecr_jax.config import Config
 from aecr_jax.data.images import make_folder
 from aecr_jax.data.pipeline import cache_bytes, check_samples, describe_samples, eval_images, split_samples, train_batches
-from aecr_jax.distributed import STATUS, StopRequest, gather, initialize, is_main
-from aecr_jax.errors import Stopped, UserError
+from aecr_jax.distributed import STATUS, StopRequest, check_shared, initialize, is_main
+from aecr_jax.errors import Stopped, UserError, first_line
 from aecr_jax.evaluate import Score, add_row, evaluate, summarize
 from aecr_jax.model import AECRNet
 from aecr_jax.restore import Restorer
-from aecr_jax.runlog import RunLog
+from aecr_jax.runlog import CONFIG, RunLog
 from aecr_jax.step import TrainState, check_batch, init_state, make_mesh, make_train_step, replicate, shard_batch, state_to_model
 from aecr_jax.vgg import VGG19Features, load_vgg19, random_vgg19
 
@@ -90,6 +92,7 @@ def train(config: Config, *, say: Callable[[str], None] = tqdm.write) -> dict[st
     first = int(state.step)
     batches = train_batches(train_samples, config, start=position.images, **here)
     log = RunLog(workdir, config, first)
+    check_shared(workdir / CONFIG)
     step_fn = make_train_step(config, features, mesh)
     restorer = Restorer(state_to_model(config, state))
     say(f"training on {len(train_samples)} images, evaluating on {len(eval_samples)} ({evaluated_on}), {mesh.size} device(s)")
@@ -105,19 +108,30 @@ def train(config: Config, *, say: Callable[[str], None] = tqdm.write) -> dict[st
                 asked = time.perf_counter()
                 try:
                     batch = next(batches)
-                except UserError:  # a file is damaged or gone: keep the steps since the last checkpoint
+                except (
+                    UserError,
+                    RuntimeError,
+                ) as error:
+                    # A file is damaged or gone, or a worker has ended: keep the steps since the last checkpoint.
                     watch.check_all()
                     if jax.process_count() == 1 and step - 1 not in (first, *checkpoints.steps()):
                         checkpoints.save(state, config, position)
-                    raise
+                    if isinstance(error, UserError):
+                        raise
+                    if (stopping := stop.at(step)) is not None:
+                        raise _stopped(stopping, step - 1, workdir) from error
+                    raise UserError(
+                        f"the input ended at step {step}: {first_line(error)}; if a worker was killed for its memory, lower data.workers or"
+                        " data.threads, or set data.cache False"
+                    ) from error
                 waited += time.perf_counter() - asked
                 indices = batch.pop("index")
                 state, measurements = step_fn(state, shard_batch(batch, mesh))
                 position = position._replace(images=position.images + config.train.batch)
                 watch.add(step, measurements, indices)
                 bar.update()
-                evaluating = step % config.train.eval_every == 0 or step == config.train.steps
-                stopping = stop.at(step)
+                stopping = stop.at(step) if step < config.train.steps else None
+                evaluating = (step % config.train.eval_every == 0 and not stopping) or step == config.train.steps
                 if step % config.train.log_every == 0 or evaluating:
                     watch.check_all()
                     values = {name: float(value) for name, value in jax.device_get(measurements).items()}
@@ -147,18 +161,27 @@ def train(config: Config, *, say: Callable[[str], None] = tqdm.write) -> dict[st
                     checkpoints.save(state, config, position, summary["psnr"] if evaluating else -np.inf)
                     if evaluating:
                         since = time.perf_counter()  # evaluation is not training time
-                if stopping and step < config.train.steps:
-                    checkpoints.close()
-                    raise Stopped(
-                        f"stopped by {stopping.name} after step {step}; the state is saved in {workdir}: the same command goes on",
-                        STATUS[stopping],
-                    )
-    finally:
+                if stopping:
+                    raise _stopped(stopping, step, workdir)
+    except BaseException as error:
         log.close()
-        checkpoints.close()
+        try:
+            checkpoints.close()
+        except UserError:
+            if isinstance(error, Stopped):  # nothing was saved after all
+                raise
+        if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+            raise UserError(f"this process cannot go on, or another one of this run has ended: {first_line(error)}") from error
+        raise
+    log.close()
+    checkpoints.close()
     if not summary:  # the run was complete already
         summary = _evaluate(restorer, state, eval_samples, count)[0] | {"data": evaluated_on}
     return summary | {"step": int(state.step)}
+
+
+def _stopped(by: signal.Signals, step: int, workdir: Path) -> Stopped:
+    return Stopped(f"stopped by {by.name} after step {step}; the state is saved in {workdir}: the same command goes on", STATUS[by])
 
 
 def _be_silent(_: str) -> None:
@@ -206,7 +229,7 @@ class _Watch:
         values = {name: float(value) for name, value in jax.device_get({name: measurements[name] for name in names}).items()}
         if np.isfinite(list(values.values())).all():
             return
-        everyone = gather(indices.astype(np.float32)[:, None], len(indices) * jax.process_count())[:, 0].astype(int)
+        everyone = np.asarray(multihost_utils.process_allgather(indices)).ravel()
         files = ", ".join(self._samples[i].origin for i in everyone)
         raise UserError(
             f"step {step} is not finite: loss {values['total']:.4g}, gradient norm {values['grad_norm']:.4g}, parameter norm"

@@ -89,6 +89,9 @@ def test_a_damaged_checkpoint_is_skipped(run, config_file, tmp_path, capsys, cap
     assert "continuing from step 2" in capsys.readouterr().out
     load_checkpoint(workdir / "checkpoints" / "4")  # written anew
     assert (workdir / "damaged-checkpoint-4").is_dir()
+    damage(workdir / "checkpoints" / "4" / "model")  # and once more
+    assert main(["train", "--config", config_file, "--train.workdir", str(workdir)]) == 0
+    assert (workdir / "damaged-checkpoint-4-2").is_dir()
     assert [entry["step"] for entry in lines(workdir, "train")] == [1, 2, 3, 4]
 
 

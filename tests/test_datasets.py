@@ -178,9 +178,9 @@ def test_a_split_says_what_trains_and_what_evaluates(tmp_path):
     root = str(haze_folder(tmp_path))
     train, held, name = split_samples(DataConfig(hazy=root, clear=root, split="nh_haze_45_5_5"))
     assert [s.hazy.name for s in held] == [f"{i}_hazy.png" for i in range(46, 51)] and len(train) == 45
-    assert name == "nh_haze_45_5_5/validation"
+    assert name == f"nh_haze_45_5_5/validation of {root}"
     train, held, name = split_samples(DataConfig(hazy=root, clear=root, split="nh_haze_50_5"))
-    assert (len(train), len(held), name) == (50, 5, "nh_haze_50_5/test")
+    assert (len(train), len(held), name) == (50, 5, f"nh_haze_50_5/test of {root}")
     prepare("nh_haze", tmp_path, tmp_path / "b")
     built, _, name = split_samples(DataConfig(dataset="nh_haze", data_dir=str(tmp_path / "b"), split="nh_haze_50_5"))
     np.testing.assert_array_equal(built[7].read()["hazy"], train[7].read()["hazy"])
@@ -188,13 +188,18 @@ def test_a_split_says_what_trains_and_what_evaluates(tmp_path):
         apply_split("nh_haze_45_5_5", find_dataset(root)[1:])
     with pytest.raises(UserError, match="there is no split 'x'; there are dense_haze_45_5_5"):
         apply_split("x", train)
+    with pytest.raises(UserError, match="split dense_haze_50_5 is not of nh_haze"):
+        apply_split("dense_haze_50_5", built)
+    picture(tmp_path / "NH-HAZE" / "56_hazy.png"), picture(tmp_path / "NH-HAZE" / "56_GT.png")
+    with pytest.raises(UserError, match="does not know 1 of the 56 scenes of the data, such as 56"):
+        apply_split("nh_haze_50_5", find_dataset(root))
 
 
 def test_the_split_is_in_every_result(tmp_path, capsys):
     root = haze_folder(tmp_path)
     assert main(["eval", "--data", str(root), "--split", "nh_haze_45_5_5/test", "--output", str(tmp_path / "out")]) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary["split"] == "nh_haze_45_5_5/test" and summary["images"] == 5
+    assert summary["split"] == f"nh_haze_45_5_5/test of {root}" and summary["images"] == 5
     assert "5 images of nh_haze_45_5_5/test" in capsys.readouterr().out
     assert "must be NAME/PART" in fails(capsys, "eval", "--data", root, "--split", "nh_haze_50_5/validation")
 
@@ -221,7 +226,7 @@ def mistakes(report):
 
 
 def test_good_data_pass(tmp_path, capsys):
-    write_pairs(tmp_path / "a", range(1, 5)), write_pairs(tmp_path / "b", range(11, 14), "{}_1")
+    write_pairs(tmp_path / "a", range(1, 5)), write_pairs(tmp_path / "b", range(11, 14), "{}")
     sheet = tmp_path / "sheet.png"
     assert main(["check-data", "--data", str(tmp_path / "a"), "--test", str(tmp_path / "b"), "--output", str(sheet)]) == 0
     said = capsys.readouterr().out
@@ -296,7 +301,11 @@ def test_check_data_of_a_config(tmp_path, capsys):
     root = haze_folder(tmp_path)
     options = ["--data.hazy", root, "--data.clear", root, "--data.crop", "4", "--output", tmp_path / "s.png", "--limit", "3"]
     assert main([str(o) for o in ["check-data", "--config", "configs/nh_haze.py", *options]]) == 1  # random pictures do not fit each other
-    assert "train: 50 images of 50 scenes; 3 read" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "train: 50 images of 50 scenes; 3 read" in said and "no hazy one" not in said
+    assert (tmp_path / "s.png").is_file()
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in fails(capsys, "check-data", "--data", root, "--limit", "1", "--output", tmp_path / "file" / "s.png")
     assert "--data DATA or --config FILE" in fails(capsys, "check-data")
     assert "--limit (=0) must be at least 1" in fails(capsys, "check-data", "--data", root, "--limit", "0")
 
@@ -305,6 +314,7 @@ def test_check_data_of_a_config(tmp_path, capsys):
 def test_genuine_data_pass_the_check():
     its, sots = (open_eval_data(str(SHARED / name))[0] for name in ("its_samples", "sots_indoor_subset"))
     report = check_data(its, sots, limit=30)
+    assert "30 read, and only those compared" in str(report)
     assert mistakes(report) == [] and "reside/its, RESIDE-standard" in str(report) and "reside/sots_indoor" in str(report)
     nyu = split_samples(DataConfig(clear=str(SHARED / "nyu_depth_v2/rgb"), depth=str(SHARED / "nyu_depth_v2/depth"), holdout=50))
     assert mistakes(check_data(nyu.train, sots, limit=100)) == []
@@ -334,9 +344,12 @@ def test_train_and_eval_on_built_data(tmp_path, config_file, model_dir, capsys):
     assert main(["prepare-data", "nh_haze", "--source", str(tmp_path), "--data-dir", built]) == 0
     data = ["--data.dataset", "nh_haze", "--data.data_dir", built, "--data.split", "nh_haze_45_5_5", "--data.cache", "True"]
     assert main(["train", "--config", config_file, "--train.workdir", str(tmp_path / "run"), *data]) == 0
-    assert {entry["data"] for entry in lines(tmp_path / "run", "eval")} == {"nh_haze_45_5_5/validation"}
+    assert {entry["data"] for entry in lines(tmp_path / "run", "eval")} == {"nh_haze_45_5_5/validation of nh_haze:full, NTIRE 2020"}
     said = capsys.readouterr().out
-    assert "keeping 45 images in memory" in said and "training on 45 images, evaluating on 5 (nh_haze_45_5_5/validation)" in said
+    assert (
+        "keeping 45 images in memory" in said
+        and "training on 45 images, evaluating on 5 (nh_haze_45_5_5/validation of nh_haze:full" in said
+    )
     assert main(["eval", "--checkpoint", str(model_dir), "--data", "nh_haze", "--data-dir", built, "--split", "nh_haze_50_5/test"]) == 0
     assert "5 images of nh_haze_50_5/test" in capsys.readouterr().out
     options = ["--data.split", "nh_haze_45_5_5", "--data.holdout", "3"]

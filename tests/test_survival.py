@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import resource
 import signal
 import socket
 import subprocess
@@ -12,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from test_data import picture
 
 ROOT = Path(__file__).parents[1]
 CONFIG = """
@@ -25,6 +25,13 @@ config = Config(
 )
 """
 
+LIMITED = """
+import resource, sys
+from aecr_jax.__main__ import main
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
@@ -33,19 +40,15 @@ def config(tmp_path_factory):
     return path
 
 
-def start(config, workdir, *options, limit=None):
+def start(config, workdir, *options, limit=None, **process):
     """Begins a training in a process of its own, with one device; `limit`: the largest file that it may write."""
     environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=1", "PYTHONPATH": str(ROOT)}
     if limit:
         del environment["JAX_COMPILATION_CACHE_DIR"]  # a half-written entry would stay in it
-    command = [sys.executable, ROOT / "train.py", "--config", config, "--train.workdir", workdir, *options]
-
-    def restrict():
-        if limit:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
+    command = [sys.executable, "-c", LIMITED.format(limit=limit)] if limit else [sys.executable, ROOT / "train.py"]
+    command += ["--config", config, "--train.workdir", workdir, *options]
     return subprocess.Popen(
-        [str(c) for c in command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=restrict
+        [str(c) for c in command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **process
     )
 
 
@@ -122,12 +125,13 @@ def test_a_disk_that_takes_no_checkpoint_ends_the_run(config, tmp_path):
     assert len(lines) == 1 and "checkpoint" in lines[0] and "File too large" in lines[0], said
 
 
-def start_two(config, workdir, *options):
+def start_two(config, workdir, *options, own=((), ())):
+    """`own` has options for each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     together = ["--train.coordinator", f"127.0.0.1:{port}", "--train.processes", 2, *options]
-    return [start(config, workdir, *together, "--train.process_id", i) for i in range(2)]
+    return [start(config, workdir, *together, "--train.process_id", i, *own[i]) for i in range(2)]
 
 
 def test_two_processes_are_killed_and_go_on(config, tmp_path):
@@ -153,9 +157,34 @@ def test_two_processes_are_killed_and_go_on(config, tmp_path):
 
 
 def test_sigterm_to_one_process_stops_both(config, tmp_path):
-    processes = start_two(config, tmp_path / "w", "--train.save_every", 1000)
+    finish(start(config, tmp_path / "first", "--train.steps", 1))
+    processes = start_two(config, tmp_path / "w", "--train.save_every", 1000, "--train.init_from", tmp_path / "first")
     wait_for(processes[0], tmp_path / "w", 3)
     processes[1].send_signal(signal.SIGTERM)
     said, _ = (finish(process, 75) for process in processes)
     assert "stopped by SIGTERM" in said
     assert last(tmp_path / "w") >= 3
+
+
+def test_an_image_that_one_process_cannot_read_ends_both(config, tmp_path):
+    """Process 1 has a copy of the data with one damaged image: it names the image, and neither waits for the other."""
+    for folder in ("whole", "broken"):
+        for side in ("hazy", "clear"):
+            for i in range(8):
+                picture(tmp_path / folder / side / f"{i}.png", (16, 16), seed=i)
+    (tmp_path / "broken" / "hazy" / "5.png").write_bytes(b"")
+    own = [["--data.hazy", tmp_path / f / "hazy", "--data.clear", tmp_path / f / "clear"] for f in ("whole", "broken")]
+    held = ["--data.eval_hazy", tmp_path / "whole" / "hazy", "--data.eval_clear", tmp_path / "whole" / "clear"]
+    processes = start_two(config, tmp_path / "w", *held, own=own)
+    other, broken = (finish(process, 2) for process in processes)
+    assert "broken/hazy/5.png is not an image file" in broken
+    assert other.count("aecr_jax: ") == 1 and "another one of this run has ended" in other
+
+
+def test_ctrl_c_with_worker_processes_saves(config, tmp_path):
+    """As a terminal sends it, to the whole group: the workers leave it to the process that trains."""
+    workdir = tmp_path / "w"
+    process = start(config, workdir, "--data.workers", 1, "--train.save_every", 1000, start_new_session=True)
+    wait_for(process, workdir, 3)
+    os.killpg(process.pid, signal.SIGINT)
+    assert "stopped by SIGINT" in finish(process, 130) and last(workdir) >= 3

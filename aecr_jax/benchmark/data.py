@@ -35,7 +35,8 @@ def benchmark_data(
       samples: to train on.
       config: gives crop, batch, threads and cache.
       seconds: how long to measure each row.
-      workers: numbers of worker processes to try; 0 is the threads of this process alone.
+      workers: numbers of worker processes to try; 0 is the threads of this process alone, and all that is tried with a cache, of which
+        each worker would fill its own.
       steps_per_second: of the accelerator whose waiting is to be told; a step is played by a pause.
       output: JSON file for the figures.
 
@@ -55,7 +56,7 @@ def benchmark_data(
     print(f"\nthe whole pipeline, {config.data.threads} threads{', cached' if config.data.cache else ''};")
     print(f"waiting: of an accelerator that does {steps_per_second:g} steps of {batch} a second")
     print(f"{'workers':24}{'images/s':>10}{'waiting':>10}")
-    for count in workers:
+    for count in (0,) if config.data.cache else workers:
         row = _measure_pipeline(samples, replace(config, data=replace(config.data, workers=count)), seconds, steps_per_second)
         pipelines.append(row)
         print(f"{count or 'none':<24}{row['images_per_second']:10.0f}{row['waiting']:10.1%}")
@@ -108,7 +109,7 @@ def _measure_pipeline(samples: Sequence[Any], config: Config, seconds: float, st
     batches = train_batches(samples, config)
     next(batches)
     if config.data.cache:  # the first epoch fills it
-        for _ in tqdm(range(len(samples) * max(1, config.data.workers) // batch + 1), "filling the cache", leave=False):
+        for _ in tqdm(range(len(samples) // batch + 1), "filling the cache", leave=False):
             next(batches)
     for _ in range(4 * max(1, config.data.workers)):  # what was prefetched while nobody asked
         next(batches)

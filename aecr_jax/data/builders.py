@@ -200,7 +200,7 @@ def prepare(name: str, source: str | Path, data_dir: str | Path | None = None) -
     try:
         builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=str(Path(source).resolve())))
     except OSError as error:
-        raise UserError(f"{builder.data_path} cannot be written: {error.strerror or error}") from error
+        raise UserError(f"{name} cannot be prepared: {error.filename or builder.data_path}: {error.strerror or error}") from error
     counts = ", ".join(f"{split} {info.num_examples}" for split, info in builder.info.splits.items())
     return f"{name} ({builder.info.metadata['release']}): {counts} in {builder.data_path}"
 

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from aecr_jax.data.folders import Pair
+from aecr_jax.data.folders import Pair, clear_names
 from aecr_jax.data.haze import add_haze, draw_haze
 from aecr_jax.data.images import list_images, panel, to_float, write_image
 from aecr_jax.data.layouts import missing_images, recognise_data_set, recognise_release
@@ -43,6 +43,7 @@ class Report:
 
     lines: list[str] = field(default_factory=list)
     findings: list[tuple[Literal["MISTAKE", "warning"], str]] = field(default_factory=list)
+    pairs: list[tuple[Any, _Measured]] = field(default_factory=list)  # samples worth looking at
 
     @property
     def mistaken(self) -> bool:
@@ -61,7 +62,6 @@ def check_data(
     unpaired: Sequence[Path] = (),
     crop: int = 1,
     limit: int | None = None,
-    sheet: str | Path | None = None,
 ) -> Report:
     """Checks samples for training, and those for evaluation with them.
 
@@ -72,15 +72,12 @@ def check_data(
       unpaired: hazy files that have no clear one.
       crop: side of the training crops; images smaller than that are a mistake.
       limit: read at most this many images of each, evenly spread; all by default.
-      sheet: file for a picture of pairs, hazy over clear.
 
     Returns:
       The report.
-
-    Raises:
-      UserError: the sheet cannot be written.
     """
     report = Report()
+    _check_completeness(report, train, test)
     if unpaired:
         report.findings.append(("MISTAKE", f"{len(unpaired)} hazy images have no clear one: {_list(map(str, unpaired))}"))
     measured = _check_set(report, "train", train, limit, crop)
@@ -97,9 +94,7 @@ def check_data(
         sizes = {m.size for m in tested}
         if len(sizes) > 10:
             report.findings.append(("warning", f"test images have {len(sizes)} sizes; the network is compiled anew for each"))
-    if sheet is not None:
-        _draw_sheet(train, measured, Path(sheet))
-        report.lines.append(f"pairs, hazy over clear: {sheet}")
+    report.pairs = [(train[m.position], m) for m in _choose(measured)]
     return report
 
 
@@ -108,12 +103,12 @@ def _check_set(report: Report, label: str, samples: Sequence[Any], limit: int | 
     scenes = len({sample.scene for sample in samples})
     name, release = _identify(samples)
     about = f": {name}, {release}" if name else ""
-    report.lines.append(f"{label}: {len(samples)} images of {scenes} scenes{about}" + (f"; {count} read" if count < len(samples) else ""))
+    report.lines.append(
+        f"{label}: {len(samples)} images of {scenes} scenes{about}"
+        + (f"; {count} read, and only those compared" if count < len(samples) else "")
+    )
     if name:
-        _check_release(report, label, name, release, samples, scenes)
-    unused = _unused_clear(samples)
-    if unused:
-        report.findings.append(("warning", f"{label}: {len(unused)} clear images have no hazy one: {_list(map(str, unused))}"))
+        _check_release(report, label, name, release, samples)
 
     def measure(index: int) -> _Measured | str:
         try:
@@ -152,7 +147,7 @@ def _identify(samples: Sequence[Any]) -> tuple[str | None, str]:
     return name, recognise_release(name, names, len({sample.scene for sample in samples})) if name else ""
 
 
-def _check_release(report: Report, label: str, name: str, release: str, samples: Sequence[Any], scenes: int) -> None:
+def _check_release(report: Report, label: str, name: str, release: str, samples: Sequence[Any]) -> None:
     if name == "reside/its":
         if release == "RESIDE-v0":
             report.findings.append(
@@ -168,17 +163,24 @@ def _check_release(report: Report, label: str, name: str, release: str, samples:
         lossy = [s for s in samples if isinstance(s, Pair) and {s.hazy.suffix.lower(), s.clear.suffix.lower()} & {".jpg", ".jpeg"}]
         if lossy:
             report.findings.append(("warning", f"{label}: ITS comes as PNG, and {len(lossy)} of these pairs are JPEG copies"))
-    missing = missing_images(name, release, len(samples), scenes)
-    if missing and name in ("reside/its", "reside/ots", "reside/sots_indoor", "reside/sots_outdoor"):
-        report.findings.append(("warning", f"{label}: {missing}"))
 
 
-def _unused_clear(samples: Sequence[Any]) -> list[Path]:
-    pairs = [sample for sample in samples if isinstance(sample, Pair)]
-    used = {pair.clear for pair in pairs} | {pair.hazy for pair in pairs}
-    # One folder for both (NH-HAZE), or the rest of a split: what is left over is not for this set.
-    folders = {pair.clear.parent for pair in pairs} - {pair.hazy.parent for pair in pairs}
-    return [path for folder in sorted(folders) for path in list_images(folder) if path not in used]
+def _check_completeness(report: Report, train: Sequence[Any], test: Sequence[Any]) -> None:
+    # What data.holdout took apart is counted together.
+    sets = {_identify(samples): 0 for samples in (train, test)}
+    for name, release in sets:
+        if name is None or not name.startswith("reside/"):  # of the small ones, named splits leave a part out
+            continue
+        together = [s for samples in (train, test) if _identify(samples) == (name, release) for s in samples]
+        if missing := missing_images(name, release, len(together), len({s.scene for s in together})):
+            report.findings.append(("warning", f"{name}: {missing}"))
+    pairs = [sample for sample in (*train, *test) if isinstance(sample, Pair)]
+    hazy = [path for folder in {pair.hazy.parent for pair in pairs} for path in list_images(folder)]
+    used = {name for path in hazy for name in clear_names(path.stem)}
+    folders = sorted({pair.clear.parent for pair in pairs})
+    unused = [path for folder in folders for path in list_images(folder) if path.stem.lower() not in used]
+    if unused:
+        report.findings.append(("warning", f"{len(unused)} clear images have no hazy one: {_list(map(str, unused))}"))
 
 
 def _measure(sample: Any, index: int) -> _Measured:
@@ -259,11 +261,10 @@ def _check_pairs(report: Report, label: str, samples: Sequence[Any], measured: S
             )
         )
     own = np.array([_correlation(m.hazy[None], m.clear[None])[0, 0] for m in measured])
-    # Against the clear image of another scene; with one scene alone there is none.
-    other = [
-        next((n for n in (*measured[i + 1 :], *measured[:i]) if samples[n.position].scene != samples[m.position].scene), None)
-        for i, m in enumerate(measured)
-    ]
+    # Against the clear image of another scene, the next in order; with one scene alone there is none.
+    following = (((i + k) % len(measured) for k in range(1, len(measured))) for i in range(len(measured)))
+    scenes = [samples[m.position].scene for m in measured]
+    other = [next((measured[k] for k in ks if scenes[k] != scenes[i]), None) for i, ks in enumerate(following)]
     if all(n is not None for n in other):
         foreign = np.array([_correlation(m.hazy[None], n.clear[None])[0, 0] for m, n in zip(measured, other) if n is not None])
         wrong = [samples[m.position].origin for m, a, b in zip(measured, own, foreign) if a <= max(b, 0.1)]
@@ -291,17 +292,27 @@ def _check_overlap(
         report.findings.append(("MISTAKE", f"{len(found)} of {len(theirs)} test scenes are in the training data: {_list(found)}"))
 
 
-def _draw_sheet(samples: Sequence[Any], measured: Sequence[_Measured], path: Path) -> None:
+def _choose(measured: Sequence[_Measured]) -> list[_Measured]:
+    """The strangest, and an even spread."""
     if not measured:
-        return
-    # The strangest first, then an even spread.
+        return []
     by_psnr = sorted(measured, key=lambda m: m.psnr)
     spread = [measured[i * len(measured) // _SHEET_PAIRS] for i in range(min(_SHEET_PAIRS, len(measured)))]
-    chosen = list({m.position: m for m in (*by_psnr[:2], *by_psnr[-2:], *spread)}.values())[:_SHEET_PAIRS]
-    cells = [_cell(samples[m.position], m) for m in chosen]
-    blank = np.ones_like(cells[0])
-    cells += [blank] * (-len(cells) % 4)
+    return list({m.position: m for m in (*by_psnr[:2], *by_psnr[-2:], *spread)}.values())[:_SHEET_PAIRS]
+
+
+def draw_sheet(report: Report, path: str | Path) -> bool:
+    """Draws the report's pairs, hazy over clear; returns whether there were any.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    if not report.pairs:
+        return False
+    cells = [_cell(sample, measured) for sample, measured in report.pairs]
+    cells += [np.ones_like(cells[0])] * (-len(cells) % 4)
     write_image(path, panel([cells[i : i + 4] for i in range(0, len(cells), 4)], gap=8))
+    return True
 
 
 def _cell(sample: Any, measured: _Measured) -> np.ndarray:

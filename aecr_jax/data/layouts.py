@@ -85,6 +85,8 @@ RELEASES: dict[str, dict[str, tuple[int, int]]] = {
     "nh_haze": {"NTIRE 2020": (55, 55)},
     "dense_haze": {"NTIRE 2019": (55, 55)},
 }
+# Of single splits of those.
+_PARTS = {("reside/its", "RESIDE-v0"): [(100_000, 10_000), (10_000, 1_000)], ("reside/hsts", "RESIDE-standard"): [(10, 10)]}
 # `0499_05_0.8353`: four and two digits, zero-padded. `1_1_0.90179`, or `1_1` in some copies: neither is padded.
 _ITS_V0 = re.compile(r"\d{4}_\d{2}(_[01](\.\d+)?)?$")
 _ITS_STANDARD = re.compile(r"[1-9]\d{0,3}_([1-9]|10)(_[01](\.\d+)?)?$")
@@ -180,6 +182,6 @@ def recognise_release(name: str, hazy: Sequence[str], clear: int) -> str:
 def missing_images(name: str, release: str, hazy: int, clear: int) -> str | None:
     """A line on how a copy's numbers differ from the published ones, or None if they do not."""
     published = RELEASES.get(name, {}).get(release)
-    if published is None or published == (hazy, clear):
+    if published is None or (hazy, clear) in (published, *_PARTS.get((name, release), [])):
         return None
     return f"{release} has {published[0]} hazy and {published[1]} clear images, this copy {hazy} and {clear}"

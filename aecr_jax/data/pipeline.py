@@ -7,6 +7,7 @@ and the position alone, whatever the number of threads or workers.
 from __future__ import annotations
 
 import os
+import signal
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from aecr_jax.data.haze import add_haze, draw_haze
 from aecr_jax.data.images import to_float, unique_names
 from aecr_jax.data.scenes import render_scene
 from aecr_jax.data.splits import PARTS, apply_split
+from aecr_jax.distributed import is_main
 from aecr_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -146,7 +148,7 @@ def split_samples(data: DataConfig, unpaired: list[Path] | None = None) -> Split
     if data.split:
         parts = apply_split(data.split, train)
         part = next(part for part in PARTS[1:] if part in parts)
-        return SplitSamples(parts["train"], parts[part], f"{data.split}/{part}")
+        return SplitSamples(parts["train"], parts[part], f"{data.split}/{part} of {where}")
     if data.eval_dataset:
         return SplitSamples(train, *_open_built(data.eval_dataset, data.data_dir))
     if data.eval_hazy:
@@ -175,7 +177,7 @@ def draw_scenes(stream: int, count: int, size: tuple[int, int]) -> list[DrawnSce
         drawn = pool.map(lambda i: render_scene((stream, i), *size), range(count))
         return [
             DrawnScene(f"scene{stream}-{i:04d}", clear, depth)
-            for i, (clear, depth) in enumerate(tqdm(drawn, "drawing scenes", count, leave=False, disable=count < 10))
+            for i, (clear, depth) in enumerate(tqdm(drawn, "drawing scenes", count, leave=False, disable=count < 10 or not is_main()))
         ]
 
 
@@ -185,8 +187,15 @@ def eval_scenes(size: tuple[int, int]) -> list[DrawnScene]:
 
 
 def describe_samples(samples: Sequence[Any]) -> str:
-    """A line that tells training data from others: their number, and a checksum of their names in order."""
-    return f"{len(samples)} images (names {zlib.crc32(chr(10).join(sample.name for sample in samples).encode()):08x})"
+    """A line that tells training data from others: their number, and a checksum of their names in order and of the first image."""
+    checksum = zlib.crc32(chr(10).join(sample.name for sample in samples).encode())
+    checksum = zlib.crc32(np.ascontiguousarray(samples[0].read()["clear"]).tobytes(), checksum)
+    return f"{len(samples)} images (checksum {checksum:08x})"
+
+
+def _ignore_interrupts(worker: int, workers: int) -> None:
+    # Ctrl-C goes to the workers too; the process that trains decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def check_samples(samples: Sequence[Any], config: Config, process_count: int = 1) -> None:
@@ -216,13 +225,14 @@ def train_batches(
     batch = config.train.batch
     source = Source(samples, least=config.data.crop, cache=config.data.cache)
     dataset = grain.MapDataset.source(source).seed(config.train.seed).shuffle().repeat().random_map(Augment(config.data.crop))
-    dataset = dataset[start + process_index :: process_count].batch(batch // process_count, drop_remainder=True)
+    # Every process_count-th part of a batch, so that all together read the batch of one process in its order.
+    dataset = dataset[start:].batch(batch // process_count, drop_remainder=True)[process_index::process_count]
     options = grain.ReadOptions(num_threads=config.data.threads, prefetch_buffer_size=2 * config.data.threads)
     iterator = dataset.to_iter_dataset(options)
     if config.data.workers:
         if not flags.FLAGS.is_parsed():  # grain's worker processes read absl's flags, which only absl's own programs parse
             flags.FLAGS.mark_as_parsed()
-        iterator = iterator.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.data.workers))
+        iterator = iterator.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.data.workers), worker_init_fn=_ignore_interrupts)
     return iter(iterator)
 
 
@@ -294,5 +304,5 @@ def open_eval_data(
         parts = apply_split(split_name, samples)
         if part not in parts:
             raise UserError(f"--split {split} must be NAME/PART: {split_name} has {', '.join(f'{split_name}/{p}' for p in parts)}")
-        samples, name = parts[part], split
+        samples, name = parts[part], f"{split} of {name}"
     return samples, name

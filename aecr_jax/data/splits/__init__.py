@@ -46,13 +46,21 @@ def apply_split(name: str, samples: Sequence[Sample]) -> dict[str, list[Sample]]
     """Sorts samples into the parts of the split `name` by their scene: `1`, `01` and `01_GT` are one scene.
 
     Raises:
-      UserError: there is no such split, or `samples` lack a scene of it: a score on fewer images would not be the split's.
+      UserError: there is no such split, it is of another data set, or `samples` lack a scene of it or have others: a score on them
+        would not be the split's.
     """
+    split = read_split(name)
+    dataset = getattr(samples[0], "dataset", None)
+    if dataset is not None and not name.startswith(dataset):
+        raise UserError(f"split {name} is not of {dataset}; there are {', '.join(split_names())}")
     by_scene: dict[str, list[Sample]] = {}
     for sample in samples:
         by_scene.setdefault(_scene_number(sample.scene), []).append(sample)
+    strange = set(by_scene) - {_scene_number(scene) for scenes in split.values() for scene in scenes}
+    if strange:
+        raise UserError(f"split {name} does not know {len(strange)} of the {len(by_scene)} scenes of the data, such as {min(strange)}")
     chosen = {}
-    for part, scenes in read_split(name).items():
+    for part, scenes in split.items():
         missing = [scene for scene in scenes if _scene_number(scene) not in by_scene]
         if missing:
             raise UserError(f"split {name} has {len(scenes)} scenes for {part}, and the data lack {len(missing)}, first {missing[0]}")
