@@ -112,7 +112,7 @@ def test_a_complete_run_only_evaluates(run, config_file, capsys):
 
 def test_other_data_or_another_seed_do_not_continue_a_run(run, config_file, capsys):
     said = fails(capsys, "train", "--config", config_file, "--train.workdir", run, "--data.scenes", "5")
-    assert "holds another run: it trains on 4 images (names" in said and "and here are 5 images" in said
+    assert "holds another run: it trains on 4 images (checksum" in said and "and here are 5 images" in said
     said = fails(capsys, "train", "--config", config_file, "--train.workdir", run, "--train.seed", "1")
     assert "train.seed is 0 there and 1 here" in said
 
