@@ -10,8 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from test_data import picture
+
+from aecr_jax import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 CONFIG = """
@@ -40,9 +43,12 @@ def config(tmp_path_factory):
     return path
 
 
-def start(config, workdir, *options, limit=None, **process):
-    """Begins a training in a process of its own, with one device; `limit`: the largest file that it may write."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
+def start(config, workdir, *options, devices=1, limit=None, **process):
+    """Begins a training in a process of its own, with simulated devices; `limit`: the largest file that it may write."""
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": str(ROOT),
+    }
     if limit:
         del environment["JAX_COMPILATION_CACHE_DIR"]  # a half-written entry would stay in it
     command = [sys.executable, "-c", LIMITED.format(limit=limit)] if limit else [sys.executable, ROOT / "train.py"]
@@ -106,6 +112,17 @@ def test_killed_at_20_random_moments(config, tmp_path):
         assert end > 10 and checksums(workdir, end) == checksums(tmp_path / "alone", end)
         logged = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines() if '"train"' in line]
         assert logged == list(range(1, end + 1))
+
+
+def test_a_run_goes_on_with_another_number_of_devices(config, tmp_path):
+    """Two steps on two devices and one on one are three on one, but for the order of sums."""
+    assert "2 device(s)" in finish(start(config, tmp_path / "w", "--train.steps", 2, devices=2))
+    said = finish(start(config, tmp_path / "w", "--train.steps", 3))
+    assert "continuing from step 2" in said and "1 device(s)" in said
+    finish(start(config, tmp_path / "alone", "--train.steps", 3))
+    x = np.random.default_rng(0).random((1, 16, 16, 3), np.float32)
+    ours, expected = (load_checkpoint(tmp_path / run / "checkpoints" / "3")(x) for run in ("w", "alone"))
+    np.testing.assert_allclose(ours, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
