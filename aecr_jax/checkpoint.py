@@ -1,9 +1,8 @@
 """Checkpoints: orbax for training runs, one safetensors file for models that travel.
 
 A training checkpoint holds parameters and their moving average, running statistics, optimizer, step, the input's position, the config,
-and a checksum of every array. An exported
-model (what conversion writes and the package ships) is a folder of `model.safetensors` and `config.json`. Both are data alone:
-reading one runs no code.
+and a checksum of every array. An exported model (what conversion writes and the package ships) is a folder of `model.safetensors` and
+`config.json`. Both are data alone: reading one runs no code.
 """
 
 from __future__ import annotations

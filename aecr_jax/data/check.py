@@ -14,9 +14,9 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from aecr_jax.data.folders import Pair, clear_names
-from aecr_jax.data.haze import add_haze, draw_haze
-from aecr_jax.data.images import list_images, panel, to_float, write_image
+from aecr_jax.data.images import list_images, panel, write_image
 from aecr_jax.data.layouts import missing_images, recognise_data_set, recognise_release
+from aecr_jax.data.pipeline import to_pair
 from aecr_jax.errors import UserError
 
 # Fingerprints of one image in two files (JPEG and PNG) correlate by 0.9999, of different scenes of NYU and SOTS by less than 0.5.
@@ -167,11 +167,11 @@ def _check_release(report: Report, label: str, name: str, release: str, samples:
 
 def _check_completeness(report: Report, train: Sequence[Any], test: Sequence[Any]) -> None:
     # What data.holdout took apart is counted together.
-    sets = {_identify(samples): 0 for samples in (train, test)}
-    for name, release in sets:
+    sets = [(_identify(samples), samples) for samples in (train, test)]
+    for name, release in dict.fromkeys(identity for identity, _ in sets):
         if name is None or not name.startswith("reside/"):  # of the small ones, named splits leave a part out
             continue
-        together = [s for samples in (train, test) if _identify(samples) == (name, release) for s in samples]
+        together = [sample for identity, samples in sets if identity == (name, release) for sample in samples]
         if missing := missing_images(name, release, len(together), len({s.scene for s in together})):
             report.findings.append(("warning", f"{name}: {missing}"))
     pairs = [sample for sample in (*train, *test) if isinstance(sample, Pair)]
@@ -185,13 +185,8 @@ def _check_completeness(report: Report, train: Sequence[Any], test: Sequence[Any
 
 def _measure(sample: Any, index: int) -> _Measured:
     read = sample.read()
-    clear = to_float(read["clear"])
-    flat = False
-    if "hazy" in read:
-        hazy = to_float(read["hazy"])
-    else:
-        hazy = add_haze(clear, read["depth"], *draw_haze(np.random.default_rng(index)))
-        flat = float(read["depth"].std()) < 1e-3
+    hazy, clear = to_pair(read, index)
+    flat = "depth" in read and float(read["depth"].std()) < 1e-3
     error = float(np.mean((hazy - clear) ** 2, dtype=np.float64))
     psnr = 10 * np.log10(1 / error) if error else np.inf
     stretched = _looks_stretched(hazy, clear) if "hazy" in read and clear.shape == (460, 620, 3) else None
@@ -316,14 +311,9 @@ def draw_sheet(report: Report, path: str | Path) -> bool:
 
 
 def _cell(sample: Any, measured: _Measured) -> np.ndarray:
-    read = sample.read()
-    clear = to_float(read["clear"])
-    hazy = (
-        to_float(read["hazy"]) if "hazy" in read else add_haze(clear, read["depth"], *draw_haze(np.random.default_rng(measured.position)))
-    )
     width, height = _SHEET_SIZE
     canvas = Image.new("RGB", (width, 2 * height + 14), "white")
-    for row, image in enumerate((hazy, clear)):
+    for row, image in enumerate(to_pair(sample.read(), measured.position)):
         picture = Image.fromarray(np.round(image * 255).astype(np.uint8))
         picture.thumbnail(_SHEET_SIZE)
         canvas.paste(picture, (0, row * height))

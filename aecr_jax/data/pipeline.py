@@ -253,6 +253,14 @@ def cache_bytes(samples: Sequence[Any], data: DataConfig) -> int:
     return count
 
 
+def to_pair(read: dict[str, np.ndarray], seed: int | tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """What a sample's `read` gave as (hazy, clear), float32 `[H, W, 3]`; the haze of clear + depth is drawn from `seed`."""
+    clear = to_float(read["clear"])
+    if "hazy" in read:
+        return to_float(read["hazy"]), clear
+    return add_haze(clear, read["depth"], *draw_haze(np.random.default_rng(seed))), clear
+
+
 def eval_images(
     samples: Sequence[Any], *, limit: int | None = None, seed: int = 0, process_index: int = 0, process_count: int = 1
 ) -> Iterator[EvalImage]:
@@ -264,10 +272,7 @@ def eval_images(
     count = len(source) if limit is None else min(limit, len(source))
     names = unique_names(sample.name for sample in samples)
     for index in (i * len(source) // count for i in range(process_index, count, process_count)):
-        element = {key: to_float(array) for key, array in source[index].items() if key != "index"}
-        if "hazy" not in element:
-            element["hazy"] = add_haze(element["clear"], element["depth"], *draw_haze(np.random.default_rng((seed, index))))
-        yield EvalImage(names[index], element["hazy"], element["clear"])
+        yield EvalImage(names[index], *to_pair(source[index], (seed, index)))
 
 
 def open_eval_data(
