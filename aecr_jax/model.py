@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from aecr_jax.layers import Conv, DeformConv, FABlock, FastDeconv, Mixup, UpConv, conv_few_outputs
+from aecr_jax.layers import Conv, DeformConv, FABlock, FastDeconv, Mixup, UpConv, conv_few_inputs, conv_few_outputs
 
 # Initial theta of the two mixups in the official code, deep and shallow.
 _THETA_DEEP, _THETA_SHALLOW = -1.0, -0.6
@@ -75,7 +75,7 @@ class AECRNet(nnx.Module):
         types["rngs"] = rngs
         w = config.width
         self.fast_deconv = FastDeconv(**types) if config.fast_deconv else None
-        self.down1 = Conv(3, w, 7, reflect=True, **types)
+        self.down1 = Conv(3, w, 7, reflect=True, conv_general_dilated=conv_few_inputs, **types)
         self.down2 = Conv(w, 2 * w, 3, stride=2, **types)
         self.down3 = Conv(2 * w, 4 * w, 3, stride=2, **types)
         self.blocks = nnx.List([FABlock(4 * w, **types) for _ in range(1 if config.shared else config.blocks)])
