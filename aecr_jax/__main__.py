@@ -10,7 +10,9 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
+
+import numpy as np
 
 from aecr_jax.errors import Stopped, UserError
 
@@ -30,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         options, rest = parser.parse_known_args(argv)
         if rest and not (options.command in ("train", "benchmark") or (options.command == "check-data" and options.config)):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        from aecr_jax.compilation import set_up
+
+        set_up()
         return _RUN[options.command](options, rest)
     except UserError as error:
         print(f"aecr_jax: {error}", file=sys.stderr, flush=True)
@@ -96,6 +101,7 @@ def _make_parser() -> argparse.ArgumentParser:
     data.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="numbers of worker processes; default 0 1 2")
     data.add_argument("--steps-per-second", type=float, default=20.0, metavar="R", help="of the accelerator to feed; default 20")
     data.add_argument("--output", metavar="FILE", help="write the figures there as JSON")
+    _add_speed(kinds)
 
     report = commands.add_parser("report", help="one HTML page about a training run", allow_abbrev=False)
     report.add_argument("workdir", metavar="WORKDIR", help="work directory of the run; report.html is written there")
@@ -108,6 +114,36 @@ def _make_parser() -> argparse.ArgumentParser:
     aecr.add_argument("file", metavar="FILE", help="official .pk or .pth, or a checkpoint folder of ours to convert back")
     aecr.add_argument("--output", required=True, metavar="PATH", help="folder to write, or the .pth file of the way back")
     return parser
+
+
+def _add_speed(kinds: Any) -> None:
+    """The parsers of `benchmark op`, `model`, `train` and `growth`."""
+    defaults = {"op": (1, 64), "model": (1, 256), "train": (2, 240)}
+    texts = {"op": "the deformable convolution", "model": "the network's forward", "train": "the train step, on L1 and with CR"}
+    for what, text in texts.items():
+        speed = kinds.add_parser(what, help=f"{text}: time, memory, share of the machine's peak", allow_abbrev=False)
+        batch, size = defaults[what]
+        speed.add_argument("--batch", type=int, default=batch, metavar="N", help=f"images; default {batch}")
+        speed.add_argument("--size", type=int, default=size, metavar="N", help=f"height and width; default {size}")
+        if what == "op":
+            speed.add_argument("--channels", type=int, default=256, metavar="N", help="of input and output; default 256")
+        else:
+            speed.add_argument("--width", type=int, default=64, metavar="N", help="of the network; default 64, the paper's")
+        speed.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the arithmetic; default float32")
+        speed.add_argument("--rounds", type=int, default=15, metavar="N", help="measured runs of each; default 15")
+        speed.add_argument("--against", choices=("torch",), help="measure the same work in PyTorch, in turns")
+        speed.add_argument(
+            "--torch-python", default=sys.executable, metavar="FILE", help="Python that has torch and torchvision; default this one"
+        )
+        speed.add_argument("--output", default=f"benchmark-{what}.json", metavar="FILE", help=f"default benchmark-{what}.json")
+    growth = kinds.add_parser("growth", help="time and memory over image area and batch", allow_abbrev=False)
+    sizes, batches = (64, 128, 256, 512, 1024, 2048), (1, 2, 4, 8, 16)
+    growth.add_argument("--sizes", type=int, nargs="+", default=sizes, metavar="N", help="heights and widths; default 64 ... 2048")
+    growth.add_argument("--batches", type=int, nargs="+", default=batches, metavar="N", help="at 128x128; default 1 ... 16")
+    growth.add_argument("--width", type=int, default=64, metavar="N", help="of the network; default 64, the paper's")
+    growth.add_argument("--rounds", type=int, default=3, metavar="N", help="measured runs of each; default 3")
+    growth.add_argument("--output", default="benchmark-growth.json", metavar="FILE", help="default benchmark-growth.json")
+    growth.add_argument("--plot", metavar="FILE", help="picture to draw; needs matplotlib")
 
 
 def _train(options: argparse.Namespace, rest: list[str]) -> int:
@@ -186,6 +222,8 @@ def _check_data(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _benchmark(options: argparse.Namespace, rest: list[str]) -> int:
+    if options.what != "data":
+        return _benchmark_speed(options, rest)
     from aecr_jax.benchmark.data import benchmark_data
     from aecr_jax.config import load_config
     from aecr_jax.data.pipeline import split_samples
@@ -201,6 +239,33 @@ def _benchmark(options: argparse.Namespace, rest: list[str]) -> int:
         steps_per_second=options.steps_per_second,
         output=options.output,
     )
+    return 0
+
+
+def _benchmark_speed(options: argparse.Namespace, rest: list[str]) -> int:
+    if rest:
+        raise UserError(f"unrecognized arguments: {' '.join(rest)}; see python -m aecr_jax benchmark {options.what} --help")
+    for name in ("batch", "size", "channels", "width", "rounds", "sizes", "batches"):
+        if name in options and np.min(getattr(options, name)) < 1:
+            raise UserError(f"--{name} (={getattr(options, name)}) must be at least 1")
+    if options.what == "growth":
+        from aecr_jax.benchmark.growth import benchmark_growth
+
+        sizes, batches = sorted(set(options.sizes)), sorted(set(options.batches))
+        benchmark_growth(sizes, batches, width=options.width, rounds=options.rounds, output=options.output, plot=options.plot)
+        return 0
+    from aecr_jax.benchmark.speed import benchmark
+    from aecr_jax.benchmark.work import Work
+
+    common: dict[str, Any] = {name: getattr(options, name) for name in ("batch", "size", "dtype")}
+    if options.what == "op":
+        works = [Work("op", channels=options.channels, backward=backward, **common) for backward in (False, True)]
+    elif options.what == "model":
+        works = [Work("model", width=options.width, **common)]
+    else:
+        works = [Work("train", width=options.width, cr=cr, **common) for cr in (False, True)]
+    torch_python = options.torch_python if options.against else None
+    benchmark(works, rounds=options.rounds, torch_python=torch_python, output=options.output)
     return 0
 
 

@@ -113,7 +113,8 @@ def _backward(geometry: _Geometry, residuals: tuple[Array, ...], cotangent: Arra
         grad_modulated = jnp.einsum("npo,gco->npgc", cotangent, tap_kernel)
         # The gradients of mask and position need no more of the features than these four products.
         d00, d01, d10, d11 = (_sum_channels((grad_modulated * corner).astype(accumulator)) for corner in sample.corners)
-        grad_mask = sum(share * d for share, d in zip(sample.shares, (d00, d01, d10, d11)))
+        s00, s01, s10, s11 = sample.shares
+        grad_mask = s00 * d00 + s01 * d01 + s10 * d10 + s11 * d11
         grad_y = (1 - sample.fx) * (d10 - d00) + sample.fx * (d11 - d01)
         grad_x = (1 - sample.fy) * (d01 - d00) + sample.fy * (d11 - d10)
         for index, share in zip(sample.indices, sample.shares):

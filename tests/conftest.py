@@ -5,8 +5,8 @@ import shutil
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Fast compilation instead of fast code: the tests compile much and compute little.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+# Fast compilation instead of fast code: the tests compile much and compute little. One test runs others with other flags.
+os.environ["XLA_FLAGS"] = os.environ.get("TEST_XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
 
 # What one test compiled the next one reads, in other processes too.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="aecr_jax-compiled-")

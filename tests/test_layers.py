@@ -1,10 +1,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from jax import lax
 
-from aecr_jax.layers import FastDeconv, Mixup, UpConv, conv_few_outputs, inverse_square_root
+from aecr_jax.layers import FastDeconv, Mixup, UpConv, conv_few_inputs, conv_few_outputs, inverse_square_root
 
 TYPES = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 
@@ -23,16 +24,18 @@ def test_up_conv_equals_xla_transposed_convolution():
     np.testing.assert_allclose(layer(x), xla(layer.kernel[...]), atol=1e-5)
 
 
-def test_conv_few_outputs_has_the_plain_gradients():
-    x = jax.random.normal(jax.random.key(0), (2, 11, 9, 4))
-    kernel = jax.random.normal(jax.random.key(1), (7, 5, 4, 3))
+@pytest.mark.parametrize(("conv", "channels"), [(conv_few_inputs, (2, 5)), (conv_few_outputs, (5, 2))])
+def test_narrow_convolutions_are_xla_convolutions(conv, channels):
+    x = jax.random.normal(jax.random.key(0), (2, 11, 9, channels[0]))
+    kernel = jax.random.normal(jax.random.key(1), (7, 5, *channels))
 
     def plain(x, kernel):
         return lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
     def ours(x, kernel):
-        return conv_few_outputs(x, kernel, (1, 1), "VALID")
+        return conv(x, kernel, (1, 1), "VALID")
 
+    np.testing.assert_allclose(ours(x, kernel), plain(x, kernel), atol=1e-4)
     cotangent = jax.random.normal(jax.random.key(2), plain(x, kernel).shape)
     for got, expected in zip(jax.vjp(ours, x, kernel)[1](cotangent), jax.vjp(plain, x, kernel)[1](cotangent)):
         np.testing.assert_allclose(got, expected, atol=1e-3)

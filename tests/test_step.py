@@ -54,6 +54,19 @@ def test_five_steps_of_the_official_code(x64):
     np.testing.assert_allclose([official["mix1.w"][0], official["mix2.w"][0]], d["final_mix"], rtol=1e-8)
 
 
+def test_first_step_of_the_official_code_in_float32():
+    """As above, for what users compute in."""
+    d = load("train_trajectory")
+    config = Config(train=TrainConfig(steps=int(d["total_steps"]), batch=2))
+    mesh = make_mesh(jax.devices()[:1])
+    model = build_model(config.model, our_arrays(official_weights(d["weight_seed"])))
+    step = make_train_step(config, vgg19(d["vgg_seed"]), mesh)
+    batch = {k: nhwc(d[k][0]).astype(np.float32) for k in ("hazy", "clear")}
+    _, measured = step(replicate(init_state(config, model), mesh), shard_batch(batch, mesh))
+    for name in ("l1", "cr", "total", "grad_norm"):
+        np.testing.assert_allclose(measured[name], d[name][0], rtol=1e-4, err_msg=name)
+
+
 def run(config, devices, batches):
     mesh = make_mesh(jax.devices()[:devices])
     state = replicate(init_state(config), mesh)

@@ -1,0 +1,135 @@
+"""How time and memory grow with the image's area and with the batch: both should be linear."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from aecr_jax.benchmark.speed import describe_machine, measure_peak, summary, take_turns, without_cache, write_json
+from aecr_jax.benchmark.work import Work, prepare
+from aecr_jax.errors import UserError
+
+
+def benchmark_growth(
+    sizes: Sequence[int], batches: Sequence[int], *, width: int = 64, rounds: int = 3, output: str | Path, plot: str | Path | None = None
+) -> dict[str, Any]:
+    """Measures forward and train step (L1) over image sizes with a batch of 1, and over batches at 128x128, and prints a table.
+
+    The exponent of a row is `log(time / time before) / log(pixels / pixels before)`: 1 where growth is linear. What needs more memory
+    than the machine has is listed, not run.
+
+    Args:
+      sizes: heights and widths, growing.
+      batches: images, growing.
+      width: the network's.
+      rounds: runs of each.
+      output: JSON file for the figures.
+      plot: picture to draw (needs matplotlib); None: none.
+
+    Returns:
+      The figures: `machine` and `rows`.
+
+    Raises:
+      UserError: matplotlib is missing, or a file cannot be written.
+    """
+    if plot is not None:
+        _import_pyplot()
+    machine = describe_machine()
+    print(f"{machine['device']}, jax {machine['jax']}, {machine['xla_flags'] or 'no XLA flags'}")
+    print(f"{'':38}{'median ms':>10}{'exponent':>10}{'first s':>9}{'peak MB':>9}{'temp MB':>9}{'bytes/pixel':>13}", flush=True)
+    rows = []
+    with without_cache():
+        for kind in ("model", "train"):
+            for series in ([Work(kind, size=size, width=width) for size in sizes], [Work(kind, n, 128, width=width) for n in batches]):
+                before: dict[str, Any] | None = None
+                for work in series:
+                    row = _measure(work, rounds)
+                    row["over"] = "area" if series[0].batch == series[-1].batch else "batch"
+                    _print(work, row, before)
+                    rows.append(row)
+                    before = row
+    figures = {"machine": machine, "rounds": rounds, "rows": rows}
+    write_json(output, figures)
+    if plot is not None:
+        _draw(rows, plot)
+        print(f"plot: {plot}")
+    return figures
+
+
+def _measure(work: Work, rounds: int) -> dict[str, Any]:
+    pixels = work.batch * work.size**2
+    row: dict[str, Any] = {"work": str(work), "kind": work.kind, "batch": work.batch, "size": work.size, "pixels": pixels}
+    prepared = prepare(work)
+    row |= {"compile_s": prepared.compile_s, "temporary_bytes": prepared.temporaries}
+    available = _available()
+    if available is not None and 1.2 * prepared.temporaries > available:
+        return row | {"available_bytes": available}
+    prepared.run()
+    peak = measure_peak(prepared.run)
+    return row | {"peak_bytes": peak, **summary(take_turns([prepared.run], rounds)[0])}
+
+
+def _print(work: Work, row: dict[str, Any], before: dict[str, Any] | None) -> None:
+    start = f"{work!s:38}"
+    if "median_s" not in row:
+        needed, free = (row[name] / 1e9 for name in ("temporary_bytes", "available_bytes"))
+        print(f"{start} not run: {needed:.1f} GB of temporaries, {free:.1f} GB free", flush=True)
+        return
+    exponent = ""
+    if before is not None:
+        row["exponent"] = math.log(row["median_s"] / before["median_s"]) / math.log(row["pixels"] / before["pixels"])
+        exponent = f"{row['exponent']:.2f}"
+    line = f"{1e3 * row['median_s']:10.1f}{exponent:>10}{row['compile_s']:9.1f}{row['peak_bytes'] / 1e6:9.0f}"
+    print(f"{start}{line}{row['temporary_bytes'] / 1e6:9.0f}{row['temporary_bytes'] / row['pixels']:13.0f}", flush=True)
+
+
+def _available() -> int | None:
+    """Free bytes of the device or machine, if it tells."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return None
+
+
+def _import_pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _draw(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
+    pyplot = _import_pyplot()
+    figure, panels = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    names = {"model": "forward", "train": "train step (L1)"}
+    units = {"median_s": ("seconds", 1.0), "temporary_bytes": ("GB of temporaries", 1e9)}
+    for column, over in enumerate(("area", "batch")):
+        for panel, (key, (label, unit)) in zip(panels[:, column], units.items()):
+            for kind, name in names.items():
+                points = [(row["pixels"], row[key] / unit) for row in rows if (row["kind"], row["over"]) == (kind, over) and key in row]
+                x, y = np.array(points).T
+                (line,) = panel.loglog(x, y, "o-", label=name)
+                panel.loglog(x, y[-1] * x / x[-1], ":", color=line.get_color(), alpha=0.6, label=f"{name}, if linear")
+            panel.set_xlabel("pixels, one image" if over == "area" else "pixels, images of 128x128")
+            panel.set_ylabel(label)
+            panel.grid(alpha=0.3)
+    panels[0, 0].legend()
+    try:
+        figure.savefig(path, dpi=110)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--plot (={path}) cannot be written: {error}") from error
+    finally:
+        pyplot.close(figure)

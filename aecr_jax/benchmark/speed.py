@@ -1,0 +1,189 @@
+"""Time and memory of operator, network and train step; side by side with PyTorch, if wanted."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aecr_jax.benchmark.opponent import Opponent, fastest
+from aecr_jax.benchmark.work import Work, prepare
+from aecr_jax.data.images import make_folder
+from aecr_jax.errors import UserError
+
+# PyTorch's threads spin for a while after their work; what comes next should not pay for it.
+_PAUSE_S = 0.3
+
+
+def benchmark(works: Sequence[Work], *, rounds: int = 15, torch_python: str | None = None, output: str | Path) -> dict[str, Any]:
+    """Measures each of `works` and prints a table.
+
+    Contestants take turns, one run each a round, so that what slows the machine for a while slows all of them.
+
+    Args:
+      works: what to measure.
+      rounds: how often each runs, after one run that is not counted.
+      torch_python: an interpreter with torch and torchvision to measure against; None: no opponent.
+      output: JSON file for the figures.
+
+    Returns:
+      The figures: `machine`, `rounds` and `rows`, a dict for each of `works`.
+
+    Raises:
+      UserError: PyTorch's side fails, or the output cannot be written.
+    """
+    device = jax.devices()[0]
+    peaks = {dtype: matmul_peak(dtype) for dtype in sorted({work.dtype for work in works})}
+    machine = describe_machine() | {"matmul_peak_gmacs": peaks}
+    print(f"{machine['device']}, jax {jax.__version__}, {machine['xla_flags'] or 'no XLA flags'}")
+    print(", ".join(f"{peak:.0f} GMAC/s in {dtype} matrix products" for dtype, peak in peaks.items()))
+    print(_HEADER, flush=True)
+    rows = []
+    with without_cache():
+        for work in works:
+            prepared = prepare(work)
+            prepared.run()
+            peak = measure_peak(prepared.run)
+            row: dict[str, Any] = {"work": str(work), **asdict(work)}
+            opponent, tried = fastest(torch_python, work, device.platform) if torch_python else (None, [])
+            times = take_turns([prepared.run] if opponent is None else [prepared.run, opponent.run], rounds)
+            row["jax"] = {
+                **summary(times[0]),
+                "compile_s": prepared.compile_s,
+                "peak_bytes": peak,
+                "temporary_bytes": prepared.temporaries,
+                "macs": prepared.macs,
+                "share_of_peak": prepared.macs / (np.median(times[0]) * peaks[work.dtype] * 1e9),
+            }
+            print(_line(str(work), row["jax"]), flush=True)
+            if opponent is not None:
+                row["torch"] = {
+                    **summary(times[1]),
+                    "compile_s": opponent.first_s,
+                    "peak_bytes": opponent.peak(),
+                    "version": opponent.version,
+                    "how": describe(opponent),
+                    "tried": tried,
+                }
+                row["ratio"] = float(np.median(times[0]) / np.median(times[1]))
+                print(_line(f"  PyTorch {opponent.version}, {describe(opponent)}", row["torch"]), f"  ratio {row['ratio']:.3f}", flush=True)
+                opponent.close()
+            rows.append(row)
+    figures = {"machine": machine, "rounds": rounds, "rows": rows}
+    write_json(output, figures)
+    return figures
+
+
+_HEADER = f"{'':60}{'median ms':>10}{'min':>9}{'spread':>8}{'first s':>9}{'peak MB':>9}{'temp MB':>9}{'GMAC':>8}{'of peak':>9}"
+
+
+def _line(name: str, row: dict[str, Any]) -> str:
+    line = f"{name:60}{1e3 * row['median_s']:10.1f}{1e3 * row['min_s']:9.1f}{row['spread']:8.0%}{row['compile_s']:9.1f}"
+    line += f"{row['peak_bytes'] / 1e6:9.0f}"
+    if "macs" in row:
+        line += f"{row['temporary_bytes'] / 1e6:9.0f}{row['macs'] / 1e9:8.1f}{row['share_of_peak']:9.0%}"
+    return line
+
+
+def describe(opponent: Opponent) -> str:
+    """PyTorch's variant in words."""
+    words = {"channels_last": "channels-last", "compile": "compiled", "autocast": "autocast"}
+    return ", ".join(word for key, word in words.items() if opponent.how[key]) or "eager"
+
+
+def describe_machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    device = jax.devices()[0]
+    name = device.device_kind
+    if device.platform == "cpu":
+        cpuinfo = Path("/proc/cpuinfo")
+        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        name = f"{os.cpu_count()} CPU cores ({model})"
+    return {"device": name, "jax": jax.__version__, "xla_flags": os.environ.get("XLA_FLAGS", "")}
+
+
+def summary(seconds: Sequence[float]) -> dict[str, Any]:
+    """Median, minimum, spread (the middle half over the median) and the runs themselves."""
+    low, median, high = np.percentile(seconds, [25, 50, 75])
+    return {"median_s": float(median), "min_s": min(seconds), "spread": float((high - low) / median), "runs_s": list(seconds)}
+
+
+def take_turns(runs: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
+    """Seconds of each run, `rounds` times in turn: what it returns, or else what it took."""
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(rounds):
+        for run, seconds in zip(runs, times):
+            if len(runs) > 1:
+                time.sleep(_PAUSE_S)
+            start = time.perf_counter()
+            said = run()
+            seconds.append(time.perf_counter() - start if said is None else said)
+    return times
+
+
+@contextlib.contextmanager
+def without_cache() -> Iterator[None]:
+    """No persistent compilation cache: how long compiling takes is a result."""
+    before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    jax.config.update("jax_enable_compilation_cache", False)
+    jax.clear_caches()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+
+
+def matmul_peak(dtype: str) -> float:
+    """GMAC/s of the best of some square matrix products."""
+    best = 0.0
+    multiply = jax.jit(jnp.matmul)
+    for size in (1024, 2048) if jax.devices()[0].platform == "cpu" else (4096, 8192):
+        a = jnp.ones((size, size), dtype)
+        multiply(a, a).block_until_ready()
+        for _ in range(8):
+            start = time.perf_counter()
+            multiply(a, a).block_until_ready()
+            best = max(best, size**3 / (time.perf_counter() - start) / 1e9)
+    return best
+
+
+def measure_peak(run: Callable[[], None]) -> int:
+    """Bytes that one run needs above what is held before it: on the device, or resident in this process (Linux) on a CPU; else 0."""
+    device = jax.devices()[0]
+    stats = device.memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        run()  # the device's peak cannot be set back: it is that of the largest work so far
+        return device.memory_stats()["peak_bytes_in_use"] - stats["bytes_in_use"]
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = _status("VmRSS")
+        run()
+        return max(0, _status("VmHWM") - before)
+    except OSError:
+        return 0
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name + ":"))
+
+
+def write_json(path: str | Path, figures: dict[str, Any]) -> None:
+    """Writes a JSON file and says so, or raises UserError."""
+    make_folder(Path(path).parent)
+    try:
+        Path(path).write_text(json.dumps(figures, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    print(f"figures: {path}")

@@ -1,0 +1,164 @@
+"""One measured piece of work in PyTorch, in a process of its own that `python -m aecr_jax benchmark --against torch` drives.
+
+It reads one JSON request a line and answers each with one JSON line: first the work and how to run it, then `{"do": "run"}` or
+`{"do": "peak"}` as often as wanted. Needs PyTorch and torchvision; not aecr_jax, not JAX.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pytorch_twin import VGG19, AECRNet, contrastive_regularization
+from torchvision.ops import deform_conv2d
+
+Run = Callable[[], Any]
+answers = sys.stdout
+
+
+def prepare(request: dict[str, Any]) -> Run:
+    """A function that does the requested work once and waits for it."""
+    device = torch.device(request["device"])
+    torch.set_num_threads(request["threads"])
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as JAX does
+    torch.backends.cudnn.benchmark = True
+    work = {"op": _op, "model": _model, "train": _train, "matmul": _matmul}[request["work"]]
+    run = work(request, device)
+
+    def wait() -> None:
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return wait
+
+
+def _op(request: dict[str, Any], device: torch.device) -> Run:
+    n, c, size = request["batch"], request["channels"], request["size"]
+    dtype = torch.bfloat16 if request["autocast"] else torch.float32
+    x = _images(request, torch.randn(n, c, size, size, device=device, dtype=dtype))
+    offset = 2 * torch.randn(n, 18, size, size, device=device, dtype=dtype)
+    mask = torch.rand(n, 9, size, size, device=device, dtype=dtype)
+    weight = torch.randn(c, c, 3, 3, device=device, dtype=dtype) / (3 * c**0.5)
+    inputs = [x, offset, weight, mask]
+    call = _compiled(request, lambda x, offset, weight, mask: deform_conv2d(x, offset, weight, None, padding=1, mask=mask))
+    if not request["backward"]:
+        return _without_gradients(lambda: call(*inputs))
+    for tensor in inputs:
+        tensor.requires_grad_()
+    cotangent = torch.randn(n, c, size, size, device=device, dtype=dtype)
+    return lambda: torch.autograd.grad(call(*inputs), inputs, cotangent)
+
+
+def _model(request: dict[str, Any], device: torch.device) -> Run:
+    model = _layout(request, AECRNet(deform_conv2d, request["width"]).to(device)).eval()
+    x = _images(request, torch.rand(request["batch"], 3, request["size"], request["size"], device=device))
+    call = _compiled(request, model)
+
+    def forward() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=request["autocast"]):
+            call(x)
+
+    return _without_gradients(forward)
+
+
+def _train(request: dict[str, Any], device: torch.device) -> Run:
+    model = _layout(request, AECRNet(deform_conv2d, request["width"]).to(device)).train()
+    features = _layout(request, VGG19().to(device)) if request["cr"] else None
+    shape = (request["batch"], 3, request["size"], request["size"])
+    hazy, clear = (_images(request, torch.rand(shape, device=device)) for _ in range(2))
+    optimizer = torch.optim.Adam(model.parameters(), 2e-4, fused=True)
+
+    def loss(hazy: torch.Tensor, clear: torch.Tensor) -> torch.Tensor:
+        restored = model(hazy)
+        total = F.l1_loss(restored.float(), clear)
+        return total if features is None else total + 0.1 * contrastive_regularization(features, restored, clear, hazy)
+
+    call = _compiled(request, loss)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=request["autocast"]):
+            value = call(hazy, clear)
+        value.backward()
+        optimizer.step()
+
+    return step
+
+
+def _matmul(request: dict[str, Any], device: torch.device) -> Run:
+    dtype = torch.bfloat16 if request["autocast"] else torch.float32
+    a, b = (torch.randn(request["size"], request["size"], device=device, dtype=dtype) for _ in range(2))
+    return _without_gradients(lambda: a @ b)
+
+
+def _images(request: dict[str, Any], x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if request["channels_last"] else x
+
+
+def _layout(request: dict[str, Any], module: torch.nn.Module) -> torch.nn.Module:
+    return module.to(memory_format=torch.channels_last) if request["channels_last"] else module
+
+
+def _compiled(request: dict[str, Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function) if request["compile"] else function
+
+
+def _without_gradients(function: Run) -> Run:
+    def run() -> None:
+        with torch.inference_mode():
+            function()
+
+    return run
+
+
+def measure_peak(run: Run, device: str) -> int:
+    """Bytes above what was held before: of the device, or resident in this process."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak starts anew
+    before = _status("VmRSS")
+    run()
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    with open("/proc/self/status") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith(name + ":"))
+
+
+def main() -> None:
+    """Serves until standard input ends."""
+    global answers
+    answers, sys.stdout = sys.stdout, sys.stderr  # whatever else prints must not break the protocol
+    request = json.loads(sys.stdin.readline())
+    start = time.perf_counter()
+    run = prepare(request)
+    run()
+    reply(first_s=time.perf_counter() - start, torch=torch.__version__)
+    for line in sys.stdin:
+        if json.loads(line)["do"] == "peak":
+            reply(bytes=measure_peak(run, request["device"]))
+        else:
+            start = time.perf_counter()
+            run()
+            reply(seconds=time.perf_counter() - start)
+
+
+def reply(**values: Any) -> None:
+    """One line of JSON."""
+    print(json.dumps(values), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

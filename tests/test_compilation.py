@@ -1,0 +1,93 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from aecr_jax import compilation
+from aecr_jax.compilation import remove_unfinished
+
+_COUNT = """
+import sys, json
+import jax
+events = {}
+jax.monitoring.register_event_listener(lambda event, **_: events.update({event: events.get(event, 0) + 1}))
+from aecr_jax.__main__ import main
+status = main(sys.argv[1:])
+print(json.dumps([status] + [events.get("/jax/compilation_cache/" + name, 0) for name in ("compile_requests_use_cache", "cache_hits")]))
+"""
+
+
+def environment(tmp_path):
+    """That of a user: no settings of the tests."""
+    mine = {k: v for k, v in os.environ.items() if not k.startswith("JAX_") and k != "XLA_FLAGS"}
+    return mine | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
+
+
+def test_a_second_start_compiles_nothing(tmp_path, config_file):
+    def start(workdir):
+        command = ["train", "--config", config_file, "--train.workdir", str(tmp_path / workdir), "--train.steps", "2"]
+        done = subprocess.run(
+            [sys.executable, "-c", _COUNT, *command], env=environment(tmp_path), capture_output=True, text=True, check=True
+        )
+        return json.loads(done.stdout.splitlines()[-1])
+
+    status, requests, _ = start("first")
+    assert status == 0 and requests > 10
+    assert start("second") == [0, requests, requests]
+
+
+def test_unfinished_entries_are_removed(tmp_path):
+    """JAX writes `-atime` after the entry itself."""
+    for name in ("whole-cache", "whole-atime", "torn-cache", "other"):
+        (tmp_path / name).write_bytes(b"x")
+    remove_unfinished(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != ".lockfile") == ["other", "whole-atime", "whole-cache"]
+
+
+def test_settings_of_the_user_stay(tmp_path, monkeypatch):
+    """Run with JAX_COMPILATION_CACHE_DIR set, as all tests are: it stays; and so does the flag that XLA_FLAGS already has."""
+    import jax
+
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=dot")
+    compilation.set_up()
+    assert jax.config.jax_compilation_cache_dir == before and not list(tmp_path.iterdir())
+    assert os.environ["XLA_FLAGS"] == "--xla_cpu_experimental_ynn_fusion_type=dot"
+
+
+def test_flag_is_for_releases_that_know_it(monkeypatch):
+    """XLA ends the process at a flag that it does not know."""
+    monkeypatch.setenv("XLA_FLAGS", "--a=b")
+    monkeypatch.setattr(compilation, "version", lambda package: "0.99.0")
+    compilation.set_up()
+    assert os.environ["XLA_FLAGS"] == "--a=b"
+    monkeypatch.setattr(compilation, "version", lambda package: "0.10.2")
+    monkeypatch.setattr(compilation.platform, "machine", lambda: "x86_64")
+    compilation.set_up()
+    assert os.environ["XLA_FLAGS"] == "--a=b --xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
+
+
+def test_a_folder_that_cannot_be_written_is_no_cache(tmp_path):
+    blocked = tmp_path / "cache"
+    blocked.write_text("a file")
+    code = "import jax\nfrom aecr_jax.compilation import set_up\nset_up()\nprint(jax.config.jax_compilation_cache_dir, jax.devices())"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(tmp_path), capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("None")
+
+
+def test_numbers_of_the_official_code_with_the_flags_of_the_commands():
+    """The comparisons with PyTorch once more, as users run: optimized, and with the CPU flag. (The tests compile without optimization.)"""
+    flags = "--xla_force_host_platform_device_count=8"
+    if compilation.version("jaxlib").startswith("0.10."):
+        flags += " --xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
+    chosen = [
+        "test_model.py::test_official_forward",
+        "test_deform_conv.py::test_equals_torchvision[float32-0.0001-unit]",
+        "test_step.py::test_first_step_of_the_official_code_in_float32",
+    ]
+    folder = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "-n", "0", "--durations=0", *(str(folder / name) for name in chosen)]
+    done = subprocess.run(command, env=os.environ | {"TEST_XLA_FLAGS": flags}, capture_output=True, text=True, cwd=folder.parent)
+    assert done.returncode == 0, done.stdout[-3000:]
