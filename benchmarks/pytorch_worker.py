@@ -6,6 +6,7 @@ It reads one JSON request a line and answers each with one JSON line: first the 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import sys
 import time
@@ -125,6 +126,7 @@ def measure_peak(run: Run, device: str) -> int:
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed, which would hide that it is needed again
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the peak starts anew
     before = _status("VmRSS")
