@@ -125,6 +125,20 @@ def test_benchmark_writes_table_and_json(tmp_path, capsys, what, options, works)
         assert row["work"] in capsys.readouterr().out or works > 1
 
 
+def test_compile_times_are_not_those_of_the_cache(tmp_path):
+    hits = []
+    jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if event.endswith("/cache_hits") else None)
+    command = ["benchmark", "op", "--size", "8", "--channels", "8", "--rounds", "1", "--output", str(tmp_path / "figures.json")]
+    try:
+        jax.jit(lambda x: x + 1)(jnp.zeros(3)).block_until_ready()  # so that JAX has decided to use it
+        assert main(command) == 0
+        hits.clear()
+        assert main(command) == 0
+        assert not hits
+    finally:
+        jax.monitoring.clear_event_listeners()
+
+
 _WORKER = """
 import json, sys
 request = json.loads(sys.stdin.readline())

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 from aecr_jax.benchmark.opponent import Opponent, fastest
 from aecr_jax.benchmark.work import Work, prepare
@@ -44,7 +45,8 @@ def benchmark(works: Sequence[Work], *, rounds: int = 15, torch_python: str | No
       UserError: PyTorch's side fails, or the output cannot be written.
     """
     device = jax.devices()[0]
-    peaks = {dtype: matmul_peak(dtype) for dtype in sorted({work.dtype for work in works})}
+    with without_cache():
+        peaks = {dtype: matmul_peak(dtype) for dtype in sorted({work.dtype for work in works})}
     machine = describe_machine() | {"matmul_peak_gmacs": peaks}
     print(f"{machine['device']}, jax {jax.__version__}, {machine['xla_flags'] or 'no XLA flags'}")
     print(", ".join(f"{peak:.0f} GMAC/s in {dtype} matrix products" for dtype, peak in peaks.items()))
@@ -138,11 +140,13 @@ def without_cache() -> Iterator[None]:
     """No persistent compilation cache: how long compiling takes is a result."""
     before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX decides once whether there is one
     jax.clear_caches()
     try:
         yield
     finally:
         jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def matmul_peak(dtype: str) -> float:
