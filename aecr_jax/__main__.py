@@ -12,8 +12,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-import numpy as np
-
 from aecr_jax.errors import Stopped, UserError
 
 
@@ -246,14 +244,23 @@ def _benchmark_speed(options: argparse.Namespace, rest: list[str]) -> int:
     if rest:
         raise UserError(f"unrecognized arguments: {' '.join(rest)}; see python -m aecr_jax benchmark {options.what} --help")
     for name in ("batch", "size", "channels", "width", "rounds", "sizes", "batches"):
-        if name in options and np.min(getattr(options, name)) < 1:
-            raise UserError(f"--{name} (={getattr(options, name)}) must be at least 1")
+        if name not in options:
+            continue
+        given = getattr(options, name)
+        # The reflection before the network's first convolution takes 4 pixels, the five levels of VGG-19 take 16.
+        least = {"op": 1, "train": 16}.get(options.what, 4) if name in ("size", "sizes") else 1
+        if min(given if isinstance(given, Sequence) else [given]) < least:
+            raise UserError(f"--{name} (={given}) must be at least {least}")
     if options.what == "growth":
         from aecr_jax.benchmark.growth import benchmark_growth
 
         sizes, batches = sorted(set(options.sizes)), sorted(set(options.batches))
         benchmark_growth(sizes, batches, width=options.width, rounds=options.rounds, output=options.output, plot=options.plot)
         return 0
+    if options.against and options.what != "op" and options.size % 4:
+        raise UserError(f"--size (={options.size}) must be a multiple of 4 with --against: PyTorch's side does not pad")
+    if options.against:  # before the backend starts: JAX would take most of a GPU's memory for itself
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from aecr_jax.benchmark.speed import benchmark
     from aecr_jax.benchmark.work import Work
 

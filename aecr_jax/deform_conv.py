@@ -111,8 +111,9 @@ def _backward(geometry: _Geometry, residuals: tuple[Array, ...], cotangent: Arra
         sample = _sample(image, base + step + tap_offset, x.shape)
         grad_kernel = jnp.einsum("onp,npgc->ogc", transposed, _blend(sample, tap_mask), preferred_element_type=accumulator)
         grad_modulated = jnp.einsum("npo,gco->npgc", cotangent, tap_kernel)
-        # The gradients of mask and position need no more of the features than these four products.
-        d00, d01, d10, d11 = (_sum_channels((grad_modulated * corner).astype(accumulator)) for corner in sample.corners)
+        # The gradients of mask and position need no more of the features than these four products, which nearly cancel.
+        exact = grad_modulated.astype(accumulator)
+        d00, d01, d10, d11 = (_sum_channels(exact * corner.astype(accumulator)) for corner in sample.corners)
         s00, s01, s10, s11 = sample.shares
         grad_mask = s00 * d00 + s01 * d01 + s10 * d10 + s11 * d11
         grad_y = (1 - sample.fx) * (d10 - d00) + sample.fx * (d11 - d01)
@@ -167,8 +168,9 @@ def _sample(image: Array, position: Array, shape: tuple[int, ...]) -> _Sample:
 
 def _blend(sample: _Sample, mask: Array) -> Array:
     """Modulated samples `[N, P, G, C / G]`; `mask` is `[N, P, G]`."""
-    terms = [corner * (share * mask)[..., None].astype(corner.dtype) for corner, share in zip(sample.corners, sample.shares)]
-    return terms[0] + terms[1] + terms[2] + terms[3]
+    # Not in bfloat16: rounded shares do not add up to 1. (They are float32 at least.)
+    terms = [corner * (share * mask)[..., None] for corner, share in zip(sample.corners, sample.shares)]
+    return (terms[0] + terms[1] + terms[2] + terms[3]).astype(sample.corners[0].dtype)
 
 
 def _sum_channels(x: Array) -> Array:

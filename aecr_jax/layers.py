@@ -6,6 +6,7 @@ defaults (uniform within 1/sqrt(fan_in)), because the paper's recipe was tuned w
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -118,7 +119,9 @@ def conv_few_outputs(x: Array, kernel: Array, strides: Any, padding: Any, **_: A
     kh, kw, c, o = kernel.shape
     width = x.shape[2] - kw + 1
     taps = _conv(x, kernel.swapaxes(1, 2).reshape(kh, 1, c, kw * o))
-    return sum((taps[:, :, j : j + width, j * o : (j + 1) * o] for j in range(1, kw)), taps[:, :, :width, :o])
+    # Added in float32 at least: a bfloat16 network's sums would be rounded once more at each tap.
+    terms = [taps[:, :, j : j + width, j * o : (j + 1) * o].astype(jnp.promote_types(x.dtype, jnp.float32)) for j in range(kw)]
+    return functools.reduce(jnp.add, terms).astype(x.dtype)
 
 
 def _check_plain(strides: Any, padding: Any) -> None:

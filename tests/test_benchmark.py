@@ -1,4 +1,5 @@
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from reference import load, official_weights, vgg19_tensors
 
 from aecr_jax.__main__ import main
 from aecr_jax.benchmark import opponent as opponent_module
+from aecr_jax.benchmark.growth import _draw
 from aecr_jax.benchmark.work import Work, count_macs, prepare
+from aecr_jax.errors import UserError
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -118,11 +121,12 @@ def test_benchmark_writes_table_and_json(tmp_path, capsys, what, options, works)
     assert main(["benchmark", what, *options, "--rounds", "3", "--output", str(file)]) == 0
     figures = json.loads(file.read_text())
     assert len(figures["rows"]) == works
+    table = capsys.readouterr().out
     for row in figures["rows"]:
         measured = row["jax"]
         assert len(measured["runs_s"]) == 3 and measured["min_s"] <= measured["median_s"]
         assert measured["compile_s"] > 0 and measured["macs"] > 0 and 0 < measured["share_of_peak"] < 1
-        assert row["work"] in capsys.readouterr().out or works > 1
+        assert row["work"] in table
 
 
 def test_compile_times_are_not_those_of_the_cache(tmp_path):
@@ -180,6 +184,11 @@ def test_the_fastest_opponent_is_measured(tmp_path, capsys, monkeypatch):
         (["op", "--size", "4", "--channels", "2", "--against", "torch", "--torch-python", "/no/python"], "--torch-python (=/no/python)"),
         (["op", "--size", "4", "--channels", "2", "--output", "/proc/no/figures.json"], "/proc/no"),
         (["growth", "--sizes", "0", "8"], "--sizes"),
+        (["train", "--size", "8"], "--size (=8) must be at least 16"),
+        (["model", "--size", "250", "--against", "torch"], "--size (=250) must be a multiple of 4"),
+        (["op", "--output", "/proc/no/figures.json"], "/proc/no"),
+        (["growth", "--plot", "plot.nonsense"], "plot.nonsense"),
+        (["op", "stray"], "stray"),
     ],
 )
 def test_bad_benchmarks_are_one_line(capsys, tmp_path, monkeypatch, command, words):
@@ -199,6 +208,35 @@ def test_an_opponent_without_torchvision_is_one_line(capsys, tmp_path, monkeypat
     assert f"--torch-python (={sys.executable})" in error and "no_such_module" in error and error.count("\n") == 1
 
 
+def test_no_opponent_for_a_tpu():
+    with pytest.raises(UserError, match="--against torch has no device for tpu"):
+        opponent_module.check_opponent("tpu")
+
+
+def test_an_interrupted_opponent_is_ended(tmp_path, monkeypatch):
+    worker = tmp_path / "worker.py"
+    worker.write_text(_WORKER.replace("0.25 if", "__import__('time').sleep(60) or 0.25 if"))
+    monkeypatch.setattr(opponent_module, "WORKER", worker)
+    opponent = opponent_module.Opponent(sys.executable, {"compile": False, "channels_last": True})
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    with pytest.raises(KeyboardInterrupt):
+        opponent.run()
+    assert opponent._process.returncode == -signal.SIGKILL
+
+
+def test_growth_plot(tmp_path):
+    """One batch is a series of its own, and nothing runs of the train step."""
+    rows = [
+        {"kind": "model", "over": over, "pixels": n, "batch": n, "median_s": 0.1 * n, "temporary_bytes": n}
+        for over in ("area", "batch")
+        for n in (1, 2)
+    ]
+    rows.append({"kind": "train", "over": "area", "pixels": 1, "batch": 1, "temporary_bytes": 10})
+    _draw(rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
 def test_growth_of_area_and_batch(tmp_path, capsys, monkeypatch):
     """Temporaries grow with the pixels; what does not fit is listed and not run."""
     monkeypatch.setattr("aecr_jax.benchmark.growth._available", lambda: 2_000_000)
@@ -208,6 +246,7 @@ def test_growth_of_area_and_batch(tmp_path, capsys, monkeypatch):
     rows = json.loads(file.read_text())["rows"]
     assert [(row["kind"], row["size"], row["over"]) for row in rows[:3]] == [("model", size, "area") for size in (16, 32, 64)]
     assert 0.5 < rows[2]["temporary_bytes"] / (4 * rows[1]["temporary_bytes"]) < 1.5
+    assert [row["over"] for row in rows] == ["area", "area", "area", "batch"] * 2
     left_out = [row for row in rows if "median_s" not in row]
     assert left_out and all(1.2 * row["temporary_bytes"] > 2_000_000 for row in left_out)
     assert "not run" in capsys.readouterr().out

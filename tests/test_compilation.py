@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from aecr_jax import compilation
-from aecr_jax.compilation import remove_unfinished
+from aecr_jax.compilation import tidy
 
 _COUNT = """
 import sys, json
@@ -37,12 +37,18 @@ def test_a_second_start_compiles_nothing(tmp_path, config_file):
     assert start("second") == [0, requests, requests]
 
 
-def test_unfinished_entries_are_removed(tmp_path):
-    """JAX writes `-atime` after the entry itself."""
+def test_torn_and_old_entries_are_removed(tmp_path, monkeypatch):
+    """JAX writes `-atime` after the entry itself, and again at each use."""
+    monkeypatch.setattr(compilation, "CACHE_ENTRIES", 2)
     for name in ("whole-cache", "whole-atime", "torn-cache", "other"):
         (tmp_path / name).write_bytes(b"x")
-    remove_unfinished(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name != ".lockfile") == ["other", "whole-atime", "whole-cache"]
+    for age in (1, 2):
+        (tmp_path / f"old{age}-cache").write_bytes(b"x")
+        (tmp_path / f"old{age}-atime").write_bytes(b"x")
+        os.utime(tmp_path / f"old{age}-atime", (1e9 - age, 1e9 - age))
+    tidy(tmp_path)
+    left = sorted(path.name for path in tmp_path.iterdir() if path.name != ".lockfile")
+    assert left == ["old1-atime", "old1-cache", "other", "whole-atime", "whole-cache"]
 
 
 def test_settings_of_the_user_stay(tmp_path, monkeypatch):
@@ -58,7 +64,8 @@ def test_settings_of_the_user_stay(tmp_path, monkeypatch):
 
 
 def test_flag_is_for_releases_that_know_it(monkeypatch):
-    """XLA ends the process at a flag that it does not know."""
+    """XLA ends the process at a flag that it does not know, and reads a value without a dash as a file's name."""
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("XLA_FLAGS", "--a=b")
     monkeypatch.setattr(compilation, "version", lambda package: "0.99.0")
     compilation.set_up()
@@ -67,6 +74,22 @@ def test_flag_is_for_releases_that_know_it(monkeypatch):
     monkeypatch.setattr(compilation.platform, "machine", lambda: "x86_64")
     compilation.set_up()
     assert os.environ["XLA_FLAGS"] == "--a=b --xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
+    monkeypatch.setenv("XLA_FLAGS", "flags.txt")
+    compilation.set_up()
+    assert os.environ["XLA_FLAGS"] == "flags.txt"
+    monkeypatch.delenv("XLA_FLAGS")
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    compilation.set_up()
+    assert "XLA_FLAGS" not in os.environ
+
+
+def test_no_home_is_no_cache(tmp_path):
+    code = "import pathlib\n"
+    code += "def no_home(path): raise RuntimeError('Could not determine home directory.')\n"
+    code += "pathlib.Path.expanduser = no_home\n"
+    code += "import jax\nfrom aecr_jax.compilation import set_up\nset_up()\nprint(jax.config.jax_compilation_cache_dir)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(tmp_path), capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "None"
 
 
 def test_a_folder_that_cannot_be_written_is_no_cache(tmp_path):
@@ -80,7 +103,7 @@ def test_a_folder_that_cannot_be_written_is_no_cache(tmp_path):
 def test_numbers_of_the_official_code_with_the_flags_of_the_commands():
     """The comparisons with PyTorch once more, as users run: optimized, and with the CPU flag. (The tests compile without optimization.)"""
     flags = "--xla_force_host_platform_device_count=8"
-    if compilation.version("jaxlib").startswith("0.10."):
+    if compilation.version("jaxlib") in compilation._MEASURED:
         flags += " --xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
     chosen = [
         "test_model.py::test_official_forward",

@@ -85,6 +85,23 @@ def test_nan_offset_shows_in_its_own_pixel_alone():
     np.testing.assert_array_equal(out, clean)
 
 
+def test_bfloat16_samples_and_gradients_of_smooth_features():
+    """Features that hardly change from pixel to pixel: what is left of their differences must not be rounding."""
+    rng = np.random.default_rng(0)
+    ramp = 1 + np.linspace(0, 0.25, 9)[None, :, None, None] * np.ones((1, 9, 8, 16))
+    x = jnp.asarray(ramp, jnp.bfloat16)  # steps of 1/32, exact in bfloat16
+    offset = jnp.asarray(rng.uniform(-0.4, 0.4, (1, 9, 8, 2)), jnp.float32)
+    kernel = jnp.ones((1, 1, 16, 1), jnp.bfloat16) / 16
+
+    def inner(x, offset, kernel):
+        return deform_conv2d(x, offset, kernel)[:, 1:-1, 1:-1].astype(jnp.float32)
+
+    flat = inner(jnp.ones_like(x), offset, kernel)
+    np.testing.assert_array_equal(flat, np.ones_like(flat))
+    slope = jax.grad(lambda offset: inner(x, offset, kernel).sum())(offset)[:, 1:-1, 1:-1, 0]
+    np.testing.assert_allclose(slope, np.full(slope.shape, 1 / 32), rtol=0.01)
+
+
 def test_bfloat16_features_keep_float32_positions():
     """At x = 300, bfloat16 could not tell 300.25 from 300."""
     x = jnp.arange(400.0).reshape(1, 1, 400, 1) / 400

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from aecr_jax.benchmark.speed import describe_machine, measure_peak, summary, take_turns, without_cache, write_json
+from aecr_jax.benchmark.speed import (
+    check_writable,
+    describe_machine,
+    headline,
+    measure_peak,
+    megabytes,
+    summary,
+    take_turns,
+    without_cache,
+    write_json,
+)
 from aecr_jax.benchmark.work import Work, prepare
 from aecr_jax.errors import UserError
+
+_BATCH_SIZE = 128
 
 
 def benchmark_growth(
@@ -39,25 +51,31 @@ def benchmark_growth(
       UserError: matplotlib is missing, or a file cannot be written.
     """
     if plot is not None:
-        _import_pyplot()
-    machine = describe_machine()
-    print(f"{machine['device']}, jax {machine['jax']}, {machine['xla_flags'] or 'no XLA flags'}")
+        kinds = _import_pyplot().gcf().canvas.get_supported_filetypes()
+        if Path(plot).suffix.removeprefix(".") not in kinds:
+            raise UserError(f"--plot (={plot}) must end in a kind of picture, such as .png or .svg")
+        check_writable(plot)
+    check_writable(output)
+    figures: dict[str, Any] = {"machine": describe_machine(), "rounds": rounds, "rows": []}
+    print(headline(figures["machine"]))
     print(f"{'':38}{'median ms':>10}{'exponent':>10}{'first s':>9}{'peak MB':>9}{'temp MB':>9}{'bytes/pixel':>13}", flush=True)
-    rows = []
     with without_cache():
         for kind in ("model", "train"):
-            for series in ([Work(kind, size=size, width=width) for size in sizes], [Work(kind, n, 128, width=width) for n in batches]):
-                before: dict[str, Any] | None = None
-                for work in series:
-                    row = _measure(work, rounds)
-                    row["over"] = "area" if series[0].batch == series[-1].batch else "batch"
-                    _print(work, row, before)
-                    rows.append(row)
+            series = {
+                "area": [Work(kind, size=size, width=width) for size in sizes],
+                "batch": [Work(kind, batch, _BATCH_SIZE, width=width) for batch in batches],
+            }
+            for over, works in series.items():
+                before: dict[str, Any] = {}
+                for work in works:
+                    row = _measure(work, rounds) | {"over": over}
+                    _print(row, before)
                     before = row
-    figures = {"machine": machine, "rounds": rounds, "rows": rows}
-    write_json(output, figures)
+                    figures["rows"].append(row)
+                    write_json(output, figures)
+    print(f"figures: {output}")
     if plot is not None:
-        _draw(rows, plot)
+        _draw(figures["rows"], plot)
         print(f"plot: {plot}")
     return figures
 
@@ -70,22 +88,21 @@ def _measure(work: Work, rounds: int) -> dict[str, Any]:
     available = _available()
     if available is not None and 1.2 * prepared.temporaries > available:
         return row | {"available_bytes": available}
-    prepared.run()
-    peak = measure_peak(prepared.run)
-    return row | {"peak_bytes": peak, **summary(take_turns([prepared.run], rounds)[0])}
+    first_s = prepared.compile_s + take_turns([prepared.run], 1)[0][0]
+    return row | {"first_s": first_s, "peak_bytes": measure_peak(prepared), **summary(take_turns([prepared.run], rounds)[0])}
 
 
-def _print(work: Work, row: dict[str, Any], before: dict[str, Any] | None) -> None:
-    start = f"{work!s:38}"
+def _print(row: dict[str, Any], before: dict[str, Any]) -> None:
+    start = f"{row['work']:38}"
     if "median_s" not in row:
         needed, free = (row[name] / 1e9 for name in ("temporary_bytes", "available_bytes"))
         print(f"{start} not run: {needed:.1f} GB of temporaries, {free:.1f} GB free", flush=True)
         return
     exponent = ""
-    if before is not None:
+    if "median_s" in before:
         row["exponent"] = math.log(row["median_s"] / before["median_s"]) / math.log(row["pixels"] / before["pixels"])
         exponent = f"{row['exponent']:.2f}"
-    line = f"{1e3 * row['median_s']:10.1f}{exponent:>10}{row['compile_s']:9.1f}{row['peak_bytes'] / 1e6:9.0f}"
+    line = f"{1e3 * row['median_s']:10.1f}{exponent:>10}{row['first_s']:9.1f}{megabytes(row['peak_bytes'])}"
     print(f"{start}{line}{row['temporary_bytes'] / 1e6:9.0f}{row['temporary_bytes'] / row['pixels']:13.0f}", flush=True)
 
 
@@ -94,10 +111,14 @@ def _available() -> int | None:
     stats = jax.devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
+    memory = Path("/proc/meminfo")
+    if not memory.exists():
         return None
+    free = next(1024 * int(line.split()[1]) for line in memory.read_text().splitlines() if line.startswith("MemAvailable:"))
+    group = Path("/sys/fs/cgroup")  # a container's limit, if it has one
+    with contextlib.suppress(OSError, ValueError):
+        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return free
 
 
 def _import_pyplot() -> Any:
@@ -119,11 +140,15 @@ def _draw(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
     for column, over in enumerate(("area", "batch")):
         for panel, (key, (label, unit)) in zip(panels[:, column], units.items()):
             for kind, name in names.items():
-                points = [(row["pixels"], row[key] / unit) for row in rows if (row["kind"], row["over"]) == (kind, over) and key in row]
+                axis = "pixels" if over == "area" else "batch"
+                points = [(row[axis], row[key] / unit) for row in rows if (row["kind"], row["over"]) == (kind, over) and key in row]
+                if not points:
+                    continue
                 x, y = np.array(points).T
                 (line,) = panel.loglog(x, y, "o-", label=name)
                 panel.loglog(x, y[-1] * x / x[-1], ":", color=line.get_color(), alpha=0.6, label=f"{name}, if linear")
-            panel.set_xlabel("pixels, one image" if over == "area" else "pixels, images of 128x128")
+            panel.set_xscale("log", base=2)
+            panel.set_xlabel("pixels of one image" if over == "area" else "images of 128x128")
             panel.set_ylabel(label)
             panel.grid(alpha=0.3)
     panels[0, 0].legend()

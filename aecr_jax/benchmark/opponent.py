@@ -18,8 +18,11 @@ from aecr_jax.errors import UserError
 WORKER = Path(__file__).parents[2] / "benchmarks" / "pytorch_worker.py"
 
 
+_DEVICES = {"cpu": "cpu", "gpu": "cuda"}
+
+
 class Opponent:
-    """One way to do some work in PyTorch: a process that does it once when asked.
+    """One way to do some work in PyTorch: a process that does it once when asked. A context manager, which ends it.
 
     Args:
       python: an interpreter with torch and torchvision.
@@ -32,10 +35,11 @@ class Opponent:
     def __init__(self, python: str, request: dict[str, Any]):
         self.how, self.python = request, python
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
+        # Its own cache of compiled programs would hide how long compiling takes.
+        environment = os.environ | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
         try:
-            self._process = subprocess.Popen(
-                [python, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
-            )
+            self._process = subprocess.Popen([python, str(WORKER)], env=environment, text=True, **pipes)
         except OSError as error:
             self._errors.close()
             raise UserError(f"--torch-python (={python}) cannot be run: {error.strerror}") from error
@@ -43,30 +47,37 @@ class Opponent:
         self.first_s: float = answer["first_s"]
         self.version: str = answer["torch"]
 
+    def __enter__(self) -> Opponent:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def run(self) -> float:
         """Seconds of one run."""
         return self._ask({"do": "run"})["seconds"]
 
-    def peak(self) -> int:
-        """Bytes that one run needs above what the process holds."""
+    def peak(self) -> int | None:
+        """Bytes that one run needs above what the process holds; None where they cannot be told."""
         return self._ask({"do": "peak"})["bytes"]
 
     def close(self) -> None:
-        """Ends the process."""
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(BrokenPipeError):
-                    pipe.close()
-        self._process.wait()
+        """Ends the process, whatever it does."""
+        self._process.kill()
+        self._process.communicate()
         self._errors.close()
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None
         line = ""
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.write(json.dumps(request) + "\n")
+                self._process.stdin.flush()
+                line = self._process.stdout.readline()
+        except BaseException:  # Ctrl-C in the middle of its work
+            self.close()
+            raise
         if not line:
             self._errors.seek(0)
             said = self._errors.read().strip().splitlines()
@@ -75,31 +86,44 @@ class Opponent:
         return json.loads(line)
 
 
-def fastest(python: str, work: Work, device: str) -> tuple[Opponent, list[dict[str, Any]]]:
+def check_opponent(platform: str) -> None:
+    """Raises UserError if PyTorch cannot do its part on JAX's platform, or its program is not here."""
+    if platform not in _DEVICES:
+        raise UserError(f"--against torch has no device for {platform}: it works on {' and '.join(_DEVICES)}")
+    if not WORKER.exists():
+        raise UserError(f"--against torch needs {WORKER}: run it in a clone of the repository")
+
+
+def fastest(python: str, work: Work, platform: str) -> tuple[Opponent, list[dict[str, Any]]]:
     """Tries channels-last or not, compiled or not, and keeps the fastest running; and what each took.
 
     In bfloat16 autocast is PyTorch's way; its deformable convolution then runs in float32.
     """
     best: Opponent | None = None
-    opponent: Opponent | None
     best_s, tried = float("inf"), []
     error: UserError | None = None
     for channels_last, compile_ in product((False, True), (False, True)):
         how = {"channels_last": channels_last, "compile": compile_, "autocast": work.dtype == "bfloat16"}
-        request = {**asdict(work), **how, "work": work.kind, "device": device, "threads": os.cpu_count() or 1}
+        request = {**asdict(work), **how, "work": work.kind, "device": _DEVICES[platform], "threads": count_cores()}
         try:
             opponent = Opponent(python, request)
+            seconds = min(opponent.run() for _ in range(3))
         except UserError as failed:
             error = failed
             tried.append({**how, "error": str(failed)})
             continue
-        seconds = min(opponent.run() for _ in range(3))
         tried.append({**how, "seconds": seconds})
+        slower: Opponent | None = opponent
         if seconds < best_s:
-            opponent, best, best_s = best, opponent, seconds
-        if opponent is not None:
-            opponent.close()
+            slower, best, best_s = best, opponent, seconds
+        if slower is not None:
+            slower.close()
     if best is None:
         assert error is not None
         raise error
     return best, tried
+
+
+def count_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

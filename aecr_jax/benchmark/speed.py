@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import json
 import os
-import platform
+import platform as platforms
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from aecr_jax.benchmark.opponent import Opponent, fastest
-from aecr_jax.benchmark.work import Work, prepare
+from aecr_jax.benchmark.opponent import Opponent, check_opponent, count_cores, fastest
+from aecr_jax.benchmark.work import Prepared, Work, prepare
 from aecr_jax.data.images import make_folder
 from aecr_jax.errors import UserError
 
@@ -44,46 +44,54 @@ def benchmark(works: Sequence[Work], *, rounds: int = 15, torch_python: str | No
     Raises:
       UserError: PyTorch's side fails, or the output cannot be written.
     """
-    device = jax.devices()[0]
+    platform = jax.devices()[0].platform
+    if torch_python is not None:
+        check_opponent(platform)
+    check_writable(output)
+    figures: dict[str, Any] = {"machine": describe_machine(), "rounds": rounds, "rows": []}
+    print(headline(figures["machine"]))
     with without_cache():
         peaks = {dtype: matmul_peak(dtype) for dtype in sorted({work.dtype for work in works})}
-    machine = describe_machine() | {"matmul_peak_gmacs": peaks}
-    print(f"{machine['device']}, jax {jax.__version__}, {machine['xla_flags'] or 'no XLA flags'}")
-    print(", ".join(f"{peak:.0f} GMAC/s in {dtype} matrix products" for dtype, peak in peaks.items()))
-    print(_HEADER, flush=True)
-    rows = []
-    with without_cache():
+        figures["machine"]["matmul_peak_gmacs"] = peaks
+        print(", ".join(f"{peak:.0f} GMAC/s in {dtype} matrix products" for dtype, peak in peaks.items()))
+        print(_HEADER, flush=True)
         for work in works:
-            prepared = prepare(work)
-            prepared.run()
-            peak = measure_peak(prepared.run)
             row: dict[str, Any] = {"work": str(work), **asdict(work)}
-            opponent, tried = fastest(torch_python, work, device.platform) if torch_python else (None, [])
-            times = take_turns([prepared.run] if opponent is None else [prepared.run, opponent.run], rounds)
-            row["jax"] = {
-                **summary(times[0]),
-                "compile_s": prepared.compile_s,
-                "peak_bytes": peak,
-                "temporary_bytes": prepared.temporaries,
-                "macs": prepared.macs,
-                "share_of_peak": prepared.macs / (np.median(times[0]) * peaks[work.dtype] * 1e9),
-            }
-            print(_line(str(work), row["jax"]), flush=True)
-            if opponent is not None:
-                row["torch"] = {
-                    **summary(times[1]),
-                    "compile_s": opponent.first_s,
-                    "peak_bytes": opponent.peak(),
-                    "version": opponent.version,
-                    "how": describe(opponent),
-                    "tried": tried,
+            prepared = prepare(work)
+            first_s = prepared.compile_s + _seconds(prepared.run)
+            peak = measure_peak(prepared)
+            with contextlib.ExitStack() as stack:
+                runs: list[Callable[[], Any]] = [prepared.run]
+                if torch_python is not None:
+                    opponent, tried = fastest(torch_python, work, platform)
+                    stack.enter_context(opponent)
+                    runs.append(opponent.run)
+                times = take_turns(runs, rounds)
+                row["jax"] = {
+                    **summary(times[0]),
+                    "first_s": first_s,
+                    "compile_s": prepared.compile_s,
+                    "peak_bytes": peak,
+                    "temporary_bytes": prepared.temporaries,
+                    "macs": prepared.macs,
+                    "share_of_peak": prepared.macs / (np.median(times[0]) * peaks[work.dtype] * 1e9),
                 }
-                row["ratio"] = float(np.median(times[0]) / np.median(times[1]))
-                print(_line(f"  PyTorch {opponent.version}, {describe(opponent)}", row["torch"]), f"  ratio {row['ratio']:.3f}", flush=True)
-                opponent.close()
-            rows.append(row)
-    figures = {"machine": machine, "rounds": rounds, "rows": rows}
-    write_json(output, figures)
+                print(_line(str(work), row["jax"]), flush=True)
+                if torch_python is not None:
+                    row["torch"] = {
+                        **summary(times[1]),
+                        "first_s": opponent.first_s,
+                        "peak_bytes": opponent.peak(),
+                        "version": opponent.version,
+                        "how": describe(opponent),
+                        "tried": tried,
+                    }
+                    row["ratio"] = float(np.median(times[0]) / np.median(times[1]))
+                    name = f"  PyTorch {opponent.version}, {describe(opponent)}"
+                    print(f"{_line(name, row['torch'])}   ratio {row['ratio']:.3f}", flush=True)
+            figures["rows"].append(row)
+            write_json(output, figures)
+    print(f"figures: {output}")
     return figures
 
 
@@ -91,11 +99,21 @@ _HEADER = f"{'':60}{'median ms':>10}{'min':>9}{'spread':>8}{'first s':>9}{'peak 
 
 
 def _line(name: str, row: dict[str, Any]) -> str:
-    line = f"{name:60}{1e3 * row['median_s']:10.1f}{1e3 * row['min_s']:9.1f}{row['spread']:8.0%}{row['compile_s']:9.1f}"
-    line += f"{row['peak_bytes'] / 1e6:9.0f}"
+    line = f"{name:60}{1e3 * row['median_s']:10.1f}{1e3 * row['min_s']:9.1f}{row['spread']:8.0%}{row['first_s']:9.1f}"
+    line += megabytes(row["peak_bytes"])
     if "macs" in row:
         line += f"{row['temporary_bytes'] / 1e6:9.0f}{row['macs'] / 1e9:8.1f}{row['share_of_peak']:9.0%}"
     return line
+
+
+def megabytes(count: int | None) -> str:
+    """A column of a table."""
+    return f"{'-' if count is None else f'{count / 1e6:.0f}':>9}"
+
+
+def headline(machine: dict[str, Any]) -> str:
+    """The first line of a table."""
+    return f"{machine['device']}, jax {machine['jax']}, {machine['xla_flags'] or 'no XLA flags'}"
 
 
 def describe(opponent: Opponent) -> str:
@@ -111,8 +129,8 @@ def describe_machine() -> dict[str, Any]:
     if device.platform == "cpu":
         cpuinfo = Path("/proc/cpuinfo")
         lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-        name = f"{os.cpu_count()} CPU cores ({model})"
+        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platforms.machine())
+        name = f"{count_cores()} CPU cores ({model})"
     return {"device": name, "jax": jax.__version__, "xla_flags": os.environ.get("XLA_FLAGS", "")}
 
 
@@ -120,6 +138,12 @@ def summary(seconds: Sequence[float]) -> dict[str, Any]:
     """Median, minimum, spread (the middle half over the median) and the runs themselves."""
     low, median, high = np.percentile(seconds, [25, 50, 75])
     return {"median_s": float(median), "min_s": min(seconds), "spread": float((high - low) / median), "runs_s": list(seconds)}
+
+
+def _seconds(run: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def take_turns(runs: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
@@ -163,21 +187,21 @@ def matmul_peak(dtype: str) -> float:
     return best
 
 
-def measure_peak(run: Callable[[], None]) -> int:
-    """Bytes that one run needs above what is held before it: on the device, or resident in this process (Linux) on a CPU; else 0."""
-    device = jax.devices()[0]
-    stats = device.memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        run()  # the device's peak cannot be set back: it is that of the largest work so far
-        return device.memory_stats()["peak_bytes_in_use"] - stats["bytes_in_use"]
+def measure_peak(prepared: Prepared) -> int | None:
+    """Bytes that one run needs above what is held before it: resident in this process on a CPU (Linux; else None).
+
+    An accelerator's allocator tells only the peak of the whole process, so there it is what the compiled program asks for.
+    """
+    if jax.devices()[0].platform != "cpu":
+        return prepared.temporaries + prepared.results
     try:
         ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed, which would hide that it is needed again
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = _status("VmRSS")
-        run()
+        prepared.run()
         return max(0, _status("VmHWM") - before)
     except (OSError, AttributeError, TypeError):
-        return 0
+        return None
 
 
 def _status(name: str) -> int:
@@ -185,11 +209,19 @@ def _status(name: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name + ":"))
 
 
-def write_json(path: str | Path, figures: dict[str, Any]) -> None:
-    """Writes a JSON file and says so, or raises UserError."""
+def check_writable(path: str | Path) -> None:
+    """Raises UserError if a file cannot be written: before the minutes that fill it."""
     make_folder(Path(path).parent)
+    try:
+        with open(path, "a"):
+            pass
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def write_json(path: str | Path, figures: dict[str, Any]) -> None:
+    """Writes a JSON file, or raises UserError."""
     try:
         Path(path).write_text(json.dumps(figures, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
-    print(f"figures: {path}")

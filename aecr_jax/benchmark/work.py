@@ -60,6 +60,8 @@ class Prepared:
     compile_s: float
     temporaries: int
     """Bytes that the compiled program allocates besides arguments and results."""
+    results: int
+    """Bytes of its results."""
     macs: int
 
 
@@ -79,7 +81,7 @@ def prepare(work: Work) -> Prepared:
             state[carry] = result[0]
 
     memory = compiled.memory_analysis()
-    return Prepared(run, compile_s, memory.temp_size_in_bytes, count_macs(traced.jaxpr.jaxpr))
+    return Prepared(run, compile_s, memory.temp_size_in_bytes, memory.output_size_in_bytes, count_macs(traced.jaxpr.jaxpr))
 
 
 def _op(work: Work) -> tuple[Any, tuple[Any, ...], int | None]:
