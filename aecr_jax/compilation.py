@@ -13,7 +13,7 @@ import jax
 from filelock import FileLock
 
 # XLA's CPU backend takes a library for single convolutions that is slow for many of this network's: without it a train step takes
-# 0.7 of the time (see the README). XLA ends the process at a flag that it does not know, so only measured releases get it.
+# 0.6 of the time (see the README). XLA ends the process at a flag that it does not know, so only measured releases get it.
 _CPU_FLAG, _CPU_VALUE = "--xla_cpu_experimental_ynn_fusion_type", "-individual_convolution"
 _MEASURED = ("0.10.2",)
 

@@ -199,7 +199,8 @@ def measure_peak(prepared: Prepared) -> int | None:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = _status("VmRSS")
         prepared.run()
-        return max(0, _status("VmHWM") - before)
+        # Not less than what the program allocates, some of which may lie in memory that the process kept.
+        return max(prepared.temporaries, _status("VmHWM") - before)
     except (OSError, AttributeError, TypeError):
         return None
 
