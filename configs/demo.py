@@ -2,7 +2,7 @@
 
 Command: `python train.py --config configs/demo.py` (or `make demo`, which also evaluates and dehazes)
 Hardware: 2 CPU cores
-Time: under 5 minutes
+Time: under 3 minutes
 Expected score: at least 6 dB PSNR above the hazy input on the held-out scenes.
 """
 
