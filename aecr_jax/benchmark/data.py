@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -13,11 +12,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from aecr_jax.benchmark.speed import write_json
 from aecr_jax.config import Config
 from aecr_jax.data.haze import add_haze, draw_haze
 from aecr_jax.data.images import make_folder, to_float
 from aecr_jax.data.pipeline import Augment, Source, cache_bytes, train_batches
-from aecr_jax.errors import UserError
 
 
 def benchmark_data(
@@ -67,10 +66,7 @@ def benchmark_data(
     figures = {"crop": crop, "batch": batch, "images": len(samples), "cores": cores, "stages": stages, "pipelines": pipelines}
     if output is not None:
         make_folder(Path(output).parent)
-        try:
-            Path(output).write_text(json.dumps(figures, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"{output} cannot be written: {error.strerror or error}") from error
+        write_json(output, figures)
     return figures
 
 

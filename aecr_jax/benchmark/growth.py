@@ -14,6 +14,7 @@ import numpy as np
 from aecr_jax.benchmark.speed import (
     check_writable,
     describe_machine,
+    first_seconds,
     headline,
     measure_peak,
     megabytes,
@@ -88,8 +89,8 @@ def _measure(work: Work, rounds: int) -> dict[str, Any]:
     available = _available()
     if available is not None and 1.2 * prepared.temporaries > available:
         return row | {"available_bytes": available}
-    first_s = prepared.compile_s + take_turns([prepared.run], 1)[0][0]
-    return row | {"first_s": first_s, "peak_bytes": measure_peak(prepared), **summary(take_turns([prepared.run], rounds)[0])}
+    row |= {"first_s": first_seconds(prepared), "peak_bytes": measure_peak(prepared)}
+    return row | summary(take_turns([prepared.run], rounds)[0])
 
 
 def _print(row: dict[str, Any], before: dict[str, Any]) -> None:
