@@ -188,8 +188,11 @@ class Checkpoints:
             raise UserError(f"{other}: {name} is {there} there and {here} here; name another train.workdir")
         if position.data != data:
             raise UserError(f"{other}: it trains on {position.data}, and here are {data}; name another train.workdir")
-        if (seed := saved["train"]["seed"]) != config.train.seed:
-            raise UserError(f"{other}: train.seed is {seed} there and {config.train.seed} here; name another train.workdir")
+        for name in ("seed", "optimizer"):
+            # Adam was the only one before the setting.
+            there, here = saved["train"].get(name, "adam"), getattr(config.train, name)
+            if there != here:
+                raise UserError(f"{other}: train.{name} is {there} there and {here} here; name another train.workdir")
 
     def _load_json(self, step: int, item: str) -> dict[str, Any]:
         return self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.JsonRestore()}))[item]

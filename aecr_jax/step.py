@@ -1,4 +1,4 @@
-"""One optimizer step: loss (Eq. 4), gradient, Adam. The same on one device, several, or a pod.
+"""One optimizer step: loss (Eq. 4), gradient, Adam or Muon. The same on one device, several, or a pod.
 
 The step is a plain `jax.jit` over a mesh with one `data` axis: the batch is split over it, the state is replicated and donated.
 Means over the batch (the distances of the regularization, FastDeconv's statistics) are thereby means over the whole batch.
@@ -7,6 +7,7 @@ Means over the batch (the distances of the regularization, FastDeconv's statisti
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ import optax
 from flax import nnx
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from optax.contrib import MuonDimensionNumbers, muon
 
 from aecr_jax.config import Config
 from aecr_jax.contrastive import LAYER_WEIGHTS, combine_distances, contrastive_distances
@@ -61,14 +63,33 @@ def learning_rate(config: Config) -> optax.Schedule:
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """The paper's Adam (0.9, 0.999) with PyTorch's epsilon; clipping before it and the factor for offsets after it, if set."""
+    """The paper's Adam (0.9, 0.999) with PyTorch's epsilon, or Muon; clipping before it and the factor for offsets after it, if set.
+
+    Muon (Jordan et al., 2024) makes the steps of the convolutions' kernels orthogonal as matrices of all inputs by outputs, with
+    the root mean square of 0.2 learning rates (Liu et al., 2025, arXiv 2502.16982). Biases, and kernels of at most three inputs or
+    outputs, which have few directions to choose from, stay with Adam at the same rate.
+    """
     train = config.train
+    if train.optimizer == "muon":
+        update = muon(learning_rate(config), muon_weight_dimension_numbers=_muon_kernels, consistent_rms=0.2)
+    else:
+        update = optax.adam(learning_rate(config), b1=0.9, b2=0.999, eps=1e-8)
     # The parts are always three, so that a run can go on with other values of these settings.
     return optax.chain(
         optax.clip_by_global_norm(train.clip_norm) if train.clip_norm else optax.identity(),
-        optax.adam(learning_rate(config), b1=0.9, b2=0.999, eps=1e-8),
+        update,
         optax.masked(optax.scale(train.offset_rate), lambda params: {name: ".offset_mask." in name for name in params}),
     )
+
+
+def _muon_kernels(params: dict[str, Any]) -> dict[str, MuonDimensionNumbers | None]:
+    def is_wide(param: Any) -> bool:
+        # What is Adam's comes as optax's MaskedNode, without a shape, the second time.
+        shape = getattr(param, "shape", ())
+        return len(shape) == 4 and min(shape[-1], math.prod(shape[:-1])) > 3
+
+    kernel = MuonDimensionNumbers(reduction_axis=(0, 1, 2), output_axis=3)
+    return {name: kernel if is_wide(param) else None for name, param in params.items()}
 
 
 def init_state(config: Config, model: AECRNet | None = None) -> TrainState:
