@@ -101,6 +101,9 @@ class TrainConfig:
     regularization are then of a part and not of the batch."""
     ema: float = 0.0
     """Decay of a moving average of the parameters, such as 0.999, which is then what is evaluated; 0: none."""
+    freeze_stats: bool = False
+    """Whiten (FastDeconv) by the running averages as evaluation does, and leave them as they are: for fine-tuning, or with few
+    images a step, whose own statistics are noise."""
     offset_rate: float = 1.0
     """Factor on the learning rate of the convolution that predicts the deformable layers' offsets; less than 1 where a high
     learning rate makes them run away."""

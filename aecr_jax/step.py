@@ -155,6 +155,8 @@ def make_train_step(config: Config, features: VGG19Features | None, mesh: Mesh) 
     optimizer, schedule = make_optimizer(config), learning_rate(config)
     template = abstract_model(config.model)
     template.train()
+    if config.train.freeze_stats and template.fast_deconv is not None:
+        template.fast_deconv.eval()
     graph, abstract = nnx.split(template)
     # The weights are an argument of the compiled step: as constants they would make it slow to compile.
     features_graph, features_state = nnx.split(features) if features is not None else (None, None)

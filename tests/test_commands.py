@@ -63,6 +63,21 @@ def test_the_same_command_again_continues(run, config_file, tmp_path, capsys):
     np.testing.assert_array_equal(ours, expected)
 
 
+def test_a_run_with_muon_continues_too(config_file, tmp_path, capsys):
+    """As above; and Adam, which has another state, does not take over."""
+    whole, stopped = ["--train.workdir", str(tmp_path / "whole")], ["--train.workdir", str(tmp_path / "stopped")]
+    train = ["train", "--config", config_file, "--loss.cr", "0", "--train.optimizer", "muon", "--train.steps", "4"]
+    assert main([*train, *whole]) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+    shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "4")
+    assert main([*train, *stopped, "--train.optimizer", "adam"]) == 2
+    assert "train.optimizer is muon there and adam here" in capsys.readouterr().err
+    assert main([*train, *stopped]) == 0
+    x = np.random.default_rng(0).random((1, 8, 8, 3), np.float32)
+    ours, expected = (load_checkpoint(tmp_path / name / "checkpoints" / "4")(x) for name in ("stopped", "whole"))
+    np.testing.assert_array_equal(ours, expected)
+
+
 def empty_all(folder):
     for file in folder.rglob("*"):
         if file.is_file():

@@ -186,6 +186,17 @@ def test_moving_average_of_parameters():
     np.testing.assert_array_equal(output, averaged)
 
 
+def test_frozen_statistics():
+    """The loss is that of the network as evaluated, and the running averages stay."""
+    config = Config(model=SMALL, loss=LossConfig(cr=0), train=TrainConfig(batch=8, steps=10, freeze_stats=True))
+    batch = batches(1, np.float32)[0]
+    start = init_state(config)
+    state, measured = run(config, 2, [batch])
+    near(state.stats, start.stats, 0, 0)
+    restored = state_to_model(config, start)(jnp.array(batch["hazy"]))
+    np.testing.assert_allclose(measured["l1"], np.abs(restored - batch["clear"]).mean(), rtol=1e-5)
+
+
 def kept_for_the_gradient(config, capsys):
     """Bytes of activations that the forward pass keeps, as JAX lists them."""
     graph, state = nnx.split(state_to_model(config, init_state(config)))
@@ -229,6 +240,25 @@ def test_warmup_and_factor_for_offsets():
     # Adam's first step is the rate, whatever the gradient, but for its epsilon.
     assert steps["deform.0.offset_mask.kernel"] == pytest.approx(0.025e-3, rel=0.05)
     assert steps["down1.kernel"] == pytest.approx(0.25e-3, rel=0.01)
+
+
+def test_muon_takes_orthogonal_steps():
+    """With the gradient's singular vectors by NumPy: a kernel's first step has the same length along each of them, but for the
+    iteration's 0.7 to 1.2, and a root mean square of 0.2 rates; what is no wide kernel takes Nesterov Adam's 0.9 * 0.1 / 0.19 + 1."""
+    train = TrainConfig(batch=8, steps=10, schedule="constant", learning_rate=1e-3)
+    configs = [Config(model=SMALL, train=dataclasses.replace(train, optimizer=name)) for name in ("adam", "muon")]
+    (adam, _), (muon, _) = (run(config, 1, batches(1, np.float32)) for config in configs)
+    for name, before in jax.device_get(init_state(configs[0]).params).items():
+        gradient, step = adam.opt_state[1][0].mu[name], muon.params[name] - before
+        if before.ndim == 4 and min(before.shape[-1], before[..., 0].size) > 3:
+            step = step.reshape(-1, before.shape[-1])
+            left, lengths, right = np.linalg.svd(gradient.reshape(step.shape), full_matrices=False)
+            clear = lengths > 0.02 * lengths.max()
+            along = -np.diag(left.T @ step @ right.T)[clear] / np.sqrt(max(step.shape)) / 0.2e-3
+            assert (along > 0.6).all() and (along < 1.3).all(), (name, along)
+        else:
+            clear = np.abs(gradient) > 1e-6  # less is no more than Adam's epsilon and rounding
+            np.testing.assert_allclose(-step[clear], 1.4737e-3 * np.sign(gradient[clear]), rtol=0.02, err_msg=name)
 
 
 def test_training_lowers_the_loss_without_regularization():
