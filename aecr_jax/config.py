@@ -101,9 +101,9 @@ class TrainConfig:
     regularization are then of a part and not of the batch."""
     ema: float = 0.0
     """Decay of a moving average of the parameters, such as 0.999, which is then what is evaluated; 0: none."""
-    freeze_stats: bool = False
-    """Whiten (FastDeconv) by the running averages as evaluation does, and leave them as they are: for fine-tuning, or with few
-    images a step, whose own statistics are noise."""
+    freeze_stats_after: int = -1
+    """After this many steps FastDeconv whitens by its running averages, as in evaluation, and leaves them as they are: the
+    statistics of a few images are noise. 0 for fine-tuning; -1: never, as in the official code."""
     offset_rate: float = 1.0
     """Factor on the learning rate of the convolution that predicts the deformable layers' offsets; less than 1 where a high
     learning rate makes them run away."""
@@ -157,6 +157,7 @@ class Config:
             "train.batch": (self.train.batch, 1),
             "train.log_every": (self.train.log_every, 1),
             "train.warmup": (self.train.warmup, 0),
+            "train.freeze_stats_after": (self.train.freeze_stats_after, -1),
             "train.offset_rate": (self.train.offset_rate, 0),
             "train.clip_norm": (self.train.clip_norm, 0),
             "train.accumulate": (self.train.accumulate, 1),

@@ -135,7 +135,7 @@ def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
     return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
 
 
-def make_train_step(config: Config, features: VGG19Features | None, mesh: Mesh) -> Step:
+def make_train_step(config: Config, features: VGG19Features | None, mesh: Mesh, *, freeze_stats: bool = False) -> Step:
     """Compiles on first use a function `(state, {"hazy", "clear"}) -> (state, measurements)` that consumes its state.
 
     Measurements are scalars: `total, l1, cr`, the norms of gradient, update and parameters, `learning_rate`, per feature level
@@ -145,6 +145,7 @@ def make_train_step(config: Config, features: VGG19Features | None, mesh: Mesh) 
       config: loss, optimizer and model.
       features: the extractor for contrastive regularization; None if `loss.cr` is 0.
       mesh: the devices.
+      freeze_stats: FastDeconv whitens by its running averages, as in evaluation, and leaves them as they are.
 
     Raises:
       ValueError: `features` is missing.
@@ -155,7 +156,7 @@ def make_train_step(config: Config, features: VGG19Features | None, mesh: Mesh) 
     optimizer, schedule = make_optimizer(config), learning_rate(config)
     template = abstract_model(config.model)
     template.train()
-    if config.train.freeze_stats and template.fast_deconv is not None:
+    if freeze_stats and template.fast_deconv is not None:
         template.fast_deconv.eval()
     graph, abstract = nnx.split(template)
     # The weights are an argument of the compiled step: as constants they would make it slow to compile.

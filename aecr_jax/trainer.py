@@ -93,7 +93,7 @@ def train(config: Config, *, say: Callable[[str], None] = tqdm.write) -> dict[st
     batches = train_batches(train_samples, config, start=position.images, **here)
     log = RunLog(workdir, config, first)
     check_shared(workdir / CONFIG)
-    step_fn = make_train_step(config, features, mesh)
+    step_fn, frozen_step_fn = (make_train_step(config, features, mesh, freeze_stats=freeze) for freeze in (False, True))
     restorer = Restorer(state_to_model(config, state))
     say(f"training on {len(train_samples)} images, evaluating on {len(eval_samples)} ({evaluated_on}), {mesh.size} device(s)")
 
@@ -126,7 +126,8 @@ def train(config: Config, *, say: Callable[[str], None] = tqdm.write) -> dict[st
                     ) from error
                 waited += time.perf_counter() - asked
                 indices = batch.pop("index")
-                state, measurements = step_fn(state, shard_batch(batch, mesh))
+                freeze = 0 <= config.train.freeze_stats_after < step
+                state, measurements = (frozen_step_fn if freeze else step_fn)(state, shard_batch(batch, mesh))
                 position = position._replace(images=position.images + config.train.batch)
                 watch.add(step, measurements, indices)
                 bar.update()

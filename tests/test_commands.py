@@ -63,6 +63,18 @@ def test_the_same_command_again_continues(run, config_file, tmp_path, capsys):
     np.testing.assert_array_equal(ours, expected)
 
 
+def test_statistics_freeze_after_a_step(run, config_file, tmp_path):
+    """Frozen after 2 of 4 steps, they end as they were after 2 steps of the run that was left alone."""
+    arguments = ["--train.workdir", str(tmp_path / "frozen"), "--train.freeze_stats_after", "2"]
+    assert main(["train", "--config", config_file, *arguments]) == 0
+    frozen, at_two, at_four = (
+        load_checkpoint(folder / "checkpoints" / step).fast_deconv.running_mean[...]
+        for folder, step in ((tmp_path / "frozen", "4"), (run, "2"), (run, "4"))
+    )
+    np.testing.assert_array_equal(frozen, at_two)
+    assert np.abs(at_four - at_two).max() > 1e-3
+
+
 def test_a_run_with_muon_continues_too(config_file, tmp_path, capsys):
     """As above; and Adam, which has another state, does not take over."""
     whole, stopped = ["--train.workdir", str(tmp_path / "whole")], ["--train.workdir", str(tmp_path / "stopped")]

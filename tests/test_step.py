@@ -67,10 +67,10 @@ def test_first_step_of_the_official_code_in_float32():
         np.testing.assert_allclose(measured[name], d[name][0], rtol=1e-4, err_msg=name)
 
 
-def run(config, devices, batches):
+def run(config, devices, batches, **options):
     mesh = make_mesh(jax.devices()[:devices])
     state = replicate(init_state(config), mesh)
-    step = make_train_step(config, random_vgg19(width=2) if config.loss.cr else None, mesh)
+    step = make_train_step(config, random_vgg19(width=2) if config.loss.cr else None, mesh, **options)
     for batch in batches:
         state, measured = step(state, shard_batch(batch, mesh))
     return jax.device_get((state, measured))
@@ -188,10 +188,10 @@ def test_moving_average_of_parameters():
 
 def test_frozen_statistics():
     """The loss is that of the network as evaluated, and the running averages stay."""
-    config = Config(model=SMALL, loss=LossConfig(cr=0), train=TrainConfig(batch=8, steps=10, freeze_stats=True))
+    config = Config(model=SMALL, loss=LossConfig(cr=0), train=TrainConfig(batch=8, steps=10))
     batch = batches(1, np.float32)[0]
     start = init_state(config)
-    state, measured = run(config, 2, [batch])
+    state, measured = run(config, 2, [batch], freeze_stats=True)
     near(state.stats, start.stats, 0, 0)
     restored = state_to_model(config, start)(jnp.array(batch["hazy"]))
     np.testing.assert_allclose(measured["l1"], np.abs(restored - batch["clear"]).mean(), rtol=1e-5)
