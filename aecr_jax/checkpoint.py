@@ -110,12 +110,12 @@ class Checkpoints:
           mesh: the devices.
 
         Raises:
-          UserError: no checkpoint can be read, or they are of another network or of other data.
+          UserError: no checkpoint can be read, or they are of another network, optimizer or seed, or of other data.
         """
         failed: list[int] = []
         for step in reversed(self.steps()):
             try:
-                saved = self._load_json(step, "config")
+                saved = _with_defaults(self._load_json(step, "config"))
                 position = Position(**self._load_json(step, "input"))
                 self._check_same_run(saved, config, position, data)
                 state = self._load_state(step, state, NamedSharding(mesh, PartitionSpec()), ema=bool(saved["train"]["ema"]))
@@ -189,9 +189,7 @@ class Checkpoints:
         if position.data != data:
             raise UserError(f"{other}: it trains on {position.data}, and here are {data}; name another train.workdir")
         for name in ("seed", "optimizer"):
-            # Adam was the only one before the setting.
-            there, here = saved["train"].get(name, "adam"), getattr(config.train, name)
-            if there != here:
+            if (there := saved["train"][name]) != (here := getattr(config.train, name)):
                 raise UserError(f"{other}: train.{name} is {there} there and {here} here; name another train.workdir")
 
     def _load_json(self, step: int, item: str) -> dict[str, Any]:
@@ -298,6 +296,11 @@ def _model_config(config: dict[str, Any]) -> ModelConfig:
     return ModelConfig(**config["model"])
 
 
+def _with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved config with the settings that came after it, at what the program did before they were there."""
+    return {part: settings | saved[part] for part, settings in dataclasses.asdict(Config()).items()}
+
+
 def _items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
     model = {"params": state.params, "stats": state.stats} | ({"ema": state.ema} if state.ema else {})
     return model, {"step": state.step, "opt_state": state.opt_state}
@@ -311,7 +314,7 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The settings that differ; names and places of a run are left out."""
     places = {"workdir", "coordinator", "processes", "process_id", "log_every", "tensorboard", "threads", "workers", "cache"}
     before, now = json.loads(json.dumps(before)), json.loads(json.dumps(now))  # tuples are lists there
-    pairs = ((f"{part}.{name}", before[part].get(name), value) for part in now for name, value in now[part].items() if name not in places)
+    pairs = ((f"{part}.{name}", before[part][name], value) for part in now for name, value in now[part].items() if name not in places)
     return [f"{name}: {old} -> {new}" for name, old, new in pairs if old != new]
 
 

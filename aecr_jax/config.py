@@ -16,7 +16,7 @@ import runpy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import jax
 import tyro
@@ -88,8 +88,8 @@ class TrainConfig:
     batch: int = 16
     """Images per step, over all devices."""
     optimizer: Literal["adam", "muon"] = "adam"
-    """Adam is the paper's; Muon (orthogonal steps for the convolutions' kernels, Adam for the rest) learns faster in short runs, at
-    about ten times the learning rate."""
+    """Adam is the paper's; Muon (orthogonal steps for the convolutions' kernels, Nesterov Adam for the rest) learns faster in short
+    runs, at a learning rate such as 3e-3."""
     learning_rate: float = 2e-4
     """Peak learning rate; 2e-4 in the paper (Adam), 1e-4 in the official code."""
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -103,7 +103,7 @@ class TrainConfig:
     """Decay of a moving average of the parameters, such as 0.999, which is then what is evaluated; 0: none."""
     freeze_stats_after: int = -1
     """After this many steps FastDeconv whitens by its running averages, as in evaluation, and leaves them as they are: the
-    statistics of a few images are noise. 0 for fine-tuning; -1: never, as in the official code."""
+    statistics of a few images are noise. 0 only with `init_from`, else some hundred; -1: never, as in the official code."""
     offset_rate: float = 1.0
     """Factor on the learning rate of the convolution that predicts the deformable layers' offsets; less than 1 where a high
     learning rate makes them run away."""
@@ -171,6 +171,14 @@ class Config:
         for name, (value, minimum) in least.items():
             if isinstance(value, str) or not value >= minimum:
                 raise UserError(f"{name} (={value}) must be at least {minimum}")
+        for name in ("optimizer", "schedule"):
+            choices, value = get_args(get_type_hints(TrainConfig)[name]), getattr(self.train, name)
+            if value not in choices:
+                raise UserError(f"train.{name} (={value!r}) must be one of {', '.join(map(repr, choices))}")
+        if self.train.freeze_stats_after == 0 and self.model.fast_deconv and not self.train.init_from:
+            raise UserError(
+                "train.freeze_stats_after (=0) needs train.init_from: a new network has no statistics to keep; else some hundred steps"
+            )
         if not self.train.learning_rate > 0:
             raise UserError(f"train.learning_rate (={self.train.learning_rate}) must be positive")
         if "://" in self.train.workdir:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from aecr_jax.checkpoint import DEFAULT_MODEL, load_checkpoint
+from aecr_jax.checkpoint import DEFAULT_MODEL, load_checkpoint_with_config
 from aecr_jax.data.images import EXTENSIONS, list_images, make_folder, read_image, unique_names, write_image
 from aecr_jax.errors import UserError
 from aecr_jax.restore import Restorer, restore_tiled
@@ -38,9 +38,10 @@ def dehaze(inputs: Sequence[str | Path], output: str | Path, *, checkpoint: str 
         raise UserError(f"tile (={tile}) must be 0 or at least {2 * OVERLAP}")
     images = _list_inputs(inputs)
     targets = _targets(images, Path(output))
-    restorer = Restorer(load_checkpoint(DEFAULT_MODEL if checkpoint is None else checkpoint))
+    model, config = load_checkpoint_with_config(DEFAULT_MODEL if checkpoint is None else checkpoint)
+    restorer = Restorer(model)
     make_folder(output)
-    print(f"model: {'shipped with the package' if checkpoint is None else checkpoint}")
+    print(f"model: {config['about'].get('name', 'unnamed') + ', shipped with the package' if checkpoint is None else checkpoint}")
     failed = 0
     for source, target in tqdm(list(zip(images, targets)), "dehazing", unit="image"):
         try:

@@ -66,8 +66,8 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     """The paper's Adam (0.9, 0.999) with PyTorch's epsilon, or Muon; clipping before it and the factor for offsets after it, if set.
 
     Muon (Jordan et al., 2024) makes the steps of the convolutions' kernels orthogonal as matrices of all inputs by outputs, with
-    the root mean square of 0.2 learning rates (Liu et al., 2025, arXiv 2502.16982). Biases, and kernels of at most three inputs or
-    outputs, which have few directions to choose from, stay with Adam at the same rate.
+    the root mean square of 0.2 learning rates (Liu et al., 2025, arXiv 2502.16982). Biases, mixup factors and kernels with at most
+    three rows or columns as such a matrix, which have few directions to choose from, take Adam with Nesterov's momentum at that rate.
     """
     train = config.train
     if train.optimizer == "muon":
@@ -85,7 +85,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 def _muon_kernels(params: dict[str, Any]) -> dict[str, MuonDimensionNumbers | None]:
     def is_wide(param: Any) -> bool:
         # What is Adam's comes as optax's MaskedNode, without a shape, the second time.
-        shape = getattr(param, "shape", ())
+        shape: tuple[int, ...] = getattr(param, "shape", ())
         return len(shape) == 4 and min(shape[-1], math.prod(shape[:-1])) > 3
 
     kernel = MuonDimensionNumbers(reduction_axis=(0, 1, 2), output_axis=3)
@@ -100,7 +100,10 @@ def init_state(config: Config, model: AECRNet | None = None) -> TrainState:
     stats = get_arrays(model, nnx.BatchStat)
     # In arrays of its own: the step consumes both.
     ema = jax.tree.map(jnp.copy, params) if config.train.ema else {}
-    return TrainState(jnp.zeros((), jnp.int32), params, stats, make_optimizer(config).init(params), ema)
+    dtype = jnp.dtype(config.model.param_dtype)
+    # Muon keeps its coefficients in the state, in float64 if that is enabled.
+    opt_state = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, make_optimizer(config).init(params))
+    return TrainState(jnp.zeros((), jnp.int32), params, stats, opt_state, ema)
 
 
 def state_to_model(config: Config, state: TrainState) -> AECRNet:

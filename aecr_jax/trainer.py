@@ -24,7 +24,7 @@ from aecr_jax.evaluate import Score, add_row, evaluate, summarize
 from aecr_jax.model import AECRNet
 from aecr_jax.restore import Restorer
 from aecr_jax.runlog import CONFIG, RunLog
-from aecr_jax.step import TrainState, check_batch, init_state, make_mesh, make_train_step, replicate, shard_batch, state_to_model
+from aecr_jax.step import Step, TrainState, check_batch, init_state, make_mesh, make_train_step, replicate, shard_batch, state_to_model
 from aecr_jax.vgg import VGG19Features, load_vgg19, random_vgg19
 
 _PANEL_ROWS = 3
@@ -93,12 +93,13 @@ def train(config: Config, *, say: Callable[[str], None] = tqdm.write) -> dict[st
     batches = train_batches(train_samples, config, start=position.images, **here)
     log = RunLog(workdir, config, first)
     check_shared(workdir / CONFIG)
-    step_fn, frozen_step_fn = (make_train_step(config, features, mesh, freeze_stats=freeze) for freeze in (False, True))
     restorer = Restorer(state_to_model(config, state))
     say(f"training on {len(train_samples)} images, evaluating on {len(eval_samples)} ({evaluated_on}), {mesh.size} device(s)")
 
     # ---- the loop
     summary: dict[str, Any] = {}
+    step_fn: Step | None = None
+    frozen = False
     watch = _Watch(workdir, train_samples)
     waited, since, measured_from, warned = 0.0, time.perf_counter(), first, False
     progress = tqdm(total=config.train.steps, initial=first, desc="training", unit="step", smoothing=0.1, disable=not is_main())
@@ -126,8 +127,12 @@ def train(config: Config, *, say: Callable[[str], None] = tqdm.write) -> dict[st
                     ) from error
                 waited += time.perf_counter() - asked
                 indices = batch.pop("index")
-                freeze = 0 <= config.train.freeze_stats_after < step
-                state, measurements = (frozen_step_fn if freeze else step_fn)(state, shard_batch(batch, mesh))
+                freeze = config.model.fast_deconv and 0 <= config.train.freeze_stats_after < step
+                if step_fn is None or freeze != frozen:
+                    if freeze:
+                        say(f"step {step}: FastDeconv's statistics are frozen from here on")
+                    step_fn, frozen = make_train_step(config, features, mesh, freeze_stats=freeze), freeze
+                state, measurements = step_fn(state, shard_batch(batch, mesh))
                 position = position._replace(images=position.images + config.train.batch)
                 watch.add(step, measurements, indices)
                 bar.update()
@@ -201,7 +206,10 @@ def _load_features(config: Config) -> VGG19Features | None:
 def _load_initial(config: Config) -> AECRNet | None:
     if not config.train.init_from or has_checkpoint(config.train.workdir):
         return None
-    model, _ = load_checkpoint_with_config(config.train.init_from)
+    try:
+        model, _ = load_checkpoint_with_config(config.train.init_from)
+    except UserError as error:
+        raise UserError(f"train.init_from: {error}") from error
     for name, there, here in model_changes(model.config, config.model):
         raise UserError(f"train.init_from (={config.train.init_from}) is another network: {name} is {there} there and {here} here")
     return model

@@ -67,12 +67,29 @@ def test_statistics_freeze_after_a_step(run, config_file, tmp_path):
     """Frozen after 2 of 4 steps, they end as they were after 2 steps of the run that was left alone."""
     arguments = ["--train.workdir", str(tmp_path / "frozen"), "--train.freeze_stats_after", "2"]
     assert main(["train", "--config", config_file, *arguments]) == 0
-    frozen, at_two, at_four = (
-        load_checkpoint(folder / "checkpoints" / step).fast_deconv.running_mean[...]
-        for folder, step in ((tmp_path / "frozen", "4"), (run, "2"), (run, "4"))
-    )
-    np.testing.assert_array_equal(frozen, at_two)
-    assert np.abs(at_four - at_two).max() > 1e-3
+    checkpoints = (tmp_path / "frozen" / "checkpoints" / "4", run / "checkpoints" / "2", run / "checkpoints" / "4")
+    frozen, at_two, at_four = (get_arrays(load_checkpoint(path)) for path in checkpoints)
+    for name in ("fast_deconv.running_mean", "fast_deconv.running_deconv"):
+        np.testing.assert_array_equal(frozen[name], at_two[name])
+        assert np.abs(at_four[name] - at_two[name]).max() > 1e-3
+    assert np.abs(frozen["down1.kernel"] - at_two["down1.kernel"]).max() > 1e-6
+    shutil.rmtree(checkpoints[0])
+    assert main(["train", "--config", config_file, *arguments]) == 0  # from step 2
+    for name, again in get_arrays(load_checkpoint(checkpoints[0])).items():
+        np.testing.assert_array_equal(again, frozen[name], err_msg=name)
+
+
+def test_a_checkpoint_from_before_a_setting(run, config_file, tmp_path, capsys):
+    """What it does not name was at its default: the run goes on, and nothing has changed."""
+    shutil.copytree(run, tmp_path / "old")
+    (file,) = (tmp_path / "old" / "checkpoints" / "4" / "config").rglob("metadata")
+    config = json.loads(file.read_text())
+    del config["train"]["optimizer"], config["train"]["freeze_stats_after"]
+    file.write_text(json.dumps(config))
+    train = ["train", "--config", config_file, "--train.workdir", str(tmp_path / "old")]
+    assert main(train) == 0
+    assert "continuing from step 4" in (said := capsys.readouterr().out) and "setting changed" not in said
+    assert "train.optimizer is adam there and muon here" in fails(capsys, *train, "--train.optimizer", "muon")
 
 
 def test_a_run_with_muon_continues_too(config_file, tmp_path, capsys):
@@ -355,7 +372,7 @@ def test_dehaze_takes_files_and_folders_and_goes_on_after_a_bad_one(model_dir, t
 def test_dehaze_uses_the_shipped_model(tmp_path, capsys):
     picture(tmp_path / "a.png", (16, 16))
     assert main(["dehaze", str(tmp_path / "a.png"), "--output", str(tmp_path / "out")]) == 0
-    assert "model: shipped with the package" in capsys.readouterr().out
+    assert "model: aecr_net_tiny, shipped with the package" in capsys.readouterr().out
     assert read_image(tmp_path / "out" / "a.png").shape == (16, 16, 3)
 
 

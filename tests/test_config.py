@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from aecr_jax import UserError
-from aecr_jax.config import Config, load_config, override
+from aecr_jax.config import Config, TrainConfig, load_config, override
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -47,6 +47,8 @@ def test_overrides_are_typed():
         (["--data.hazy", "x"], r"data.clear is not set"),
         (["--train.workdir", "gs://bucket/run"], r"train.workdir \(=gs://bucket/run\) must be a folder"),
         (["--train.processes", "2"], r"train.coordinator \(=''\) must be HOST:PORT"),
+        (["--train.freeze_stats_after", "-2"], r"train.freeze_stats_after \(=-2\) must be at least -1"),
+        (["--train.freeze_stats_after", "0"], r"train.freeze_stats_after \(=0\) needs train.init_from"),
         (["--train.ema", "1"], r"train.ema \(=1.0\) must be less than 1"),
         (["--data.clear", "x"], r"data.clear is set without data.hazy or data.depth"),
         (["--data.eval_hazy", "x"], r"data.eval_hazy and data.eval_clear go together"),
@@ -56,6 +58,11 @@ def test_a_wrong_setting_is_one_clear_line(arguments, message):
     with pytest.raises(UserError, match=message) as error:
         override(Config(), arguments)
     assert "\n" not in str(error.value)
+
+
+def test_a_config_file_with_an_unknown_optimizer():
+    with pytest.raises(UserError, match=r"train.optimizer \(='Muon'\) must be one of 'adam', 'muon'"):
+        Config(train=TrainConfig(optimizer="Muon")).validate()
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

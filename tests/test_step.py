@@ -89,8 +89,9 @@ def near(a, b, rtol, atol):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), a, b)
 
 
-def test_one_device_and_eight_compute_the_same(x64):
-    config = Config(model=SMALL64, train=TrainConfig(batch=8, steps=10))
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_one_device_and_eight_compute_the_same(x64, optimizer):
+    config = Config(model=SMALL64, train=TrainConfig(batch=8, steps=10, optimizer=optimizer))
     (one, one_measured), (eight, eight_measured) = (run(config, n, batches(2)) for n in (1, 8))
     near(one, eight, 1e-9, 1e-12)
     near(one_measured, eight_measured, 1e-9, 0)
