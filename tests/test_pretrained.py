@@ -1,0 +1,52 @@
+"""The model that ships: what its card and the README say of it."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from test_data import SHARED, needs_shared
+
+from aecr_jax.checkpoint import DEFAULT_MODEL, load_checkpoint, load_checkpoint_with_config
+from aecr_jax.data.folders import find_dataset
+from aecr_jax.data.pipeline import eval_images, eval_scenes
+from aecr_jax.evaluate import evaluate
+from aecr_jax.model import count_parameters
+from aecr_jax.restore import Restorer
+
+CARD = (DEFAULT_MODEL / "README.md").read_text()
+
+
+def scores(samples, count):
+    return [score for score, _, _ in evaluate(Restorer(load_checkpoint()), eval_images(samples, limit=count))]
+
+
+def test_score_on_embedded_scenes():
+    """Measured when the model was shipped; another platform's rounding moves it by less than 0.01 dB."""
+    found = scores(eval_scenes((240, 320)), 4)
+    np.testing.assert_allclose([score.input_psnr for score in found], [12.0155, 13.0001, 13.6923, 13.6736], atol=0.01)
+    np.testing.assert_allclose([score.psnr for score in found], [19.134, 20.7173, 16.7896, 17.7576], atol=0.02)
+    np.testing.assert_allclose([score.ssim for score in found], [0.7641, 0.8153, 0.6438, 0.8159], atol=0.001)
+
+
+@needs_shared
+def test_score_on_sots():
+    """Thin and thick haze over two scenes, as in the card's full evaluation."""
+    wanted = {"1400_1": 25.69, "1400_10": 21.375, "1435_1": 27.665}
+    pairs = [pair for pair in find_dataset(SHARED / "sots_indoor_subset") if pair.name in wanted]
+    found = {score.image: score.psnr for score in scores(pairs, len(pairs))}
+    assert found == pytest.approx(wanted, abs=0.02)
+
+
+def test_the_card_tells_the_model():
+    """Size, parameters and score stand in the card as in the files."""
+    model, config = load_checkpoint_with_config(DEFAULT_MODEL)
+    about = config["about"]
+    assert count_parameters(model) == about["parameters"]
+    assert f"{about['parameters']:,} parameters" in CARD
+    assert CARD.startswith(f"# Model card: {about['name']}\n")
+    score = about["sots_indoor_10_scenes"]
+    assert f"**{score['psnr']:.2f} dB**" in CARD and f"{score['ssim']:.4f}" in CARD
+    assert sum(file.stat().st_size for file in DEFAULT_MODEL.iterdir()) < 11e6
+    assert all((DEFAULT_MODEL / link).is_file() for link in re.findall(r"\]\(([^):#]+)\)", CARD))
+    assert json.loads((DEFAULT_MODEL / "config.json").read_text())["model"]["width"] == 16
