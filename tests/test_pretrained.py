@@ -1,6 +1,5 @@
 """The model that ships: what its card and the README say of it."""
 
-import json
 import re
 
 import numpy as np
@@ -49,4 +48,4 @@ def test_the_card_tells_the_model():
     assert f"**{score['psnr']:.2f} dB**" in CARD and f"{score['ssim']:.4f}" in CARD
     assert sum(file.stat().st_size for file in DEFAULT_MODEL.iterdir()) < 11e6
     assert all((DEFAULT_MODEL / link).is_file() for link in re.findall(r"\]\(([^):#]+)\)", CARD))
-    assert json.loads((DEFAULT_MODEL / "config.json").read_text())["model"]["width"] == 16
+    assert model.config.width == 16
