@@ -60,3 +60,13 @@ def model_dir(tmp_path_factory):
     path = tmp_path_factory.mktemp("models") / "small"
     export_model(AECRNet(ModelConfig(width=2, blocks=1), rngs=nnx.Rngs(0)), path)
     return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, config_file):
+    """A finished run of four steps, for one file of tests: some of them go on with it."""
+    from aecr_jax.__main__ import main
+
+    workdir = tmp_path_factory.mktemp("runs") / "tiny"
+    assert main(["train", "--config", config_file, "--train.workdir", str(workdir)]) == 0
+    return workdir

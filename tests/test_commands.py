@@ -10,20 +10,12 @@ import pytest
 from flax import nnx
 from test_data import picture
 
-from aecr_jax import UserError, load_checkpoint
+from aecr_jax import load_checkpoint
 from aecr_jax.__main__ import main
 from aecr_jax.checkpoint import load_checkpoint_with_config
 from aecr_jax.data.folders import Pair
 from aecr_jax.data.images import read_image
 from aecr_jax.model import get_arrays
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, config_file):
-    """A finished run of four steps."""
-    workdir = tmp_path_factory.mktemp("runs") / "tiny"
-    assert main(["train", "--config", config_file, "--train.workdir", str(workdir)]) == 0
-    return workdir
 
 
 def fails(capsys, *arguments):
@@ -49,126 +41,6 @@ def test_train_writes_its_work_directory(run):
     assert [entry["step"] for entry in lines(run, "eval")] == [2, 4]
     assert read_image(run / "panels" / "step_0000004.png").shape == (3 * 24 + 2 * 4, 3 * 32 + 2 * 4, 3)
     assert sorted(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit()) == [2, 4]
-
-
-def test_the_same_command_again_continues(run, config_file, tmp_path, capsys):
-    """Stopped after 2 of 4 steps and called again: the parameters of the run that was never stopped, bit by bit."""
-    workdir = tmp_path / "stopped"
-    shutil.copytree(run, workdir)
-    shutil.rmtree(workdir / "checkpoints" / "4")
-    assert main(["train", "--config", config_file, "--train.workdir", str(workdir)]) == 0
-    assert "continuing from step 2" in capsys.readouterr().out
-    x = np.random.default_rng(0).random((1, 8, 8, 3), np.float32)
-    ours, expected = (load_checkpoint(folder / "checkpoints" / "4")(x) for folder in (workdir, run))
-    np.testing.assert_array_equal(ours, expected)
-
-
-def test_statistics_freeze_after_a_step(run, config_file, tmp_path):
-    """Frozen after 2 of 4 steps, they end as they were after 2 steps of the run that was left alone."""
-    arguments = ["--train.workdir", str(tmp_path / "frozen"), "--train.freeze_stats_after", "2"]
-    assert main(["train", "--config", config_file, *arguments]) == 0
-    checkpoints = (tmp_path / "frozen" / "checkpoints" / "4", run / "checkpoints" / "2", run / "checkpoints" / "4")
-    frozen, at_two, at_four = (get_arrays(load_checkpoint(path)) for path in checkpoints)
-    for name in ("fast_deconv.running_mean", "fast_deconv.running_deconv"):
-        np.testing.assert_array_equal(frozen[name], at_two[name])
-        assert np.abs(at_four[name] - at_two[name]).max() > 1e-3
-    assert np.abs(frozen["down1.kernel"] - at_two["down1.kernel"]).max() > 1e-6
-    shutil.rmtree(checkpoints[0])
-    assert main(["train", "--config", config_file, *arguments]) == 0  # from step 2
-    for name, again in get_arrays(load_checkpoint(checkpoints[0])).items():
-        np.testing.assert_array_equal(again, frozen[name], err_msg=name)
-
-
-def test_a_checkpoint_from_before_a_setting(run, config_file, tmp_path, capsys):
-    """What it does not name was at its default: the run goes on, and nothing has changed."""
-    shutil.copytree(run, tmp_path / "old")
-    (file,) = (tmp_path / "old" / "checkpoints" / "4" / "config").rglob("metadata")
-    config = json.loads(file.read_text())
-    del config["train"]["optimizer"], config["train"]["freeze_stats_after"]
-    file.write_text(json.dumps(config))
-    train = ["train", "--config", config_file, "--train.workdir", str(tmp_path / "old")]
-    assert main(train) == 0
-    assert "continuing from step 4" in (said := capsys.readouterr().out) and "setting changed" not in said
-    assert "train.optimizer is adam there and muon here" in fails(capsys, *train, "--train.optimizer", "muon")
-
-
-def test_a_run_with_muon_continues_too(config_file, tmp_path, capsys):
-    """As above; and Adam, which has another state, does not take over."""
-    whole, stopped = ["--train.workdir", str(tmp_path / "whole")], ["--train.workdir", str(tmp_path / "stopped")]
-    train = ["train", "--config", config_file, "--loss.cr", "0", "--train.optimizer", "muon", "--train.steps", "4"]
-    assert main([*train, *whole]) == 0
-    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
-    shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "4")
-    assert main([*train, *stopped, "--train.optimizer", "adam"]) == 2
-    assert "train.optimizer is muon there and adam here" in capsys.readouterr().err
-    assert main([*train, *stopped]) == 0
-    x = np.random.default_rng(0).random((1, 8, 8, 3), np.float32)
-    ours, expected = (load_checkpoint(tmp_path / name / "checkpoints" / "4")(x) for name in ("stopped", "whole"))
-    np.testing.assert_array_equal(ours, expected)
-
-
-def empty_all(folder):
-    for file in folder.rglob("*"):
-        if file.is_file():
-            file.write_bytes(b"")
-
-
-def flip_one_bit(folder):
-    """Near the middle of the largest file, which has the values: what tensorstore would read without a word.
-
-    Where the few bytes are that nothing reads changes from run to run: a flip there is taken back, and another place tried.
-    """
-    file = max((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
-    whole = file.read_bytes()
-    for place in (8, 7, 9, 6, 10):
-        data = bytearray(whole)
-        data[place * len(data) // 16] ^= 0x10
-        file.write_bytes(data)
-        try:
-            load_checkpoint(folder.parent)
-        except UserError:
-            return
-    raise AssertionError(f"five flipped bits of {file} were read without a word")
-
-
-@pytest.mark.parametrize("damage", [empty_all, flip_one_bit])
-def test_a_damaged_checkpoint_is_skipped(run, config_file, tmp_path, capsys, caplog, damage):
-    workdir = tmp_path / "damaged"
-    shutil.copytree(run, workdir)
-    damage(workdir / "checkpoints" / "4" / "model")
-    with pytest.raises(UserError, match="is damaged or half written"):
-        load_checkpoint(workdir / "checkpoints" / "4")
-    assert main(["train", "--config", config_file, "--train.workdir", str(workdir)]) == 0
-    assert "checkpoints/4 cannot be read" in caplog.text
-    assert "continuing from step 2" in capsys.readouterr().out
-    load_checkpoint(workdir / "checkpoints" / "4")  # written anew
-    assert (workdir / "damaged-checkpoint-4").is_dir()
-    damage(workdir / "checkpoints" / "4" / "model")  # and once more
-    assert main(["train", "--config", config_file, "--train.workdir", str(workdir)]) == 0
-    assert (workdir / "damaged-checkpoint-4-2").is_dir()
-    assert [entry["step"] for entry in lines(workdir, "train")] == [1, 2, 3, 4]
-
-
-def test_another_network_does_not_continue_a_run(run, config_file, capsys):
-    before = (run / "config.json").read_text()
-    said = fails(capsys, "train", "--config", config_file, "--train.workdir", run, "--model.width", "2")
-    assert "holds another run: model.width is 4 there and 2 here; name another train.workdir" in said
-    assert (run / "config.json").read_text() == before
-
-
-def test_a_complete_run_only_evaluates(run, config_file, capsys):
-    assert (
-        main(["train", "--config", config_file, "--train.workdir", str(run), "--train.clip_norm", "1", "--train.offset_rate", "0.5"]) == 0
-    )
-    assert "continuing from step 4" in (said := capsys.readouterr().out) and "done: step 4" in said
-    assert "setting changed since then: train.clip_norm: 0.0 -> 1.0" in said
-
-
-def test_other_data_or_another_seed_do_not_continue_a_run(run, config_file, capsys):
-    said = fails(capsys, "train", "--config", config_file, "--train.workdir", run, "--data.scenes", "5")
-    assert "holds another run: it trains on 4 images (checksum" in said and "and here are 5 images" in said
-    said = fails(capsys, "train", "--config", config_file, "--train.workdir", run, "--train.seed", "1")
-    assert "train.seed is 0 there and 1 here" in said
 
 
 def test_fine_tuning_begins_with_the_parameters_of_a_checkpoint(run, config_file, tmp_path, capsys):
