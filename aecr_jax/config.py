@@ -120,7 +120,8 @@ class TrainConfig:
     eval_images: int = 100
     """Evaluate on at most this many images during training."""
     init_from: str = ""
-    """Fine-tuning: a checkpoint whose parameters a new run begins with; its optimizer and step are not taken."""
+    """Fine-tuning: a checkpoint whose parameters a new run begins with; its optimizer and step are not taken. That of a smaller
+    `model.width` is widened: its output stays, and training fills the new channels."""
     tensorboard: bool = False
     """Write scalars and panels for TensorBoard too, into the work directory."""
     coordinator: str = ""

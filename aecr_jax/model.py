@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
@@ -144,6 +145,32 @@ def build_model(config: ModelConfig, arrays: Mapping[str, Any]) -> AECRNet:
     model = nnx.merge(graph, replace_arrays(state, {name: jnp.asarray(array) for name, array in arrays.items()}))
     model.eval()
     return model
+
+
+def widen(model: AECRNet, width: int, *, rngs: nnx.Rngs) -> AECRNet:
+    """A network of a greater width with the same output, in evaluation mode; what is new in it begins to count when it is trained.
+
+    The idea is Net2Net's (Chen et al., ICLR 2016). The old channels come first and do not read the new ones, which read all and
+    have the initial values of a new network.
+
+    Args:
+      model: the network; only its parameters and statistics are read.
+      width: the new `ModelConfig.width`.
+      rngs: the source of the new channels' initial values (stream `params`).
+
+    Raises:
+      ValueError: `width` is less than the model's.
+    """
+    if width < model.config.width:
+        raise ValueError(f"width (={width}) must be at least the model's, {model.config.width}")
+    wide = AECRNet(dataclasses.replace(model.config, width=width), rngs=rngs)
+    old, new = get_arrays(model), get_arrays(wide)
+    for name, array in old.items():
+        target = new[name]
+        if array.ndim == 4:  # [kh, kw, inputs, outputs]
+            target = target.at[:, :, array.shape[2] :, : array.shape[3]].set(0)
+        new[name] = target.at[tuple(slice(size) for size in array.shape)].set(array)
+    return build_model(wide.config, new)
 
 
 def get_arrays(model: nnx.Module, kind: Any = nnx.Variable) -> dict[str, Array]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
@@ -21,7 +22,7 @@ from aecr_jax.data.pipeline import cache_bytes, check_samples, describe_samples,
 from aecr_jax.distributed import STATUS, StopRequest, check_shared, initialize, is_main
 from aecr_jax.errors import Stopped, UserError, first_line
 from aecr_jax.evaluate import Score, add_row, evaluate, summarize
-from aecr_jax.model import AECRNet
+from aecr_jax.model import AECRNet, widen
 from aecr_jax.restore import Restorer
 from aecr_jax.runlog import CONFIG, RunLog
 from aecr_jax.step import Step, TrainState, check_batch, init_state, make_mesh, make_train_step, replicate, shard_batch, state_to_model
@@ -74,7 +75,7 @@ def train(config: Config, *, say: Callable[[str], None] = tqdm.write) -> dict[st
     count = min(config.train.eval_images, len(eval_samples))
     for _ in eval_images(eval_samples, limit=count, **here):  # reads them once: a damaged one should not stop the first evaluation
         pass
-    initial = _load_initial(config)
+    initial = _load_initial(config, say)
     make_folder(workdir)
 
     # ---- state: initial values, or the last checkpoint with the input's position
@@ -203,13 +204,16 @@ def _load_features(config: Config) -> VGG19Features | None:
     return features
 
 
-def _load_initial(config: Config) -> AECRNet | None:
+def _load_initial(config: Config, say: Callable[[str], None]) -> AECRNet | None:
     if not config.train.init_from or has_checkpoint(config.train.workdir):
         return None
     try:
         model, _ = load_checkpoint_with_config(config.train.init_from)
     except UserError as error:
         raise UserError(f"train.init_from: {error}") from error
+    if model.config.width < config.model.width:
+        say(f"widening the network of {config.train.init_from} from {model.config.width} to {config.model.width}")
+        model = widen(model, config.model.width, rngs=nnx.Rngs(config.train.seed))
     for name, there, here in model_changes(model.config, config.model):
         raise UserError(f"train.init_from (={config.train.init_from}) is another network: {name} is {there} there and {here} here")
     return model

@@ -52,6 +52,13 @@ def test_fine_tuning_begins_with_the_parameters_of_a_checkpoint(run, config_file
     for name, array in theirs.items():
         np.testing.assert_allclose(ours[name], array, atol=1e-9)
     assert lines(tmp_path / "w", "train")[0]["step"] == 1
+    # A wider network takes over what a narrower one does: the same scores where nothing is learned.
+    wider = [*arguments, "--train.workdir", tmp_path / "wider", "--model.width", "6"]
+    assert main(list(map(str, wider))) == 0
+    assert "from 4 to 6" in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "wider").config.width == 6
+    before, after = (lines(tmp_path / name, "eval")[0]["psnr"] for name in ("w", "wider"))
+    assert after == pytest.approx(before, abs=0.01)
     said = fails(capsys, *arguments, "--train.workdir", tmp_path / "v", "--model.width", "2")
     assert "train.init_from" in said and "model.width is 4 there and 2 here" in said
 

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ from flax import nnx
 from reference import load, nhwc, official_weights
 
 from aecr_jax import AECRNet, ModelConfig
-from aecr_jax.model import abstract_model, build_model, count_parameters, get_arrays
+from aecr_jax.model import abstract_model, build_model, count_parameters, get_arrays, widen
 from aecr_jax.official import our_arrays
 
 TINY = ModelConfig(width=4)
@@ -117,3 +118,41 @@ def test_refuses_wrong_settings_and_inputs():
         ModelConfig(width=0)
     with pytest.raises(ValueError, match=r"hazy has shape \(8, 8, 3\) and must be \[N, H, W, 3\]"):
         AECRNet(TINY, rngs=nnx.Rngs(0))(jnp.zeros((8, 8, 3)))
+
+
+def drawn(config):
+    """A network with every parameter and statistic away from its initial value, offsets and masks among them."""
+    random = np.random.default_rng(0)
+    arrays = get_arrays(AECRNet(config, rngs=nnx.Rngs(0)))
+    return build_model(config, {name: a + random.normal(scale=0.05, size=a.shape).astype("f4") for name, a in arrays.items()})
+
+
+# 3 -> 5: the attentions' hidden channels are 12 // 8 and 20 // 8.
+@pytest.mark.parametrize(("width", "wider", "switches"), [(4, 6, {}), (3, 5, {"shared": False})])
+def test_a_wider_network_has_the_same_output(width, wider, switches):
+    """The property of Net2Net (Chen et al., 2016), to rounding; and training can reach what is new."""
+    narrow = drawn(ModelConfig(width=width, blocks=2, **switches))
+    wide = widen(narrow, wider, rngs=nnx.Rngs(1))
+    assert wide.config == dataclasses.replace(narrow.config, width=wider)
+    image = jnp.array(np.random.default_rng(2).random((2, 20, 24, 3), "f4"))
+    graph, params, rest = nnx.split(wide, nnx.Param, ...)
+
+    @jax.jit
+    @functools.partial(jax.grad, has_aux=True)
+    def grad(params):
+        restored = nnx.merge(graph, params, rest)(image)
+        return jnp.abs(restored - image).mean(), restored
+
+    gradient, restored = grad(params)
+    np.testing.assert_allclose(restored, nnx.jit(AECRNet.__call__)(narrow, image), atol=1e-6)
+    # From a new channel to an old one: zero, and about to change.
+    for kernel in ("blocks.0.conv1.kernel", "deform.0.kernel", "deform.0.offset_mask.kernel", "up3.kernel"):
+        old, new = get_arrays(narrow)[kernel], get_arrays(wide)[kernel]
+        part = np.s_[:, :, old.shape[2] :, : old.shape[3]]
+        assert new[part].size and not new[part].any()
+        assert np.asarray(get_arrays(nnx.merge(graph, gradient, rest), nnx.Param)[kernel])[part].any()
+
+
+def test_a_network_cannot_be_made_narrower():
+    with pytest.raises(ValueError, match=r"width \(=3\) must be at least the model's, 4"):
+        widen(drawn(TINY), 3, rngs=nnx.Rngs(0))
