@@ -1,4 +1,4 @@
-"""A narrow AECR-Net on NYU Depth v2 with haze made on the fly, for a CPU: the first of three runs towards the model that ships.
+"""A narrow AECR-Net on NYU Depth v2 with haze made on the fly, for a CPU: the first of four runs towards the model that ships.
 
 Command: `python train.py --config configs/nyu_tiny.py --data.clear NYU/rgb --data.depth NYU/depth`
 Hardware: 2 CPU cores, 6 GB of memory (2.7 less with `--data.cache False`)
@@ -6,9 +6,9 @@ Time: 42 minutes on 2 cores (AMD EPYC), beside light work.
 Expected score: 22.9 dB after 4000 steps, on 25 of the 50 scenes held out (hazy input 14.19 dB);
 `configs/nyu_tiny_large_crops.py` goes on from it.
 
-The learning rate stays constant: the second run takes it to 0, and the third widens the network. L1 alone: a step with the
-regularization takes 1.7 times as long. The statistics freeze where the run that was shipped was stopped to freeze them; the number
-is not tuned.
+The learning rate stays constant: the second run takes it to 0, the third widens the network, the fourth goes on with that. L1 alone:
+a step with the regularization takes 1.7 times as long. The statistics freeze where the run that was shipped was stopped to freeze
+them; the number is not tuned.
 """
 
 from aecr_jax.config import Config, DataConfig, LossConfig, TrainConfig

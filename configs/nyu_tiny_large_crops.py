@@ -1,4 +1,4 @@
-"""The second run towards the model that ships: from the weights of `configs/nyu_tiny.py`, larger crops, the learning rate to 0.
+"""The second run of four towards the model that ships: from the weights of `configs/nyu_tiny.py`, larger crops, the learning rate to 0.
 
 Command: `python train.py --config configs/nyu_tiny_large_crops.py --data.clear NYU/rgb --data.depth NYU/depth`, after the
 first run; if that is not in `runs/nyu_tiny`, with `--train.init_from WORKDIR/checkpoints/4500`
