@@ -27,8 +27,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from aecr_jax.config import Config
-from aecr_jax.data.images import make_folder
 from aecr_jax.errors import UserError, first_line
+from aecr_jax.files import make_folder
 from aecr_jax.model import AECRNet, ModelConfig, abstract_model, build_model, get_arrays
 from aecr_jax.step import TrainState
 

@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from aecr_jax.checkpoint import export_model, load_checkpoint
-from aecr_jax.data.images import make_folder
 from aecr_jax.errors import UserError, first_line
+from aecr_jax.files import make_folder
 from aecr_jax.model import ModelConfig, abstract_model, build_model, get_arrays
 from aecr_jax.official import official_arrays, official_names, our_arrays
 from aecr_jax.vgg import CONVOLUTIONS, VGGConvention, check_weights, vgg_metadata

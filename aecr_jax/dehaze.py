@@ -9,8 +9,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from aecr_jax.checkpoint import DEFAULT_MODEL, load_checkpoint_with_config
-from aecr_jax.data.images import EXTENSIONS, list_images, make_folder, read_image, unique_names, write_image
+from aecr_jax.data.images import EXTENSIONS, list_images, read_image, unique_names, write_image
 from aecr_jax.errors import UserError
+from aecr_jax.files import make_folder
 from aecr_jax.restore import Restorer, restore_tiled
 
 # A tile sees this much of its neighbours; the seams are blended over it.

@@ -16,10 +16,11 @@ from tqdm import tqdm
 
 from aecr_jax.checkpoint import DEFAULT_MODEL, load_checkpoint_with_config
 from aecr_jax.config import DataConfig
-from aecr_jax.data.images import make_folder, panel, write_image
+from aecr_jax.data.images import panel, write_image
 from aecr_jax.data.pipeline import EvalImage, eval_images, open_eval_data
 from aecr_jax.distributed import gather, is_main
 from aecr_jax.errors import UserError
+from aecr_jax.files import make_folder
 from aecr_jax.metrics import psnr, ssim
 from aecr_jax.restore import Restorer
 

@@ -15,9 +15,10 @@ import jax
 import numpy as np
 
 from aecr_jax.config import Config, config_to_json
-from aecr_jax.data.images import make_folder, panel, write_image
+from aecr_jax.data.images import panel, write_image
 from aecr_jax.distributed import is_main
 from aecr_jax.errors import UserError
+from aecr_jax.files import make_folder
 
 CONFIG, METRICS, VERSIONS, PANELS = "config.json", "metrics.jsonl", "versions.json", "panels"
 _PACKAGES = ("aecr-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")

@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from aecr_jax.checkpoint import Checkpoints, Position, has_checkpoint, load_checkpoint_with_config, model_changes
 from aecr_jax.config import Config
-from aecr_jax.data.images import make_folder
 from aecr_jax.data.pipeline import cache_bytes, check_samples, describe_samples, eval_images, split_samples, train_batches
 from aecr_jax.distributed import STATUS, StopRequest, check_shared, initialize, is_main
 from aecr_jax.errors import Stopped, UserError, first_line
 from aecr_jax.evaluate import Score, add_row, evaluate, summarize
+from aecr_jax.files import make_folder
 from aecr_jax.model import AECRNet, widen
 from aecr_jax.restore import Restorer
 from aecr_jax.runlog import CONFIG, RunLog

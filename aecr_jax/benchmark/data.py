@@ -15,8 +15,9 @@ from tqdm import tqdm
 from aecr_jax.benchmark.speed import write_json
 from aecr_jax.config import Config
 from aecr_jax.data.haze import add_haze, draw_haze
-from aecr_jax.data.images import make_folder, to_float
+from aecr_jax.data.images import to_float
 from aecr_jax.data.pipeline import Augment, Source, cache_bytes, train_batches
+from aecr_jax.files import make_folder
 
 
 def benchmark_data(

@@ -20,8 +20,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from aecr_jax.benchmark.opponent import Opponent, check_opponent, count_cores, fastest
 from aecr_jax.benchmark.work import Prepared, Work, prepare
-from aecr_jax.data.images import make_folder
 from aecr_jax.errors import UserError
+from aecr_jax.files import make_folder
 
 # PyTorch's threads spin for a while after their work; what comes next should not pay for it.
 _PAUSE_S = 0.3

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from aecr_jax.errors import UserError
+from aecr_jax.files import replacing
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"})
 
@@ -115,22 +114,6 @@ def unique_names(stems: Iterable[str]) -> list[str]:
     return list(names.values())
 
 
-def make_folder(folder: str | Path) -> Path:
-    """Makes a folder to write into, and its parents.
-
-    Raises:
-      UserError: it cannot be written.
-    """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(None, "no permission to write there")
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror}") from error
-    return folder
-
-
 def write_image(path: str | Path, image: np.ndarray) -> None:
     """Writes `[H, W, 3]`, clipped to [0, 1] and rounded to 8 bit; the file appears whole or not at all.
 
@@ -139,16 +122,8 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
     """
     path = Path(path)
     pixels = np.round(np.clip(np.asarray(image, np.float32), 0, 1) * 255).astype(np.uint8)
-    partial = path.with_name(f".{path.name}.part")
-    try:
-        make_folder(path.parent)
-        with open(partial, "wb") as file:
-            Image.fromarray(pixels).save(file, format=Image.registered_extensions().get(path.suffix.lower(), "PNG"))
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    with replacing(path) as partial, open(partial, "wb") as file:
+        Image.fromarray(pixels).save(file, format=Image.registered_extensions().get(path.suffix.lower(), "PNG"))
 
 
 def panel(rows: Sequence[Sequence[np.ndarray]], gap: int = 4) -> np.ndarray:
