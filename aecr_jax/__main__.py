@@ -12,10 +12,28 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from aecr_jax.errors import Stopped, UserError
+from aecr_jax import __version__
+from aecr_jax.errors import Stopped, UserError, first_line
+
+
+class _StoreOnce(argparse.Action):
+    """Store a value, as argparse's own default action, but refuse to replace one that was given before."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        seen: set[str] = vars(namespace).setdefault("_given", set())
+        if option_string is not None and self.dest in seen:
+            parser.error(f"{option_string} is given twice")
+        seen.add(self.dest)
+        setattr(namespace, self.dest, values)
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.register("action", None, _StoreOnce)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
 
@@ -42,13 +60,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped as stopped:
         print(f"aecr_jax: {stopped}", file=sys.stderr)
         return stopped.status
+    except (RuntimeError, AssertionError, MemoryError) as error:
+        if (explanation := _explain(error)) is None:
+            raise
+        print(f"aecr_jax: {explanation}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("aecr_jax: interrupted", file=sys.stderr)
         return 130
 
 
+def _explain(error: BaseException) -> str | None:
+    """Say in one line what is wrong, if an error of JAX's is one that the user can mend; None for any other."""
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return (
+            f"out of memory: {first_line(error)}; a smaller train.batch, data.crop or model.width, or train.accumulate, needs less"
+            " for training, and --tile for dehazing"
+        )
+    if "jax" in sys.modules:
+        try:
+            sys.modules["jax"].devices()
+        except (RuntimeError, AssertionError) as reason:  # the latter for a platform that is known and not installed
+            about = f": {first_line(reason)}" if str(reason) else ""
+            return f"JAX finds no device of JAX_PLATFORMS (={os.environ.get('JAX_PLATFORMS', '')!r}){about}; unset it to use what there is"
+    return None
+
+
 def _make_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m aecr_jax", description="AECR-Net: single image dehazing in JAX.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"aecr-jax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
     train = commands.add_parser("train", help="train a network, or continue", allow_abbrev=False, add_help=False)

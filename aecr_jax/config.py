@@ -11,18 +11,20 @@ import dataclasses
 import difflib
 import io
 import json
+import math
 import re
 import runpy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import jax
 import tyro
 
-from aecr_jax.errors import UserError
+from aecr_jax.errors import UserError, first_line
 from aecr_jax.model import ModelConfig
+from aecr_jax.settings import check_types
 
 
 @dataclass(frozen=True)
@@ -141,54 +143,70 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
+    def check_types(self) -> None:
+        """Raise UserError at the first setting whose value has not the annotated type, whatever the other settings are."""
+        for section in dataclasses.fields(self):
+            settings = getattr(self, section.name)
+            if not isinstance(settings, kind := get_type_hints(Config)[section.name]):
+                raise UserError(f"{section.name} (={settings!r}) must be a {kind.__name__}")
+            try:
+                check_types(settings)
+            except ValueError as error:
+                raise UserError(f"{section.name}.{error}") from error
+
     def validate(self) -> None:
-        """Raises UserError at the first setting that cannot work."""
-        least = {
-            "data.crop": (self.data.crop, 4),
-            "data.scene_size": (min(self.data.scene_size), 8),
-            "train.seed": (self.train.seed, 0),
-            "data.scenes": (self.data.scenes, 1),
-            "data.holdout": (self.data.holdout, 0),
-            "data.threads": (self.data.threads, 1),
-            "data.workers": (self.data.workers, 0),
-            "loss.cr": (self.loss.cr, 0),
-            "loss.positives": (self.loss.positives, 1),
-            "loss.negatives": (self.loss.negatives, 0),
-            "train.steps": (self.train.steps, 1),
-            "train.batch": (self.train.batch, 1),
-            "train.log_every": (self.train.log_every, 1),
-            "train.warmup": (self.train.warmup, 0),
-            "train.freeze_stats_after": (self.train.freeze_stats_after, -1),
-            "train.offset_rate": (self.train.offset_rate, 0),
-            "train.clip_norm": (self.train.clip_norm, 0),
-            "train.accumulate": (self.train.accumulate, 1),
-            "train.ema": (self.train.ema, 0),
-            "train.save_every": (self.train.save_every, 1),
-            "train.processes": (self.train.processes, 1),
-            "train.process_id": (self.train.process_id, 0),
-            "train.eval_every": (self.train.eval_every, 1),
-            "train.eval_images": (self.train.eval_images, 1),
+        """Raise UserError at the first setting that cannot work."""
+        self.check_types()
+        # The step is a 32-bit counter; JAX takes seeds of 63 bits; a thousand threads or processes would only stand in each other's way.
+        bounds: dict[str, tuple[float, float, float]] = {
+            "data.crop": (self.data.crop, 4, math.inf),
+            "data.scene_size": (min(self.data.scene_size), 8, math.inf),
+            "train.seed": (self.train.seed, 0, 2**63 - 1),
+            "data.scenes": (self.data.scenes, 1, math.inf),
+            "data.holdout": (self.data.holdout, 0, math.inf),
+            "data.threads": (self.data.threads, 1, 256),
+            "data.workers": (self.data.workers, 0, 256),
+            "loss.cr": (self.loss.cr, 0, math.inf),
+            "loss.positives": (self.loss.positives, 1, math.inf),
+            "loss.negatives": (self.loss.negatives, 0, math.inf),
+            "train.steps": (self.train.steps, 1, 2**31 - 1),
+            "train.batch": (self.train.batch, 1, 2**31 - 1),
+            "train.log_every": (self.train.log_every, 1, math.inf),
+            "train.warmup": (self.train.warmup, 0, 2**31 - 1),
+            "train.freeze_stats_after": (self.train.freeze_stats_after, -1, math.inf),
+            "train.offset_rate": (self.train.offset_rate, 0, math.inf),
+            "train.clip_norm": (self.train.clip_norm, 0, math.inf),
+            "train.accumulate": (self.train.accumulate, 1, math.inf),
+            "train.ema": (self.train.ema, 0, math.inf),
+            "train.save_every": (self.train.save_every, 1, math.inf),
+            "train.processes": (self.train.processes, 1, 2**31 - 1),
+            "train.process_id": (self.train.process_id, 0, 2**31 - 1),
+            "train.eval_every": (self.train.eval_every, 1, math.inf),
+            "train.eval_images": (self.train.eval_images, 1, math.inf),
         }
-        for name, (value, minimum) in least.items():
-            if isinstance(value, str) or not value >= minimum:
-                raise UserError(f"{name} (={value}) must be at least {minimum}")
-        for name in ("optimizer", "schedule"):
-            choices, value = get_args(get_type_hints(TrainConfig)[name]), getattr(self.train, name)
-            if value not in choices:
-                raise UserError(f"train.{name} (={value!r}) must be one of {', '.join(map(repr, choices))}")
+        for name, (value, least, most) in bounds.items():
+            if value < least:
+                raise UserError(f"{name} (={value}) must be at least {least}")
+            if value > most:
+                raise UserError(f"{name} (={value}) must be at most {most}")
         if self.train.freeze_stats_after == 0 and self.model.fast_deconv and not self.train.init_from:
             raise UserError(
                 "train.freeze_stats_after (=0) needs train.init_from: a new network has no statistics to keep; else some hundred steps"
             )
         if not self.train.learning_rate > 0:
             raise UserError(f"train.learning_rate (={self.train.learning_rate}) must be positive")
+        if not self.train.workdir:
+            raise UserError("train.workdir (='') must name a folder")
         if "://" in self.train.workdir:
             raise UserError(f"train.workdir (={self.train.workdir}) must be a folder; mount the bucket, or copy the run there afterwards")
         if self.train.ema >= 1:
             raise UserError(f"train.ema (={self.train.ema}) must be less than 1")
         if self.train.process_id >= self.train.processes:
             raise UserError(f"train.process_id (={self.train.process_id}) must be less than train.processes (={self.train.processes})")
-        if self.train.processes > 1 and ":" not in self.train.coordinator:
+        address = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\s]+):(\d{1,5})", self.train.coordinator)
+        if self.train.coordinator not in ("", "auto") and not (address and 0 < int(address[2]) < 65536):
+            raise UserError(f"train.coordinator (={self.train.coordinator!r}) must be HOST:PORT of process 0, such as node0:1234, or auto")
+        if self.train.processes > 1 and not address:
             raise UserError(f"train.coordinator (={self.train.coordinator!r}) must be HOST:PORT of process 0, if train.processes is set")
         for name in ("positives", "negatives"):
             count, part = getattr(self.loss, name), self.train.batch // self.train.accumulate
@@ -221,12 +239,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"there is no config file {path}" + (f"; {path.parent} has {', '.join(near)}" if near else ""))
     try:
         config = runpy.run_path(str(path)).get("config")
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if isinstance(error, TypeError) and (unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error))):
             raise UserError(f"config file {path}: unknown setting {unknown[1]}{_nearest(unknown[1], _names(Config()))}") from error
-        raise UserError(f"config file {path} fails: {type(error).__name__}: {error}") from error
+        raise UserError(f"config file {path} fails: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(config, Config):
         raise UserError(f"config file {path} must set `config = Config(...)`, not {type(config).__name__}")
+    try:
+        config.check_types()
+    except UserError as error:
+        raise UserError(f"config file {path}: {error}") from error
     return override(config, overrides)
 
 
@@ -252,7 +274,10 @@ def override(config: Config, arguments: Sequence[str]) -> Config:
             raise
         # tyro draws a box of several lines; what is wrong stands in it before its hints.
         text = " ".join(re.sub(r"[^\x20-\x7e]+", " ", re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue())).split())
-        raise UserError(re.split(r" -+ |Argument helptext|For full helptext", text)[0].strip() or "bad settings") from None
+        text = re.split(r" -+ |Argument helptext|For full helptext", text)[0].strip()
+        # The first words are the title of the box, which the sentence after it repeats.
+        text = re.sub(r"^(Missing argument (?=Missing)|Invalid choice (?=invalid))", "", text)
+        raise UserError(re.sub(r"^Value error Error parsing (\w+): ", r"\1.", text) or "bad settings") from None
     except ValueError as error:
         raise UserError(str(error)) from error
     config.validate()

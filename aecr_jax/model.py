@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from aecr_jax.layers import Conv, DeformConv, FABlock, FastDeconv, Mixup, UpConv, conv_few_inputs, conv_few_outputs
+from aecr_jax.settings import check_types
 
 # Initial theta of the two mixups in the official code, deep and shallow.
 _THETA_DEEP, _THETA_SHALLOW = -1.0, -0.6
@@ -48,13 +49,10 @@ class ModelConfig:
     backend undoes it."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "blocks", "deform_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} (={getattr(self, name)}) must be at least 1")
-        for name, kind in get_type_hints(type(self)).items():
-            choices = get_args(kind)
-            if choices and getattr(self, name) not in choices:
-                raise ValueError(f"{name} (={getattr(self, name)!r}) must be one of {', '.join(map(repr, choices))}")
+        check_types(self)
+        for name, most in (("width", 4096), ("blocks", 1000), ("deform_layers", 1000)):
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} (={getattr(self, name)}) must be at least 1 and at most {most}")
 
 
 class AECRNet(nnx.Module):

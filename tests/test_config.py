@@ -35,7 +35,8 @@ def test_overrides_are_typed():
         (["--zebra", "5"], r"unknown setting --zebra; --help lists them"),
         (["--train.steps", "many"], r"train.steps.*'many'"),
         (["--model.mixup", "mean"], r"'mean'.*model.mixup.*'adaptive', 'sum', 'none'"),
-        (["--train.steps"], r"Missing value for argument '--train.steps'"),
+        (["--train.steps"], r"^Missing value for argument '--train.steps'"),
+        (["--data.cache"], r"^Missing value for argument '--data.cache'"),
         (["stray"], r"stray"),
         (["--train.seed", "-1"], r"train.seed \(=-1\) must be at least 0"),
         (["--data.scene_size", "0", "0"], r"data.scene_size \(=0\) must be at least 8"),
@@ -52,6 +53,17 @@ def test_overrides_are_typed():
         (["--train.ema", "1"], r"train.ema \(=1.0\) must be less than 1"),
         (["--data.clear", "x"], r"data.clear is set without data.hazy or data.depth"),
         (["--data.eval_hazy", "x"], r"data.eval_hazy and data.eval_clear go together"),
+        (["--train.workdir", ""], r"train.workdir \(=''\) must name a folder"),
+        (["--train.learning_rate", "inf"], r"train.learning_rate \(=inf\) must be a finite number"),
+        (["--train.offset_rate", "inf"], r"train.offset_rate \(=inf\) must be a finite number"),
+        (["--loss.cr", "nan"], r"loss.cr \(=nan\) must be a finite number"),
+        (["--train.coordinator", "x"], r"train.coordinator \(='x'\) must be HOST:PORT"),
+        (["--train.coordinator", "localhost:abc"], r"train.coordinator \(='localhost:abc'\) must be HOST:PORT"),
+        (["--train.coordinator", "localhost:99999"], r"train.coordinator \(='localhost:99999'\) must be HOST:PORT"),
+        (["--train.seed", str(2**63)], r"train.seed \(=9223372036854775808\) must be at most 9223372036854775807"),
+        (["--train.steps", str(2**64)], r"train.steps \(=18446744073709551616\) must be at most 2147483647"),
+        (["--data.threads", "100000"], r"data.threads \(=100000\) must be at most 256"),
+        (["--model.width", "1000000"], r"^model.width \(=1000000\) must be at least 1 and at most 4096"),
     ],
 )
 def test_a_wrong_setting_is_one_clear_line(arguments, message):
@@ -100,6 +112,41 @@ def test_bad_config_files(tmp_path):
     (tmp_path / "typo.py").write_text("from aecr_jax.config import *\nconfig = Config(train=TrainConfig(stesp=3))\n")
     with pytest.raises(UserError, match=r"unknown setting stesp; nearest: --train\.steps"):
         load_config(tmp_path / "typo.py")
+    (tmp_path / "quits.py").write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(UserError, match="fails: SystemExit: 0"):
+        load_config(tmp_path / "quits.py")
     (tmp_path / "broken.py").write_text("1 / 0\n")
     with pytest.raises(UserError, match="fails: ZeroDivisionError"):
         load_config(tmp_path / "broken.py")
+
+
+@pytest.mark.parametrize(
+    ("section", "setting", "message"),
+    [
+        ("model=ModelConfig", 'shared="False"', r"shared \(='False'\) must be True or False"),
+        ("model=ModelConfig", "width=16.0", r"width \(=16.0\) must be an integer"),
+        ("data=DataConfig", "scene_size=64", r"data.scene_size \(=64\) must be \(an integer, an integer\)"),
+        ("data=DataConfig", "scene_size=(64, 64, 3)", r"data.scene_size \(=\(64, 64, 3\)\) must be \(an integer, an integer\)"),
+        ("data=DataConfig", "hazy=None", r"data.hazy \(=None\) must be a string"),
+        ("data=DataConfig", "cache=1", r"data.cache \(=1\) must be True or False"),
+        ("loss=LossConfig", "cr=True", r"loss.cr \(=True\) must be a finite number"),
+        ("train=TrainConfig", "eval_every=2.5", r"train.eval_every \(=2.5\) must be an integer"),
+        ("train=TrainConfig", 'steps="3"', r"train.steps \(='3'\) must be an integer"),
+        ("train=TrainConfig", 'learning_rate="1e-3"', r"train.learning_rate \(='1e-3'\) must be a finite number"),
+        ("train=TrainConfig", "ema=None", r"train.ema \(=None\) must be a finite number"),
+        ("train=TrainConfig", "schedule=None", r"train.schedule \(=None\) must be one of 'cosine', 'constant'"),
+        ("train=LossConfig", "cr=0.1", r"train \(=LossConfig\(.*\) must be a TrainConfig"),
+    ],
+)
+def test_the_values_of_a_config_file_have_the_annotated_types(tmp_path, section, setting, message):
+    """Python checks no annotations: "False" would be true, and 2.5 would divide no step."""
+    path = tmp_path / "wrong.py"
+    path.write_text(f"from aecr_jax.config import *\nconfig = Config({section}({setting}))\n")
+    with pytest.raises(UserError, match=message) as error:
+        load_config(path)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def test_integers_are_numbers_too(tmp_path):
+    (tmp_path / "right.py").write_text("from aecr_jax.config import *\nconfig = Config(loss=LossConfig(cr=0), train=TrainConfig(ema=0))\n")
+    assert load_config(tmp_path / "right.py").loss.cr == 0
