@@ -12,6 +12,7 @@ import json
 import logging
 import shutil
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,8 @@ from aecr_jax.step import TrainState
 # The model that the package ships.
 DEFAULT_MODEL = Path(__file__).parent / "pretrained"
 _WEIGHTS, _CONFIG, _CHECKPOINTS = "model.safetensors", "config.json", "checkpoints"
+# The item of a training checkpoint that has the checksums of its JSON items.
+_SEAL = "json_checksums"
 
 log = logging.getLogger(__name__)
 
@@ -55,20 +58,29 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one training run, in `workdir/checkpoints`: the last two and the best by validation PSNR are kept."""
+    """The checkpoints that a training run writes to `workdir/checkpoints`: the last two and the best by validation PSNR are kept.
 
-    def __init__(self, workdir: str | Path, *, read_only: bool = False):
+    A checkpoint whose metrics cannot be read is moved aside at once, with a warning.
+    """
+
+    def __init__(self, workdir: str | Path):
         self.folder = Path(workdir).resolve() / _CHECKPOINTS
+        # Before orbax reads the metrics of every checkpoint, and raises at the first that is damaged.
+        failed = []
+        for step in list_steps(self.folder):
+            try:
+                _read_psnr(self.folder / str(step))
+            except Exception as error:
+                self._warn(step, error)
+                failed.append(step)
+        if jax.process_count() > 1:  # all have looked before one of them renames
+            multihost_utils.sync_global_devices("metrics of checkpoints read")
+        self._rename(failed)
         keep = preservation_policy.AnyPreservationPolicy(
             [preservation_policy.LatestN(2), preservation_policy.BestN(get_metric_fn=_psnr, n=1)]
         )
         options = ocp.CheckpointManagerOptions(
-            best_fn=_psnr,
-            best_mode="max",
-            preservation_policy=None if read_only else keep,
-            read_only=read_only,
-            create=not read_only,
-            cleanup_tmp_directories=not read_only,
+            best_fn=_psnr, best_mode="max", preservation_policy=keep, create=True, cleanup_tmp_directories=True
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -79,26 +91,34 @@ class Checkpoints:
           UserError: this checkpoint, or the one before, cannot be written.
         """
         model, optimizer = _items(state)
-        needed = sum(x.nbytes for x in jax.tree.leaves(state))
-        if (free := shutil.disk_usage(self.folder).free) < 1.1 * needed + 1e6:
+        # With a tenth and a megabyte to spare: for orbax's own files, and for the log and the pictures.
+        needed = 1.1 * sum(x.nbytes for x in jax.tree.leaves(state)) + 1e6
+        if (free := shutil.disk_usage(self.folder).free) < needed:
             raise UserError(
-                f"no checkpoint can be written to {self.folder}: it takes {needed / 1e6:.1f} MB and the disk has {free / 1e6:.1f} MB free"
+                f"no checkpoint can be written to {self.folder}: {needed / 1e6:.1f} MB must be free and the disk has {free / 1e6:.1f} MB"
             )
+        metrics = {"psnr": psnr}
+        facts: dict[str, Any] = {
+            "input": position._asdict(),
+            "config": dataclasses.asdict(config),
+            "checksums": {"model": _checksums(model), "optimizer": _checksums(optimizer)},
+        }
+        facts[_SEAL] = {name: _json_checksum(value) for name, value in {**facts, "metrics": metrics}.items()}
         items = {
             "model": ocp.args.StandardSave(model),
             "optimizer": ocp.args.StandardSave(optimizer),
-            "input": ocp.args.JsonSave(position._asdict()),
-            "config": ocp.args.JsonSave(dataclasses.asdict(config)),
-            "checksums": ocp.args.JsonSave({"model": _checksums(model), "optimizer": _checksums(optimizer)}),
+            **{name: ocp.args.JsonSave(value) for name, value in facts.items()},
         }
         try:
-            saved = self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics={"psnr": psnr})
+            saved = self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=metrics)
         except Exception as error:  # the disk's, at this save or the one before, come in many kinds
             raise UserError(f"no checkpoint can be written to {self.folder}: {first_line(error)}") from error
         if not saved:
             raise UserError(f"{self.folder} has a checkpoint after step {int(state.step)}: name another train.workdir")
 
-    def restore(self, config: Config, state: TrainState, data: str, mesh: Mesh) -> Restored | None:
+    def restore(
+        self, config: Config, state: TrainState, data: str, mesh: Mesh, is_same: Callable[[str], bool] | None = None
+    ) -> Restored | None:
         """The last whole checkpoint, onto `mesh`, whatever the number of devices was; None if there is none.
 
         One that cannot be read, or has other values than were written, is moved aside with a warning, for the one before it.
@@ -108,6 +128,7 @@ class Checkpoints:
           state: a state of the right shapes.
           data: what `train_batches` trains on, as `describe_samples` gives it.
           mesh: the devices.
+          is_same: whether a saved description is of the same data; by default, whether it equals `data`.
 
         Raises:
           UserError: no checkpoint can be read, or they are of another network, optimizer or seed, or of other data.
@@ -115,20 +136,23 @@ class Checkpoints:
         failed: list[int] = []
         for step in reversed(self.steps()):
             try:
-                saved = _with_defaults(self._load_json(step, "config"))
-                position = Position(**self._load_json(step, "input"))
-                self._check_same_run(saved, config, position, data)
+                folder = self.folder / str(step)
+                saved = _with_defaults(_read_json(folder, "config"))
+                position = Position(**_read_json(folder, "input"))
+                self._check_same_run(saved, config, position, data, is_same or data.__eq__)
                 state = self._load_state(step, state, NamedSharding(mesh, PartitionSpec()), ema=bool(saved["train"]["ema"]))
             except UserError:
                 raise
             except Exception as error:  # orbax, tensorstore and the file system raise a dozen kinds
-                log.warning("checkpoint %s cannot be read (%s), trying the one before", self.folder / str(step), first_line(error))
+                self._warn(step, error)
                 failed.append(step)
                 continue
             self._move_aside(failed)
             # A moving average that was not kept begins with the parameters, in arrays of its own: the step consumes both.
             ema = (state.ema or jax.tree.map(jnp.copy, state.params)) if config.train.ema else {}
-            return Restored(dataclasses.replace(state, ema=ema), position, _changes(saved, dataclasses.asdict(config)))
+            return Restored(
+                dataclasses.replace(state, ema=ema), Position(position.images, data), _changes(saved, dataclasses.asdict(config))
+            )
         if failed:
             raise UserError(f"no checkpoint in {self.folder} can be read: delete the folder to begin anew, or name another train.workdir")
         return None
@@ -138,18 +162,18 @@ class Checkpoints:
         targets = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), _items(like))
         items = {name: ocp.args.StandardRestore(target) for name, target in zip(("model", "optimizer"), targets)}
         got = self._manager.restore(step, args=ocp.args.Composite(**items))
-        self._verify(step, {"model": got["model"], "optimizer": got["optimizer"]})
+        _verify(self.folder / str(step), {"model": got["model"], "optimizer": got["optimizer"]})
         return TrainState(**{"ema": {}, **got["model"], **got["optimizer"]})
 
-    def _verify(self, step: int, items: dict[str, Any]) -> None:
-        # tensorstore reads values of which single bits were changed without a word.
-        written = self._load_json(step, "checksums")
-        for item, tree in items.items():
-            for name, checksum in _checksums(tree).items():
-                if written[item][name] != checksum:
-                    raise ValueError(f"{name} is not what was written")
+    def _warn(self, step: int, error: Exception) -> None:
+        log.warning("checkpoint %s cannot be read (%s), trying the one before", self.folder / str(step), first_line(error))
 
     def _move_aside(self, steps: list[int]) -> None:
+        self._rename(steps)
+        if steps:
+            self._manager.reload()
+
+    def _rename(self, steps: list[int]) -> None:
         if not steps:
             return
         if jax.process_index() == 0:
@@ -158,55 +182,45 @@ class Checkpoints:
                 (self.folder / str(step)).rename(next(path for path in aside if not path.exists()))
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints moved aside")
-        self._manager.reload()
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, ascending."""
         return sorted(self._manager.all_steps())
 
-    def best_step(self) -> int | None:
-        """The step with the best validation PSNR."""
-        return self._manager.best_step()
-
-    def load_model(self, step: int) -> tuple[AECRNet, dict[str, Any]]:
-        """The model of one step, on the default device, and the run's config; the moving average of its parameters if it has one."""
-        config = self._load_json(step, "config")
-        model_config = _model_config(config)
-        model = abstract_model(model_config)
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        params = get_arrays(model, nnx.Param)
-        target = {"params": params, "stats": get_arrays(model, nnx.BatchStat)} | ({"ema": params} if config["train"]["ema"] else {})
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), target)
-        got = self._manager.restore(step, args=ocp.args.Composite(model=ocp.args.StandardRestore(target)))["model"]
-        self._verify(step, {"model": got})
-        weights = "ema" if "ema" in got else "params"
-        return build_model(model_config, {**got[weights], **got["stats"]}), config | {"step": step, "weights": weights}
-
-    def _check_same_run(self, saved: dict[str, Any], config: Config, position: Position, data: str) -> None:
+    def _check_same_run(self, saved: dict[str, Any], config: Config, position: Position, data: str, is_same: Callable[[str], bool]) -> None:
         other = f"{self.folder.parent} holds another run"
         for name, there, here in model_changes(_model_config(saved), config.model):
             raise UserError(f"{other}: {name} is {there} there and {here} here; name another train.workdir")
-        if position.data != data:
-            raise UserError(f"{other}: it trains on {position.data}, and here are {data}; name another train.workdir")
+        if not is_same(position.data):
+            raise UserError(f"{other}: it trains on {position.data}, and now on {data}; name another train.workdir")
         for name in ("seed", "optimizer"):
             if (there := saved["train"][name]) != (here := getattr(config.train, name)):
                 raise UserError(f"{other}: train.{name} is {there} there and {here} here; name another train.workdir")
 
-    def _load_json(self, step: int, item: str) -> dict[str, Any]:
-        return self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.JsonRestore()}))[item]
+    def wait(self) -> None:
+        """Wait until everything is written."""
+        self._finish(self._manager.wait_until_finished)
 
     def close(self) -> None:
-        """Waits until everything is written."""
+        """Wait until everything is written, and end the background threads."""
+        self._finish(self._manager.close)
+
+    def _finish(self, wait: Callable[[], None]) -> None:
         try:
-            self._manager.close()
+            wait()
         except Exception as error:
             raise UserError(f"the last checkpoint cannot be written to {self.folder}: {first_line(error)}") from error
 
 
+def list_steps(folder: str | Path) -> list[int]:
+    """The steps that have a complete checkpoint in a run's `checkpoints` folder, ascending."""
+    folder = Path(folder)
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit() and path.is_dir()) if folder.is_dir() else []
+
+
 def has_checkpoint(workdir: str | Path) -> bool:
     """Whether a run has saved one."""
-    folder = Path(workdir) / _CHECKPOINTS
-    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+    return bool(list_steps(Path(workdir) / _CHECKPOINTS))
 
 
 def model_changes(before: ModelConfig, now: ModelConfig) -> list[tuple[str, Any, Any]]:
@@ -247,19 +261,41 @@ def load_checkpoint_with_config(path: str | Path) -> tuple[AECRNet, dict[str, An
         raise UserError(
             f"{path} is no checkpoint: looked for {_WEIGHTS}, for a folder {_CHECKPOINTS}, and for a folder such as {_CHECKPOINTS}/1000"
         )
-    checkpoints = Checkpoints(workdir, read_only=True)
+    folder = workdir / _CHECKPOINTS
+    step = _best_step(folder) if step is None else step
+    if step is None or step not in list_steps(folder):
+        raise UserError(f"{path} has no whole checkpoint: a run writes its first at its first evaluation (train.eval_every)")
     try:
-        if step is None:
-            step = checkpoints.best_step() or max(checkpoints.steps(), default=None)
-        if step is None or step not in checkpoints.steps():
-            raise UserError(f"{path} has no whole checkpoint: a run writes its first at its first evaluation (train.eval_every)")
-        return checkpoints.load_model(step)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"checkpoint {checkpoints.folder / str(step)} is damaged or half written: {first_line(error)}") from error
-    finally:
-        checkpoints.close()
+        return _load_trained(folder / str(step))
+    except Exception as error:  # orbax, tensorstore and the file system raise a dozen kinds
+        raise UserError(f"checkpoint {folder / str(step)} is damaged or half written: {first_line(error)}") from error
+
+
+def _best_step(folder: Path) -> int | None:
+    """The step with the best validation PSNR, or the last if none was evaluated; without those whose score cannot be read."""
+    scores: dict[int, float] = {}
+    for step in list_steps(folder):
+        try:
+            scores[step] = _read_psnr(folder / str(step))
+        except Exception as error:
+            log.warning("checkpoint %s is left out: its score cannot be read (%s)", folder / str(step), first_line(error))
+    return max(scores, key=lambda step: (scores[step], step), default=None)
+
+
+def _load_trained(folder: Path) -> tuple[AECRNet, dict[str, Any]]:
+    """The model of one checkpoint, on the default device, and the run's config; the moving average of its parameters if it has one."""
+    config = _read_json(folder, "config")
+    model_config = _model_config(config)
+    model = abstract_model(model_config)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    params = get_arrays(model, nnx.Param)
+    target = {"params": params, "stats": get_arrays(model, nnx.BatchStat)} | ({"ema": params} if config["train"]["ema"] else {})
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), target)
+    with ocp.StandardCheckpointer() as checkpointer:
+        got = checkpointer.restore(folder / "model", target)
+    _verify(folder, {"model": got})
+    weights = "ema" if "ema" in got else "params"
+    return build_model(model_config, {**got[weights], **got["stats"]}), config | {"step": int(folder.name), "weights": weights}
 
 
 def export_model(model: AECRNet, path: str | Path, about: dict[str, Any] | None = None) -> None:
@@ -304,6 +340,41 @@ def _with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
 def _items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
     model = {"params": state.params, "stats": state.stats} | ({"ema": state.ema} if state.ema else {})
     return model, {"step": state.step, "opt_state": state.opt_state}
+
+
+def _read_json(folder: Path, item: str) -> dict[str, Any]:
+    """A JSON part of the checkpoint `folder`, compared with its checksum (checkpoints of version 0.1.0 have none)."""
+
+    def read(name: str) -> dict[str, Any]:
+        value = json.loads((folder / name / ("metrics" if name == "metrics" else "metadata")).read_text())
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} is no JSON object")
+        return value
+
+    value = read(item)
+    if (folder / _SEAL).is_dir() and read(_SEAL)[item] != _json_checksum(value):
+        raise ValueError(f"{item} is not what was written")
+    return value
+
+
+def _read_psnr(folder: Path) -> float:
+    value = _psnr(_read_json(folder, "metrics"))
+    if not isinstance(value, float | int):
+        raise ValueError(f"psnr (={value!r}) must be a number")
+    return value
+
+
+def _verify(folder: Path, items: dict[str, Any]) -> None:
+    # tensorstore reads values of which single bits were changed without a word.
+    written = _read_json(folder, "checksums")
+    for item, tree in items.items():
+        for name, checksum in _checksums(tree).items():
+            if written[item][name] != checksum:
+                raise ValueError(f"{name} is not what was written")
+
+
+def _json_checksum(value: Any) -> int:
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
 def _checksums(tree: Any) -> dict[str, int]:

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import signal
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from aecr_jax.checkpoint import Checkpoints, Position, has_checkpoint, load_checkpoint_with_config, model_changes
 from aecr_jax.config import Config
-from aecr_jax.data.pipeline import cache_bytes, check_samples, describe_samples, eval_images, split_samples, train_batches
+from aecr_jax.data.fingerprint import describe_samples, same_data
+from aecr_jax.data.pipeline import cache_bytes, check_samples, eval_images, split_samples, train_batches
 from aecr_jax.distributed import STATUS, StopRequest, check_shared, initialize, is_main
 from aecr_jax.errors import Stopped, UserError, first_line
 from aecr_jax.evaluate import Score, add_row, evaluate, summarize
 from aecr_jax.files import make_folder
+from aecr_jax.lock import FolderLock
 from aecr_jax.model import AECRNet, widen
 from aecr_jax.restore import Restorer
 from aecr_jax.runlog import CONFIG, RunLog
@@ -45,45 +50,71 @@ def train(config: Config, *, say: Callable[[str], None] = tqdm.write) -> dict[st
 
     Args:
       config: the run's settings.
-      say: takes lines for the person who waits.
+      say: called with each progress message.
 
     Returns:
       The last evaluation's summary: `psnr`, `ssim`, `input_psnr`, `input_ssim`, `images`, `data` (what it evaluated on), `weights`
       (the parameters or their moving average), `step`.
 
     Raises:
-      UserError: a setting, a file or a folder is wrong, or the loss is not finite.
+      UserError: a setting, a file or a folder is wrong, another run holds the folder, or the loss is not finite.
       Stopped: SIGTERM or Ctrl-C; the state is saved.
     """
     config.validate()
-    workdir = Path(config.train.workdir)
-
-    # ---- processes, devices, data, features: what can be wrong is found out before anything is written
     initialize(config.train)
     if not is_main():
         say = _be_silent
+    inputs = _prepare(config, say)
+    workdir = make_folder(config.train.workdir)
+    # One process writes for all of a run, so it alone holds the folder.
+    with FolderLock(workdir, say) if is_main() else contextlib.nullcontext() as lock:
+        return _run(config, inputs, workdir, lock, say)
+
+
+class _Inputs(NamedTuple):
+    """What a run reads before it writes anything."""
+
+    mesh: Mesh
+    features: VGG19Features | None
+    train: list[Any]
+    evaluation: list[Any]
+    evaluated_on: str
+    eval_count: int  # how many images of `evaluation` to score
+    initial: AECRNet | None
+
+
+def _prepare(config: Config, say: Callable[[str], None]) -> _Inputs:
+    """Open data, features and initial weights: what can be wrong is found out before anything is written."""
     mesh = make_mesh()
     check_batch(config, mesh)
     features = _load_features(config)
     train_samples, eval_samples, evaluated_on = split_samples(config.data)
     if not eval_samples:
         raise UserError("nothing to evaluate on: set data.eval_hazy and data.eval_clear, or data.holdout")
-    here = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     if config.data.cache:
         say(f"keeping {len(train_samples)} images in memory: about {cache_bytes(train_samples, config.data) / 1e9:.1f} GB")
     check_samples(train_samples, config, jax.process_count())
     count = min(config.train.eval_images, len(eval_samples))
-    for _ in eval_images(eval_samples, limit=count, **here):  # reads them once: a damaged one should not stop the first evaluation
+    for _ in eval_images(eval_samples, limit=count, **_here()):  # reads them once: a damaged one should not stop the first evaluation
         pass
-    initial = _load_initial(config, say)
-    make_folder(workdir)
+    return _Inputs(mesh, features, train_samples, eval_samples, evaluated_on, count, _load_initial(config, say))
+
+
+def _here() -> dict[str, int]:
+    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+
+def _run(config: Config, inputs: _Inputs, workdir: Path, lock: FolderLock | None, say: Callable[[str], None]) -> dict[str, Any]:
+    """Restore or initialize the state, then train to the last step."""
+    mesh, features, train_samples, eval_samples, evaluated_on, count, initial = inputs
 
     # ---- state: initial values, or the last checkpoint with the input's position
     data = describe_samples(train_samples)
+    is_same = functools.partial(same_data, samples=train_samples, now=data)
     checkpoints = Checkpoints(workdir)
     state = replicate(init_state(config, initial), mesh)
     position = Position(0, data)
-    if (restored := checkpoints.restore(config, state, data, mesh)) is not None:
+    if (restored := checkpoints.restore(config, state, data, mesh, is_same)) is not None:
         state, position = restored.state, restored.position
         say(f"continuing from step {int(state.step)} in {workdir}")
         for change in restored.changes:
@@ -91,7 +122,7 @@ def train(config: Config, *, say: Callable[[str], None] = tqdm.write) -> dict[st
     elif config.train.init_from:
         say(f"beginning with the parameters of {config.train.init_from}")
     first = int(state.step)
-    batches = train_batches(train_samples, config, start=position.images, **here)
+    batches = train_batches(train_samples, config, start=position.images, **_here())
     log = RunLog(workdir, config, first)
     check_shared(workdir / CONFIG)
     restorer = Restorer(state_to_model(config, state))
@@ -101,7 +132,7 @@ def train(config: Config, *, say: Callable[[str], None] = tqdm.write) -> dict[st
     summary: dict[str, Any] = {}
     step_fn: Step | None = None
     frozen = False
-    watch = _Watch(workdir, train_samples)
+    watch = _Watch(workdir, train_samples, saved=max(checkpoints.steps(), default=0))
     waited, since, measured_from, warned = 0.0, time.perf_counter(), first, False
     progress = tqdm(total=config.train.steps, initial=first, desc="training", unit="step", smoothing=0.1, disable=not is_main())
     try:
@@ -110,21 +141,23 @@ def train(config: Config, *, say: Callable[[str], None] = tqdm.write) -> dict[st
                 asked = time.perf_counter()
                 try:
                     batch = next(batches)
-                except (
-                    UserError,
-                    RuntimeError,
-                ) as error:
+                except (UserError, RuntimeError) as error:
                     # A file is damaged or gone, or a worker has ended: keep the steps since the last checkpoint.
                     watch.check_all()
-                    if jax.process_count() == 1 and step - 1 not in (first, *checkpoints.steps()):
-                        checkpoints.save(state, config, position)
+                    kept = ""
+                    if jax.process_count() == 1:
+                        if step - 1 not in (first, *checkpoints.steps()):
+                            checkpoints.save(state, config, position)
+                            checkpoints.wait()
+                        if step - 1 in checkpoints.steps():
+                            kept = f"; the state after step {step - 1} is saved in {workdir}, and the same command continues from it"
                     if isinstance(error, UserError):
-                        raise
+                        raise UserError(f"{error}{kept}") from error
                     if (stopping := stop.at(step)) is not None:
                         raise _stopped(stopping, step - 1, workdir) from error
                     raise UserError(
                         f"the input ended at step {step}: {first_line(error)}; if a worker was killed for its memory, lower data.workers or"
-                        " data.threads, or set data.cache False"
+                        f" data.threads, or set data.cache False{kept}"
                     ) from error
                 waited += time.perf_counter() - asked
                 indices = batch.pop("index")
@@ -165,7 +198,10 @@ def train(config: Config, *, say: Callable[[str], None] = tqdm.write) -> dict[st
                     )
                 if evaluating or stopping or step % config.train.save_every == 0:
                     watch.check_all()
+                    if lock is not None:
+                        lock.check()
                     checkpoints.save(state, config, position, summary["psnr"] if evaluating else -np.inf)
+                    watch.saved = step
                     if evaluating:
                         since = time.perf_counter()  # evaluation is not training time
                 if stopping:
@@ -222,8 +258,9 @@ def _load_initial(config: Config, say: Callable[[str], None]) -> AECRNet | None:
 class _Watch:
     """Looks at every step's loss and norms, a little late, and stops the run at the first that is not finite."""
 
-    def __init__(self, workdir: Path, samples: Sequence[Any]):
+    def __init__(self, workdir: Path, samples: Sequence[Any], saved: int):
         self._workdir = workdir
+        self.saved = saved  # step of the last checkpoint, 0 before the first
         self._samples = samples
         self._pending: deque[tuple[int, dict[str, jax.Array], np.ndarray]] = deque()
 
@@ -242,12 +279,13 @@ class _Watch:
         values = {name: float(value) for name, value in jax.device_get({name: measurements[name] for name in names}).items()}
         if np.isfinite(list(values.values())).all():
             return
+        last = f"the last checkpoint is that of step {self.saved}" if self.saved else "no checkpoint was written yet"
         everyone = np.asarray(multihost_utils.process_allgather(indices)).ravel()
         files = ", ".join(self._samples[i].origin for i in everyone)
         raise UserError(
             f"step {step} is not finite: loss {values['total']:.4g}, gradient norm {values['grad_norm']:.4g}, parameter norm"
-            f" {values['param_norm']:.4g}, largest offset {float(measurements.get('offset_max', 0)):.4g} pixels; the last checkpoint in"
-            f" {self._workdir} is from before. A lower train.learning_rate or train.offset_rate, or train.clip_norm, may help. Its images:"
+            f" {values['param_norm']:.4g}, largest offset {float(measurements.get('offset_max', 0)):.4g} pixels; {last} in"
+            f" {self._workdir}. A lower train.learning_rate or train.offset_rate, or train.clip_norm, may help. Its images:"
             f" {files}"
         )
 

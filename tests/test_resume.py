@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zlib
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from test_commands import fails, lines
 
 from aecr_jax import UserError, load_checkpoint
 from aecr_jax.__main__ import main
+from aecr_jax.checkpoint import load_checkpoint_with_config
+from aecr_jax.data.pipeline import draw_scenes
 from aecr_jax.model import get_arrays
 
 
@@ -47,6 +50,7 @@ def test_a_checkpoint_from_before_a_setting(run, config_file, tmp_path, capsys):
     config = json.loads(file.read_text())
     del config["train"]["optimizer"], config["train"]["freeze_stats_after"]
     file.write_text(json.dumps(config))
+    shutil.rmtree(tmp_path / "old" / "checkpoints" / "4" / "json_checksums")  # which came later still
     train = ["train", "--config", config_file, "--train.workdir", str(tmp_path / "old")]
     assert main(train) == 0
     assert "continuing from step 4" in (said := capsys.readouterr().out) and "setting changed" not in said
@@ -110,6 +114,50 @@ def test_a_damaged_checkpoint_is_skipped(run, config_file, tmp_path, capsys, cap
     assert [entry["step"] for entry in lines(workdir, "train")] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("content", [b"", b"x", b"{}", b'{"psnr": "high"}', b'{"psnr": 99.5}'])
+def test_damaged_metrics_are_a_damaged_checkpoint(run, config_file, tmp_path, capsys, caplog, content):
+    """orbax reads the metrics of every checkpoint before anything else, and fails; the last content is not what was written."""
+    workdir = tmp_path / "damaged"
+    shutil.copytree(run, workdir)
+    (workdir / "checkpoints" / "4" / "metrics" / "metrics").write_bytes(content)
+    assert load_checkpoint_with_config(workdir)[1]["step"] == 2
+    assert "checkpoints/4 is left out" in caplog.text
+    assert main(["train", "--config", config_file, "--train.workdir", str(workdir)]) == 0
+    assert "continuing from step 2" in capsys.readouterr().out and "checkpoints/4 cannot be read" in caplog.text
+    assert (workdir / "damaged-checkpoint-4").is_dir() and load_checkpoint_with_config(workdir / "checkpoints" / "4")[1]["step"] == 4
+
+
+@pytest.mark.parametrize(("item", "before", "after"), [("input", '"images":32', '"images":33'), ("config", '"width":4', '"width":5')])
+def test_an_edited_part_of_a_checkpoint_is_found(run, config_file, tmp_path, capsys, caplog, item, before, after):
+    """A position one image off would go on with other batches and say nothing."""
+    workdir = tmp_path / "edited"
+    shutil.copytree(run, workdir)
+    file = workdir / "checkpoints" / "4" / item / "metadata"
+    text = file.read_text().replace(": ", ":")
+    assert before in text
+    file.write_text(text.replace(before, after))
+    assert main(["train", "--config", config_file, "--train.workdir", str(workdir)]) == 0
+    assert f"checkpoints/4 cannot be read ({item} is not what was written)" in caplog.text
+    assert "continuing from step 2" in capsys.readouterr().out
+
+
+def test_a_run_of_version_0_1_0_goes_on(run, config_file, tmp_path, capsys):
+    """Its checkpoints describe the data by their names and the first image, and have no checksums of their JSON parts."""
+    workdir = tmp_path / "old"
+    shutil.copytree(run, workdir)
+    names = "\n".join(f"scene0-{i:04d}" for i in range(4)).encode()
+    first = np.ascontiguousarray(draw_scenes(0, 1, (24, 32))[0].clear)
+    for step, images in ((2, 16), (4, 32)):
+        folder = workdir / "checkpoints" / str(step)
+        shutil.rmtree(folder / "json_checksums")
+        data = f"4 images (checksum {zlib.crc32(first.tobytes(), zlib.crc32(names)):08x})"
+        (folder / "input" / "metadata").write_text(json.dumps({"images": images, "data": data}))
+    assert main(["train", "--config", config_file, "--train.workdir", str(workdir), "--train.steps", "5"]) == 0
+    assert "continuing from step 4" in capsys.readouterr().out
+    position = json.loads((workdir / "checkpoints" / "5" / "input" / "metadata").read_text())
+    assert position["images"] == 40 and position["data"].startswith("4 images (names ")
+
+
 def test_another_network_does_not_continue_a_run(run, config_file, capsys):
     before = (run / "config.json").read_text()
     said = fails(capsys, "train", "--config", config_file, "--train.workdir", run, "--model.width", "2")
@@ -127,6 +175,6 @@ def test_a_complete_run_only_evaluates(run, config_file, capsys):
 
 def test_other_data_or_another_seed_do_not_continue_a_run(run, config_file, capsys):
     said = fails(capsys, "train", "--config", config_file, "--train.workdir", run, "--data.scenes", "5")
-    assert "holds another run: it trains on 4 images (checksum" in said and "and here are 5 images" in said
+    assert "holds another run: it trains on 4 images (names" in said and "and now on 5 images" in said
     said = fails(capsys, "train", "--config", config_file, "--train.workdir", run, "--train.seed", "1")
     assert "train.seed is 0 there and 1 here" in said

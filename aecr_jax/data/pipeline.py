@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -184,13 +183,6 @@ def draw_scenes(stream: int, count: int, size: tuple[int, int]) -> list[DrawnSce
 def eval_scenes(size: tuple[int, int]) -> list[DrawnScene]:
     """The embedded evaluation scenes, none of which is trained on."""
     return draw_scenes(_EVAL_SEED, _EVAL_SCENES, size)
-
-
-def describe_samples(samples: Sequence[Any]) -> str:
-    """A line that tells training data from others: their number, and a checksum of their names in order and of the first image."""
-    checksum = zlib.crc32(chr(10).join(sample.name for sample in samples).encode())
-    checksum = zlib.crc32(np.ascontiguousarray(samples[0].read()["clear"]).tobytes(), checksum)
-    return f"{len(samples)} images (checksum {checksum:08x})"
 
 
 def _ignore_interrupts(worker: int, workers: int) -> None:

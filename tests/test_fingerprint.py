@@ -1,0 +1,89 @@
+"""What a run compares to tell its training data from others: any file that was replaced is noticed, wherever the folder is."""
+
+import re
+import shutil
+
+import pytest
+from test_commands import fails
+from test_data import picture
+
+from aecr_jax.__main__ import main
+from aecr_jax.data import fingerprint
+from aecr_jax.data.builders import open_dataset, prepare
+from aecr_jax.data.fingerprint import describe_samples
+from aecr_jax.data.folders import find_dataset
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    for i in range(4):
+        picture(tmp_path / "set" / "hazy" / f"{i}.png", (24, 20), seed=i)
+        picture(tmp_path / "set" / "clear" / f"{i}.png", (24, 20), seed=i + 10)
+    return tmp_path / "set"
+
+
+def parts(folder):
+    return dict(re.findall(r"(\w+) ([0-9a-f]{12})", describe_samples(find_dataset(folder))))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_each_kind_of_file_counts_by_itself(pairs, tmp_path, monkeypatch, whole):
+    if not whole:
+        monkeypatch.setattr(fingerprint, "WHOLE_BYTES", 0)
+    before = parts(pairs)
+    assert set(before) == {"names", "hazy", "clear"}
+    shutil.copytree(pairs, tmp_path / "elsewhere")
+    assert parts(tmp_path / "elsewhere") == before
+    picture(pairs / "clear" / "3.png", (24, 20), seed=99)  # not the first
+    changed = parts(pairs)
+    assert {kind for kind in before if before[kind] != changed[kind]} == {"clear"}
+    picture(pairs / "hazy" / "2.png", (24, 20), seed=98)
+    assert {kind for kind in before if before[kind] != parts(pairs)[kind]} == {"hazy", "clear"}
+
+
+def test_one_byte_counts_in_a_small_set(pairs):
+    before = parts(pairs)
+    path = pairs / "hazy" / "1.png"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 1
+    path.write_bytes(data)
+    assert parts(pairs)["hazy"] != before["hazy"]
+
+
+def test_depth_and_names_count(tmp_path):
+    for i in range(2):
+        picture(tmp_path / "rgb" / f"{i}.png", seed=i), picture(tmp_path / "depth" / f"{i}.png", seed=i + 5)
+    before = parts(tmp_path)
+    assert set(before) == {"names", "clear", "depth"}
+    picture(tmp_path / "depth" / "1.png", seed=9)
+    after = parts(tmp_path)
+    assert after["clear"] == before["clear"] and after["depth"] != before["depth"] and after["names"] == before["names"]
+    for kind in ("rgb", "depth"):
+        (tmp_path / kind / "1.png").rename(tmp_path / kind / "2.png")
+    assert parts(tmp_path)["names"] != before["names"]
+
+
+def test_a_built_data_set_counts_by_its_record_files(tmp_path):
+    for i in range(3):
+        picture(tmp_path / "NH-HAZE" / f"{i}_hazy.png", seed=i), picture(tmp_path / "NH-HAZE" / f"{i}_GT.png", seed=i + 5)
+    prepare("nh_haze", tmp_path, tmp_path / "built")
+    before = describe_samples(open_dataset("nh_haze", tmp_path / "built")[0])
+    assert re.fullmatch(r"3 images \(names [0-9a-f]{12}, records [0-9a-f]{12}\)", before)
+    (shard,) = (tmp_path / "built").rglob("*.array_record*")
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    assert describe_samples(open_dataset("nh_haze", tmp_path / "built")[0]) != before
+
+
+def test_a_run_does_not_go_on_with_replaced_images(pairs, config_file, tmp_path, capsys):
+    """All hazy and all clear images but the first replaced by others of the same names: version 0.1.0 went on."""
+    options = ["--data.hazy", pairs / "hazy", "--data.clear", pairs / "clear", "--data.holdout", "1", "--loss.cr", "0"]
+    arguments = ["train", "--config", config_file, "--train.workdir", tmp_path / "w", "--train.steps", "1", *options]
+    assert main(list(map(str, arguments))) == 0
+    for i in range(3):
+        picture(pairs / "hazy" / f"{i}.png", (24, 20), seed=i + 50)
+    for i in range(1, 3):
+        picture(pairs / "clear" / f"{i}.png", (24, 20), seed=i + 60)
+    said = fails(capsys, *arguments)
+    assert re.search(r"holds another run: it trains on 3 images \(names .*\), and now on 3 images \(names .*\)", said)

@@ -1,0 +1,40 @@
+"""What all commands have in common: options, exit status, and what JAX's own errors become."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_commands import fails
+
+import aecr_jax
+from aecr_jax.__main__ import main
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out == f"aecr-jax {aecr_jax.__version__}\n"
+
+
+def test_an_option_given_twice_is_refused(config_file, capsys):
+    assert "--config is given twice" in fails(capsys, "train", "--config", config_file, "--config", config_file)
+    assert "--data is given twice" in fails(capsys, "eval", "--data", "a", "--data", "b")
+
+
+@pytest.mark.parametrize("platform", ["cuda", "nonsense"])
+def test_a_platform_that_is_not_there_is_one_line(tmp_path, platform):
+    command = [sys.executable, "-m", "aecr_jax", "eval", "--data", "scenes"]
+    environment = os.environ | {"JAX_PLATFORMS": platform}
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"aecr_jax: JAX finds no device of JAX_PLATFORMS (='{platform}')" in done.stderr
+
+
+def test_memory_that_runs_out_is_one_line(monkeypatch, capsys):
+    def run(options, rest):
+        raise MemoryError("Unable to allocate 7 GiB")
+
+    monkeypatch.setitem(sys.modules["aecr_jax.__main__"]._RUN, "report", run)
+    assert "out of memory: Unable to allocate 7 GiB; a smaller train.batch" in fails(capsys, "report", "x")
