@@ -1,10 +1,9 @@
-"""What a run writes for people: config, versions, metrics, panels, TensorBoard. Process 0 writes, the others do nothing."""
+"""What a run writes for people: config, versions, metrics, panels, TensorBoard. Only process 0 writes."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import time
 from collections.abc import Sequence
@@ -17,8 +16,8 @@ import numpy as np
 from aecr_jax.config import Config, config_to_json
 from aecr_jax.data.images import panel, write_image
 from aecr_jax.distributed import is_main
-from aecr_jax.errors import UserError
-from aecr_jax.files import make_folder
+from aecr_jax.errors import UserError, first_line
+from aecr_jax.files import make_folder, replacing
 
 CONFIG, METRICS, VERSIONS, PANELS = "config.json", "metrics.jsonl", "versions.json", "panels"
 _PACKAGES = ("aecr-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
@@ -27,7 +26,7 @@ _PACKAGES = ("aecr-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "
 class RunLog:
     """Writes `config.json`, `versions.json`, `metrics.jsonl`, `panels/*.png` and, by setting, `tensorboard/`.
 
-    Lines in `metrics.jsonl` from after step `first`, from which a run continues, go.
+    When a run resumes at step `first`, later entries of `metrics.jsonl` are removed.
 
     Raises:
       UserError: the folder cannot be written, or its `metrics.jsonl` is damaged.
@@ -42,11 +41,11 @@ class RunLog:
         try:
             lines = path.read_text().splitlines() if path.exists() else []
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first]
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{path} is damaged: {error}") from error
-        self._replace(METRICS, "".join(line + "\n" for line in kept))
-        self._replace(CONFIG, config_to_json(config) + "\n")
-        self._replace(VERSIONS, json.dumps(versions(), indent=2) + "\n")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged: {first_line(error)}; move it away to go on without the earlier entries") from error
+        _write(workdir / METRICS, "".join(line + "\n" for line in kept))
+        _write(workdir / CONFIG, config_to_json(config) + "\n")
+        _write(workdir / VERSIONS, json.dumps(versions(), indent=2) + "\n")
         if config.train.tensorboard:
             import tensorboardX
 
@@ -84,14 +83,10 @@ class RunLog:
         if self._board is not None:
             self._board.close()
 
-    def _replace(self, name: str, text: str) -> None:
-        """Writes a file so that it is there whole, old or new, whenever the machine stops."""
-        partial = self._workdir / f".{name}.part"
-        try:
-            partial.write_text(text)
-            os.replace(partial, self._workdir / name)
-        except OSError as error:
-            raise UserError(f"{self._workdir / name} cannot be written: {error.strerror or error}") from error
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as partial:
+        partial.write_text(text)
 
 
 def versions() -> dict[str, Any]:

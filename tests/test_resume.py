@@ -158,6 +158,14 @@ def test_a_run_of_version_0_1_0_goes_on(run, config_file, tmp_path, capsys):
     assert position["images"] == 40 and position["data"].startswith("4 images (names ")
 
 
+@pytest.mark.parametrize("line", ['["a list"]}', '{"kind": "train"}', '{"step": "first"}', "{}}"])
+def test_a_damaged_log_is_one_line(run, config_file, tmp_path, capsys, line):
+    shutil.copytree(run, tmp_path / "w")
+    (tmp_path / "w" / "metrics.jsonl").write_text(line + "\n")
+    said = fails(capsys, "train", "--config", config_file, "--train.workdir", tmp_path / "w")
+    assert "metrics.jsonl is damaged" in said and "move it away to go on" in said
+
+
 def test_another_network_does_not_continue_a_run(run, config_file, capsys):
     before = (run / "config.json").read_text()
     said = fails(capsys, "train", "--config", config_file, "--train.workdir", run, "--model.width", "2")
