@@ -1,25 +1,32 @@
-"""One HTML page about a training run: scores, curves, pictures, settings, versions. It needs no other file and no network."""
+"""One HTML page about a training run: scores, curves, pictures, settings, versions. It needs no other file and no network.
+
+A run may be damaged, and may come from someone else: each part is checked as it is read, and the template escapes everything.
+"""
 
 from __future__ import annotations
 
 import base64
-import html
+import hashlib
 import io
 import json
 import math
-from collections.abc import Sequence
+import re
+import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jinja2
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from aecr_jax.errors import UserError
+from aecr_jax.errors import UserError, first_line
+from aecr_jax.files import replacing
 from aecr_jax.runlog import CONFIG, METRICS, PANELS, VERSIONS
 
 _POINTS, _SHOWN_PANELS, _PANEL_WIDTH = 400, 4, 1200
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 460, 230, 58, 28, 12, 12
-_COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2")
+_PLOT = {"width": 460, "height": 230, "left": 58, "bottom": 28, "top": 12, "right": 12}
 _LEVELS = range(1, 6)
 
 # Title -> kind of line in metrics.jsonl, names in it, whether the axis is logarithmic.
@@ -39,141 +46,300 @@ _CURVES: list[tuple[str, str, list[str], bool]] = [
     ("share of time waiting for data", "train", ["waiting_for_data"], False),
 ]
 
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1f2937; --soft: #6b7280; --line: #e5e7eb; --paper: #ffffff; --card: #f9fafb; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e5e7eb; --soft: #9ca3af; --line: #374151; --paper: #111827; --card: #1f2937; }
-}
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); }
-body { margin: 0 auto; max-width: 1000px; padding: 24px; }
-h1 { font-size: 24px; margin: 0 0 4px; } h2 { font-size: 18px; margin: 36px 0 12px; } p { margin: 4px 0; color: var(--soft); }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(400px, 1fr)); gap: 16px; }
-figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 10px; }
-figcaption { font-size: 14px; font-weight: 600; margin-bottom: 4px; } img { width: 100%; border-radius: 4px; }
-svg { width: 100%; height: auto; } svg text { font-size: 11px; fill: var(--soft); } .axis { stroke: var(--line); }
-table { border-collapse: collapse; } td, th { padding: 3px 16px 3px 0; text-align: left; border-bottom: 1px solid var(--line); }
-td { font-variant-numeric: tabular-nums; } .key { font-size: 12px; color: var(--soft); margin-right: 12px; }
-summary { cursor: pointer; } .key { white-space: nowrap; display: inline-block; }
-"""
+_Note = Callable[[str], None]
+_Entry = dict[str, Any]
+
+
+class _Kind(NamedTuple):
+    """What a value must be, and whether one is that."""
+
+    name: str
+    accepts: Callable[[Any], bool]
+
+
+_COUNT = _Kind("a whole number", lambda value: type(value) is int and 0 <= value < 2**53)
+_NUMBER = _Kind("a number", lambda value: type(value) is float or (type(value) is int and abs(value) < 2**53))
+_TEXT = _Kind("a string", lambda value: isinstance(value, str))
+_OBJECT = _Kind("an object", lambda value: isinstance(value, dict))
+# Name in a line of metrics.jsonl -> what its value must be.
+_FIELDS = {name: _NUMBER for _, _, names, _ in _CURVES for name in names} | {"images": _COUNT, "data": _TEXT, "weights": _TEXT}
+# How a value that is no object is called in a note.
+_TYPES = {list: "a list", str: "a string", int: "a number", float: "a number", bool: "true or false", type(None): "null"}
 
 
 def write_report(workdir: str | Path) -> Path:
-    """Writes `report.html` into the work directory of a run, finished or not.
+    """Write `report.html` into the work directory of a run, finished or not.
+
+    Parts that cannot be read are named on the page and on standard error, one line each; the others are shown.
 
     Returns:
       The file's path.
 
     Raises:
-      UserError: the folder is no work directory of a run, its files are damaged, or the page cannot be written.
+      UserError: the folder is no work directory of a run, nothing of it can be shown, or the page cannot be written.
     """
     workdir = Path(workdir)
-    if not (workdir / METRICS).is_file():
-        raise UserError(f"{workdir} is no work directory of a run: looked for {workdir / METRICS}")
-    try:
-        entries = [json.loads(line) for line in (workdir / METRICS).read_text().splitlines() if line.endswith("}")]
-        config, versions = (json.loads((workdir / name).read_text()) for name in (CONFIG, VERSIONS))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{workdir} has a file that cannot be read: {error}") from error
-    if not entries:
-        raise UserError(f"{workdir / METRICS} is empty: the run has logged nothing yet")
-    page = _page(workdir, entries, config, versions)
+    notes: list[str] = []
+    entries = _read_metrics(workdir, notes.append)
+    config, versions = (_read_object(workdir, name, notes.append) for name in (CONFIG, VERSIONS))
+    panels = _read_panels(workdir, notes.append)
+    # An exported model has a config.json too, but no training settings in it.
+    if not (entries or versions or panels or "train" in config):
+        raise UserError(_printable(f"{workdir} is no work directory of a run, or nothing of it can be read: {'; '.join(notes)}"))
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("aecr_jax", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    environment.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    figures = [_figure(title, _series(entries, kind, names, log=log), log=log) for title, kind, names, log in _CURVES]
+    context = {
+        "name": workdir.resolve().name,
+        "about": _about(entries, config, versions, notes.append),
+        "scores": _scores([entry for entry in entries if entry["kind"] == "eval"]),
+        "figures": [figure for figure in figures if figure],
+        "plot": _PLOT,
+        "panels": panels,
+        "settings": _settings(config, notes.append),
+        "versions": _versions(versions, notes.append),
+    }
+    notes = [_printable(note) for note in notes]
+    page = environment.get_template("report.html.jinja").render(context, notes=notes)
     path = workdir / "report.html"
-    try:
-        path.write_text(page)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    with replacing(path) as partial:
+        partial.write_bytes(page.encode(errors="replace"))  # JSON may hold halves of surrogate pairs
+    for note in notes:
+        print(f"aecr_jax: {_printable(str(workdir))}: {note}", file=sys.stderr)
     return path
 
 
-def _page(workdir: Path, entries: list[dict[str, Any]], config: dict[str, Any], versions: dict[str, Any]) -> str:
-    name = html.escape(workdir.resolve().name)
-    curves = [_figure(title, *_series(entries, kind, names), log=log) for title, kind, names, log in _CURVES]
-    total = config["train"]["steps"]
-    last = max(entry["step"] for entry in entries)
-    state = "complete" if last >= total else f"step {last:,} of {total:,}"
-    parts = [
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width'>",
-        f"<title>{name}: training run</title><style>{_STYLE}</style></head><body>",
-        f"<h1>{name}</h1><p>aecr-jax training run, {state}; {html.escape(versions['devices'])}, {versions['processes']} process(es)</p>",
-        "<h2>Scores</h2>",
-        _scores([entry for entry in entries if entry["kind"] == "eval"]),
-        "<h2>Curves</h2><div class='grid'>",
-        *(curve for curve in curves if curve),
-        "</div>",
-        *_panels(workdir),
-        "<h2>Settings</h2>",
-        *(f"<details><summary>{section}</summary>{_table(config[section])}</details>" for section in config),
-        "<h2>Versions</h2>",
-        _table({key: value for key, value in versions.items() if key != "packages"} | versions["packages"]),
-        "</body></html>\n",
-    ]
-    return "\n".join(parts)
+def _read_metrics(workdir: Path, note: _Note) -> list[_Entry]:
+    """Read the lines of `metrics.jsonl`, sorted by step, each with an integer `step`, a known `kind`, and only values of the right type."""
+    faults: dict[str, list[int]] = {}
+    entries = []
+    for number, line in enumerate(_read(workdir, METRICS, note).split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = _parse(line)
+        except ValueError as error:
+            faults.setdefault(str(error), []).append(number)
+            continue
+        if not _COUNT.accepts(entry.get("step")):
+            faults.setdefault(f"`step` is missing or not {_COUNT.name}", []).append(number)
+        elif entry.get("kind") not in ("train", "eval"):
+            faults.setdefault('`kind` is missing or neither "train" nor "eval"', []).append(number)
+        else:
+            for name, kind in _FIELDS.items():
+                if name in entry and not kind.accepts(entry[name]):
+                    del entry[name]
+                    faults.setdefault(f"`{name}` is not {kind.name}", []).append(number)
+            entries.append(entry)
+    for fault, lines in faults.items():
+        where = f"line {lines[0]}" + (f" and {len(lines) - 1} more" if lines[1:] else "")
+        note(f"{METRICS}, {where}: {fault}")
+    return sorted(entries, key=lambda entry: entry["step"])
 
 
-def _scores(evaluations: list[dict[str, Any]]) -> str:
+def _read_object(workdir: Path, name: str, note: _Note) -> dict[str, Any]:
+    """Read a file that holds one JSON object; if it is missing or holds something else, add a note and return an empty one."""
+    if not (text := _read(workdir, name, note)):
+        return {}
+    try:
+        value = _parse(text)
+    except ValueError as error:
+        note(f"{name}: {error}")
+        return {}
+    if not value:
+        note(f"{name} is empty")
+    return value
+
+
+def _read(workdir: Path, name: str, note: _Note) -> bytes:
+    path = workdir / name
+    try:
+        if path.exists() and not path.is_file():  # a pipe would block
+            note(f"{name} is not a file")
+        elif (text := path.read_bytes()).strip():
+            return text
+        else:
+            note(f"{name} is empty")
+    except FileNotFoundError:
+        note(f"{name} is missing")
+    except OSError as error:
+        note(f"{name} cannot be read: {error.strerror or error}")
+    return b""
+
+
+def _parse(text: bytes) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Raises:
+      ValueError: the text is something else.
+    """
+    try:
+        value = json.loads(text.decode(errors="replace"))
+    except ValueError as error:
+        raise ValueError("it is not JSON") from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds {_TYPES[type(value)]} where a JSON object belongs")
+    return value
+
+
+def _read_panels(workdir: Path, note: _Note) -> list[tuple[str, str]]:
+    """Return caption and JPEG in base64 of some panels, newest first; those whose names have no number come before."""
+
+    def step(path: Path) -> float:
+        match = re.fullmatch("step_([0-9]+)", path.stem)
+        return int(match[1]) if match else math.inf
+
+    try:
+        paths = sorted((workdir / PANELS).glob("step_*.png"), key=lambda path: (step(path), path.name))
+    except OSError as error:
+        note(f"{PANELS} cannot be read: {error.strerror or error}")
+        return []
+    # The first, the last, and some between.
+    chosen = sorted({round(i * (len(paths) - 1) / (_SHOWN_PANELS - 1)) for i in range(_SHOWN_PANELS)}, reverse=True) if paths else []
+    panels = []
+    for path in (paths[i] for i in chosen):
+        try:
+            data = base64.b64encode(_read_panel(path)).decode()
+        except UnidentifiedImageError:
+            note(f"{PANELS}/{path.name} cannot be read: it is not a PNG image")
+        except Exception as error:  # Pillow's decoders raise a dozen kinds for damaged files
+            note(f"{PANELS}/{path.name} cannot be read: {first_line(error)}")
+        else:
+            panels.append((f"step {step(path):,}" if step(path) < math.inf else path.stem, data))
+    return panels
+
+
+def _read_panel(path: Path) -> bytes:
+    if not path.is_file():
+        raise OSError("it is not a file")
+    # No format but the one that runs write: some of Pillow's others start programs.
+    with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning), Image.open(path, formats=["PNG"]) as image:
+        image.thumbnail((_PANEL_WIDTH, 10**6))
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
+
+
+def _about(entries: list[_Entry], config: dict[str, Any], versions: dict[str, Any], note: _Note) -> str:
+    """Say how far the run is, and on what it ran."""
+    train = config.get("train")
+    values = {"train.steps": train["steps"]} if isinstance(train, dict) and "steps" in train else {}
+    total = _value(values, "train.steps", _COUNT, CONFIG, note) if config else None
+    last = entries[-1]["step"] if entries else 0
+    state = f"step {last:,}" + ("" if total is None else f" of {total:,}")
+    parts = ["complete" if total is not None and last >= total else state]
+    if versions:
+        devices = _value(versions, "devices", _TEXT, VERSIONS, note)
+        processes = _value(versions, "processes", _COUNT, VERSIONS, note)
+        parts += [text for text in (devices, processes and f"{processes} process(es)") if text]
+    return "; ".join([parts[0], ", ".join(parts[1:])]) if parts[1:] else parts[0]
+
+
+def _value(values: dict[str, Any], name: str, kind: _Kind, file: str, note: _Note) -> Any:
+    """Return the value of that name; if it is missing or of another type, add a note and return None."""
+    if name in values and kind.accepts(values[name]):
+        return values[name]
+    note(f"{file}: `{name}` is {f'not {kind.name}' if name in values else 'missing'}")
+    return None
+
+
+def _settings(config: dict[str, Any], note: _Note) -> list[tuple[str, list[tuple[str, str]]]]:
+    sections = [(name, _rows(section, note)) for name, section in config.items() if isinstance(section, dict)]
+    if others := {name: value for name, value in config.items() if not isinstance(value, dict)}:
+        note(f"{CONFIG}: not a section of settings: {', '.join(f'`{name}`' for name in others)[:200]}")
+        sections.append(("outside of sections", _rows(others, note)))
+    return sections
+
+
+def _versions(versions: dict[str, Any], note: _Note) -> list[tuple[str, str]]:
+    if not versions or (packages := _value(versions, "packages", _OBJECT, VERSIONS, note)) is None:
+        return _rows(versions, note)
+    return _rows({key: value for key, value in versions.items() if key != "packages"}, note) + _rows(packages, note)
+
+
+def _rows(values: dict[str, Any], note: _Note) -> list[tuple[str, str]]:
+    rows = []
+    for key, value in values.items():
+        try:
+            rows.append((key, str(value)))
+        except RecursionError:
+            note(f"`{key[:200]}` is nested too deeply")
+    return rows
+
+
+def _printable(text: str) -> str:
+    """Put the text on one line, without characters that move a terminal's cursor."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def _scores(evaluations: list[_Entry]) -> dict[str, Any]:
     if not evaluations:
-        return "<p>Not evaluated yet.</p>"
-    best = max(evaluations, key=lambda entry: entry["psnr"])
+        return {"rows": []}
+
+    def row(title: str, step: str, entry: _Entry, prefix: str = "") -> tuple[str, ...]:
+        cells = (f"{entry[name]:{form}}" if name in entry else "?" for name, form in ((f"{prefix}psnr", ".2f"), (f"{prefix}ssim", ".4f")))
+        return (title, step, *cells)
+
     last = evaluations[-1]
-    rows = [("best", best["step"], best["psnr"], best["ssim"]), ("last", last["step"], last["psnr"], last["ssim"])]
-    rows += [("hazy input", "", last["input_psnr"], last["input_ssim"])]
-    cells = "".join(f"<tr><th>{name}</th><td>{step}</td><td>{psnr:.2f}</td><td>{ssim:.4f}</td></tr>" for name, step, psnr, ssim in rows)
-    about = f"{last['images']} images of {html.escape(str(last.get('data', '')))}; PSNR and SSIM on RGB as in the official code"
-    weights = "; moving average of the parameters" if last.get("weights") == "ema" else ""
-    return f"<table><tr><th></th><th>step</th><th>PSNR (dB)</th><th>SSIM</th></tr>{cells}</table><p>{about}{weights}</p>"
+    best = max(evaluations, key=lambda entry: -math.inf if math.isnan(psnr := entry.get("psnr", math.nan)) else psnr)
+    rows = [row("best", str(best["step"]), best), row("last", str(last["step"]), last), row("hazy input", "", last, "input_")]
+    about = f"{last.get('images', '?')} images of {last.get('data', '?')}; PSNR and SSIM on RGB as in the official code"
+    return {"rows": rows, "about": about + ("; moving average of the parameters" if last.get("weights") == "ema" else "")}
 
 
-def _series(entries: list[dict[str, Any]], kind: str, names: Sequence[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Steps and values of each name that was logged, in at most `_POINTS` bins of means."""
-    rows = [entry for entry in entries if entry["kind"] == kind]
-    present = [name for name in names if rows and name in rows[-1]]
-    steps = np.array([entry["step"] for entry in rows], float)
-    values = {name: np.array([entry.get(name, math.nan) for entry in rows], float) for name in present}
-    if len(steps) > _POINTS:
-        bins = np.array_split(np.arange(len(steps)), _POINTS)
-        values = {name: np.array([array[part].mean() for part in bins]) for name, array in values.items()}
-        steps = np.array([steps[part].mean() for part in bins])
-    return steps, values
+def _series(entries: list[_Entry], kind: str, names: list[str], *, log: bool) -> dict[str, tuple[float, np.ndarray]]:
+    """The curves of the names that were logged.
+
+    Returns:
+      By name: the last value, and `[N, 2]` steps and values that can be drawn, averaged in bins if there are more than `_POINTS`.
+    """
+    series = {}
+    for name in names:
+        logged = np.array([(entry["step"], entry[name]) for entry in entries if entry["kind"] == kind and name in entry], float)
+        if not len(logged):
+            continue
+        # float32 ends there; what lies beyond would overflow the arithmetic of the axes.
+        values = np.where(np.abs(logged[:, 1]) < 1e-38, 0, logged[:, 1])
+        drawn = np.column_stack([logged[:, 0], values])[(np.abs(values) < 1e38) & ((values > 0) | (not log))]
+        if len(drawn) > _POINTS:
+            drawn = np.array([part.mean(0) for part in np.array_split(drawn, _POINTS)])
+        series[name] = float(logged[-1, 1]), drawn
+    return series
 
 
-def _figure(title: str, steps: np.ndarray, values: dict[str, np.ndarray], *, log: bool) -> str:
-    latest = {name: array[-1] for name, array in values.items()}
-    if log:
-        values = {name: np.where(array > 0, array, np.nan) for name, array in values.items()}
-    everything = np.concatenate(list(values.values())) if values else np.zeros(0)
-    everything = everything[np.isfinite(everything)]
-    if not everything.size:
-        return ""
-    ticks = _log_ticks(everything) if log else _ticks(float(everything.min()), float(everything.max()))
+def _figure(title: str, series: dict[str, tuple[float, np.ndarray]], *, log: bool) -> dict[str, Any] | None:
+    """Return coordinates and texts of one drawing, or None if there is nothing to draw."""
+    if not any(len(drawn) for _, drawn in series.values()):
+        return None
+    steps, values = np.concatenate([drawn for _, drawn in series.values()]).T
+    ticks = _log_ticks(values) if log else _ticks(float(values.min()), float(values.max()))
     scale = np.log10 if log else np.asarray
     low, high = float(scale(ticks[0])), float(scale(ticks[-1]))
     first, last = float(steps.min()), max(float(steps.max()), float(steps.min()) + 1)
-    width, height = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
+    width, height = _PLOT["width"] - _PLOT["left"] - _PLOT["right"], _PLOT["height"] - _PLOT["top"] - _PLOT["bottom"]
 
-    def x(step: float) -> float:
-        return _LEFT + width * (step - first) / (last - first)
+    def x(step: float) -> str:
+        return f"{_PLOT['left'] + width * (step - first) / (last - first):.1f}"
 
-    def y(value: float) -> float:
-        return _TOP + height * (1 - (float(scale(value)) - low) / (high - low))
+    def y(value: float) -> str:
+        return f"{_PLOT['top'] + height * (1 - (float(scale(value)) - low) / (high - low)):.1f}"
 
-    marks = [
-        f"<line class='axis' x1='{_LEFT}' x2='{_WIDTH - _RIGHT}' y1='{y(t):.1f}' y2='{y(t):.1f}'/>"
-        f"<text x='{_LEFT - 6}' y='{y(t) + 4:.1f}' text-anchor='end'>{t:.4g}</text>"
-        for t in ticks
-    ]
-    marks += [
-        f"<text x='{x(t):.1f}' y='{_HEIGHT - 8}' text-anchor='middle'>{t:,.0f}</text>" for t in _ticks(first, last, 4) if first <= t <= last
-    ]
-    keys = []
-    for (name, array), colour in zip(values.items(), _COLOURS):
-        points = [(x(s), y(v)) for s, v in zip(steps, array) if np.isfinite(v)]
-        line = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
-        marks.append(f"<polyline points='{line}' fill='none' stroke='{colour}' stroke-width='1.6' stroke-linejoin='round'/>")
-        if len(points) < 30:
-            marks += [f"<circle cx='{a:.1f}' cy='{b:.1f}' r='2.5' fill='{colour}'/>" for a, b in points]
-        keys.append(f"<span class='key'><span style='color:{colour}'>&#9632;</span> {html.escape(name)} {latest[name]:.4g}</span>")
-    picture = f"<svg viewBox='0 0 {_WIDTH} {_HEIGHT}' role='img' aria-label='{html.escape(title)} over steps'>{''.join(marks)}</svg>"
-    return f"<figure><figcaption>{html.escape(title)}</figcaption>{picture}<div>{''.join(keys)}</div></figure>"
+    return {
+        "title": title,
+        "x_ticks": [(x(t), f"{t:,.0f}") for t in _ticks(first, last, 4) if first <= t <= last],
+        "y_ticks": [(y(t), f"{t:.4g}") for t in ticks],
+        "lines": [
+            {"name": name, "latest": f"{latest:.4g}", "points": [(x(s), y(v)) for s, v in drawn]}
+            for name, (latest, drawn) in series.items()
+        ],
+    }
 
 
 def _ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -198,31 +364,3 @@ def _log_ticks(values: np.ndarray) -> list[float]:
     below = [tick for tick in ticks if tick <= low * (1 + 1e-9)][-1:]
     inside = [tick for tick in ticks if low * (1 + 1e-9) < tick < high]
     return below + inside + [tick for tick in ticks if tick >= high and tick not in below][:1]
-
-
-def _panels(workdir: Path) -> list[str]:
-    paths = sorted((workdir / PANELS).glob("step_*.png"))
-    if not paths:
-        return []
-    # The first, the last, and some between.
-    chosen = sorted({round(i * (len(paths) - 1) / max(1, _SHOWN_PANELS - 1)) for i in range(_SHOWN_PANELS)}, reverse=True)
-    parts = ["<h2>Pictures</h2><p>hazy | restored | clear</p>"]
-    for path in (paths[i] for i in chosen):
-        try:
-            image: Image.Image = Image.open(path).convert("RGB")
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error}") from error
-        image.thumbnail((_PANEL_WIDTH, 10**6))
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=85)
-        data = base64.b64encode(buffer.getvalue()).decode()
-        step = int(path.stem.removeprefix("step_"))
-        parts.append(
-            f"<figure><figcaption>step {step:,}</figcaption><img alt='panel of step {step}' src='data:image/jpeg;base64,{data}'></figure>"
-        )
-    return parts
-
-
-def _table(values: dict[str, Any]) -> str:
-    rows = (f"<tr><td>{html.escape(str(key))}</td><td>{html.escape(str(value))}</td></tr>" for key, value in values.items())
-    return f"<table>{''.join(rows)}</table>"
