@@ -344,7 +344,8 @@ def _figure(title: str, series: dict[str, tuple[float, np.ndarray]], *, log: boo
 
 def _ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers that enclose [low, high]."""
-    span = high - low or abs(high) or 1.0
+    largest = max(abs(low), abs(high))
+    span = high - low if high - low > 1e-9 * largest else largest or 1.0  # means of equal values may differ in their last bits
     step = 10 ** math.floor(math.log10(span / count))
     step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= count)
     first = math.floor(low / step + 1e-9)
