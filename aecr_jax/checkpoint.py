@@ -46,7 +46,7 @@ class Position(NamedTuple):
     """Where the input stands."""
 
     images: int  # read so far
-    data: str  # what from, as `describe_samples` gives it
+    data: str  # what from, as a `Fingerprint` describes it
 
 
 class Restored(NamedTuple):
@@ -116,9 +116,7 @@ class Checkpoints:
         if not saved:
             raise UserError(f"{self.folder} has a checkpoint after step {int(state.step)}: name another train.workdir")
 
-    def restore(
-        self, config: Config, state: TrainState, data: str, mesh: Mesh, is_same: Callable[[str], bool] | None = None
-    ) -> Restored | None:
+    def restore(self, config: Config, state: TrainState, mesh: Mesh, check_data: Callable[[str], str]) -> Restored | None:
         """The last whole checkpoint, onto `mesh`, whatever the number of devices was; None if there is none.
 
         One that cannot be read, or has other values than were written, is moved aside with a warning, for the one before it.
@@ -126,9 +124,9 @@ class Checkpoints:
         Args:
           config: the settings to go on with.
           state: a state of the right shapes.
-          data: what `train_batches` trains on, as `describe_samples` gives it.
           mesh: the devices.
-          is_same: whether a saved description is of the same data; by default, whether it equals `data`.
+          check_data: takes a checkpoint's description of its data and returns the one to go on with, or raises UserError if the data are
+            not those that are there now.
 
         Raises:
           UserError: no checkpoint can be read, or they are of another network, optimizer or seed, or of other data.
@@ -139,7 +137,7 @@ class Checkpoints:
                 folder = self.folder / str(step)
                 saved = _with_defaults(_read_json(folder, "config"))
                 position = Position(**_read_json(folder, "input"))
-                self._check_same_run(saved, config, position, data, is_same or data.__eq__)
+                position = position._replace(data=self._check_same_run(saved, config, position.data, check_data))
                 state = self._load_state(step, state, NamedSharding(mesh, PartitionSpec()), ema=bool(saved["train"]["ema"]))
             except UserError:
                 raise
@@ -150,9 +148,7 @@ class Checkpoints:
             self._move_aside(failed)
             # A moving average that was not kept begins with the parameters, in arrays of its own: the step consumes both.
             ema = (state.ema or jax.tree.map(jnp.copy, state.params)) if config.train.ema else {}
-            return Restored(
-                dataclasses.replace(state, ema=ema), Position(position.images, data), _changes(saved, dataclasses.asdict(config))
-            )
+            return Restored(dataclasses.replace(state, ema=ema), position, _changes(saved, dataclasses.asdict(config)))
         if failed:
             raise UserError(f"no checkpoint in {self.folder} can be read: delete the folder to begin anew, or name another train.workdir")
         return None
@@ -187,15 +183,17 @@ class Checkpoints:
         """The steps that have a checkpoint, ascending."""
         return sorted(self._manager.all_steps())
 
-    def _check_same_run(self, saved: dict[str, Any], config: Config, position: Position, data: str, is_same: Callable[[str], bool]) -> None:
+    def _check_same_run(self, saved: dict[str, Any], config: Config, data: str, check_data: Callable[[str], str]) -> str:
         other = f"{self.folder.parent} holds another run"
         for name, there, here in model_changes(_model_config(saved), config.model):
             raise UserError(f"{other}: {name} is {there} there and {here} here; name another train.workdir")
-        if not is_same(position.data):
-            raise UserError(f"{other}: it trains on {position.data}, and now on {data}; name another train.workdir")
         for name in ("seed", "optimizer"):
             if (there := saved["train"][name]) != (here := getattr(config.train, name)):
                 raise UserError(f"{other}: train.{name} is {there} there and {here} here; name another train.workdir")
+        try:
+            return check_data(data)
+        except UserError as error:
+            raise UserError(f"{other}: {error}; name another train.workdir") from error
 
     def wait(self) -> None:
         """Wait until everything is written."""

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from aecr_jax.checkpoint import Checkpoints, Position, has_checkpoint, load_checkpoint_with_config, model_changes
 from aecr_jax.config import Config
-from aecr_jax.data.fingerprint import describe_samples, same_data
-from aecr_jax.data.pipeline import cache_bytes, check_samples, eval_images, split_samples, train_batches
+from aecr_jax.data.fingerprint import check_same_data, fingerprint, read_fingerprint, record_damaged
+from aecr_jax.data.pipeline import DamagedSample, cache_bytes, check_samples, eval_images, split_samples, train_batches
 from aecr_jax.distributed import STATUS, StopRequest, check_shared, initialize, is_main
 from aecr_jax.errors import Stopped, UserError, first_line
 from aecr_jax.evaluate import Score, add_row, evaluate, summarize
@@ -109,18 +109,20 @@ def _run(config: Config, inputs: _Inputs, workdir: Path, lock: FolderLock | None
     mesh, features, train_samples, eval_samples, evaluated_on, count, initial = inputs
 
     # ---- state: initial values, or the last checkpoint with the input's position
-    data = describe_samples(train_samples)
-    is_same = functools.partial(same_data, samples=train_samples, now=data)
+    data = fingerprint(train_samples)
+    check_data = functools.partial(check_same_data, now=data, samples=train_samples, workdir=workdir)
     checkpoints = Checkpoints(workdir)
     state = replicate(init_state(config, initial), mesh)
-    position = Position(0, data)
-    if (restored := checkpoints.restore(config, state, data, mesh, is_same)) is not None:
+    position = Position(0, str(data))
+    if (restored := checkpoints.restore(config, state, mesh, check_data)) is not None:
         state, position = restored.state, restored.position
         say(f"continuing from step {int(state.step)} in {workdir}")
         for change in restored.changes:
             say(f"setting changed since then: {change}")
     elif config.train.init_from:
         say(f"beginning with the parameters of {config.train.init_from}")
+    if is_main() and (restored is None or read_fingerprint(workdir) is None):
+        data.write(workdir)
     first = int(state.step)
     batches = train_batches(train_samples, config, start=position.images, **_here())
     log = RunLog(workdir, config, first)
@@ -144,6 +146,8 @@ def _run(config: Config, inputs: _Inputs, workdir: Path, lock: FolderLock | None
                 except (UserError, RuntimeError) as error:
                     # A file is damaged or gone, or a worker has ended: keep the steps since the last checkpoint.
                     watch.check_all()
+                    if isinstance(error, DamagedSample):
+                        record_damaged(train_samples[error.index], workdir)
                     kept = ""
                     if jax.process_count() == 1:
                         if step - 1 not in (first, *checkpoints.steps()):

@@ -95,7 +95,8 @@ def test_a_full_disk_is_one_line(config_file, tmp_path, capsys, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     said = fails(capsys, "train", "--config", config_file, "--train.workdir", tmp_path / "w", "--loss.cr", "0")
-    assert "no checkpoint can be written to" in said and "and the disk has 0.0 MB free" in said
+    # 1.1 times the arrays and a megabyte
+    assert "no checkpoint can be written to" in said and "1.2 MB must be free and the disk has 0.0 MB" in said
 
 
 def test_tensorboard_gets_scalars_and_panels(config_file, tmp_path):
@@ -128,6 +129,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(config_file, t
     ]
     said = fails(capsys, "train", "--config", config_file, *options)
     assert "step 1 is not finite: loss 0." in said and "parameter norm inf, largest offset 0 pixels" in said
+    assert f"no checkpoint was written yet in {workdir}" in said
     assert said.count("scene0-") == 8
     for step in (int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()):
         arrays = get_arrays(load_checkpoint(workdir / "checkpoints" / str(step)))
@@ -159,6 +161,7 @@ def test_a_damaged_training_image_stops_the_run_and_loses_no_step(config_file, t
     arguments = ["train", "--config", config_file, *map(str, options)]
     said = fails(capsys, *arguments)
     assert (f"there is no file {damaged}" if gone else f"{damaged.name} cannot be read") in said
+    assert f"the state after step 2 is saved in {workdir}, and the same command continues from it" in said
     monkeypatch.undo()
     assert [p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()] == ["2"]
     damaged.write_bytes(whole)

@@ -10,7 +10,6 @@ from test_data import picture
 from aecr_jax.__main__ import main
 from aecr_jax.data import fingerprint
 from aecr_jax.data.builders import open_dataset, prepare
-from aecr_jax.data.fingerprint import describe_samples
 from aecr_jax.data.folders import find_dataset
 
 
@@ -23,7 +22,7 @@ def pairs(tmp_path):
 
 
 def parts(folder):
-    return dict(re.findall(r"(\w+) ([0-9a-f]{12})", describe_samples(find_dataset(folder))))
+    return dict(re.findall(r"(\w+) ([0-9a-f]{12})", str(fingerprint.fingerprint(find_dataset(folder)))))
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -67,13 +66,13 @@ def test_a_built_data_set_counts_by_its_record_files(tmp_path):
     for i in range(3):
         picture(tmp_path / "NH-HAZE" / f"{i}_hazy.png", seed=i), picture(tmp_path / "NH-HAZE" / f"{i}_GT.png", seed=i + 5)
     prepare("nh_haze", tmp_path, tmp_path / "built")
-    before = describe_samples(open_dataset("nh_haze", tmp_path / "built")[0])
+    before = str(fingerprint.fingerprint(open_dataset("nh_haze", tmp_path / "built")[0]))
     assert re.fullmatch(r"3 images \(names [0-9a-f]{12}, records [0-9a-f]{12}\)", before)
     (shard,) = (tmp_path / "built").rglob("*.array_record*")
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
-    assert describe_samples(open_dataset("nh_haze", tmp_path / "built")[0]) != before
+    assert str(fingerprint.fingerprint(open_dataset("nh_haze", tmp_path / "built")[0])) != before
 
 
 def test_a_run_does_not_go_on_with_replaced_images(pairs, config_file, tmp_path, capsys):
@@ -85,5 +84,8 @@ def test_a_run_does_not_go_on_with_replaced_images(pairs, config_file, tmp_path,
         picture(pairs / "hazy" / f"{i}.png", (24, 20), seed=i + 50)
     for i in range(1, 3):
         picture(pairs / "clear" / f"{i}.png", (24, 20), seed=i + 60)
+    said = fails(capsys, *arguments)
+    assert re.search(r"holds another run: it trains on 3 images \(names .*\), of which hazy 0.png, hazy 1.png, hazy 2.png and 2 more", said)
+    (tmp_path / "w" / "data.json").unlink()
     said = fails(capsys, *arguments)
     assert re.search(r"holds another run: it trains on 3 images \(names .*\), and now on 3 images \(names .*\)", said)

@@ -3,30 +3,65 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from aecr_jax.errors import UserError
+from aecr_jax.files import replacing
 
+# Beside a run's checkpoints: the fingerprint of the data that it began with, and the files that it found damaged since.
+DATA, DAMAGED = "data.json", "damaged_files.json"
 # Up to this size in all, files are hashed completely; of larger sets, blocks at the start, the middle and the end of each file. A picture
 # is compressed, so a change in it changes the bytes behind it and nearly always its size.
 WHOLE_BYTES = 256 * 2**20
 _BLOCK = 4096
 # A built data set has few and large files.
 _LARGE, _STRIDE = 64 * 2**20, 4 * 2**20
+_LISTED = 3
 
 
-def describe_samples(samples: Sequence[Any]) -> str:
-    """Describe training data by their number and a hash of each kind of file, "12 images (names 0a.., hazy 1b.., clear 2c..)".
+class Fingerprint(NamedTuple):
+    """What training data are: their number, a hash of their names in order, and a hash of each file.
 
-    The names count in their order. Of files, the size and the contents count, not the place or the time: the same data in another
-    folder have the same description.
+    The size and the contents of a file count, not its folder or its time.
+    """
+
+    images: int
+    names: str
+    files: dict[str, list[tuple[str, str]]]  # by kind (hazy, clear, depth, records, scenes): (file name, hash) each
+
+    def __str__(self) -> str:
+        """A line such as "12 images (names 0a.., hazy 1b.., clear 2c..)"."""
+        hashes = {"names": self.names}
+        for kind, files in self.files.items():
+            hashes[kind] = _digest(f"{name} {value}".encode(errors="surrogateescape") for name, value in files)
+        return f"{self.images} images ({', '.join(f'{kind} {value}' for kind, value in hashes.items())})"
+
+    def write(self, workdir: Path) -> None:
+        """Write `data.json`."""
+        with replacing(workdir / DATA) as partial:
+            partial.write_text(json.dumps(self._asdict()) + "\n")
+
+
+def read_fingerprint(workdir: Path) -> Fingerprint | None:
+    """The fingerprint of the data that the run in `workdir` began with; None if it has none or it cannot be read."""
+    try:
+        value = json.loads((workdir / DATA).read_text())
+        files = {kind: [(str(name), str(digest)) for name, digest in entries] for kind, entries in value["files"].items()}
+        return Fingerprint(int(value["images"]), str(value["names"]), files)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def fingerprint(samples: Sequence[Any]) -> Fingerprint:
+    """Read the fingerprint of training data.
 
     Args:
       samples: what `split_samples` gives to train on.
@@ -34,24 +69,70 @@ def describe_samples(samples: Sequence[Any]) -> str:
     Raises:
       UserError: a file cannot be read.
     """
-    parts = {"names": _digest(os.fsencode(sample.name) for sample in samples)}
-    files = _files_by_kind(samples)
-    whole = sum(_size(path) for paths in files.values() for path in paths) <= WHOLE_BYTES
+    names = _digest(os.fsencode(sample.name) for sample in samples)
+    paths = _files_by_kind(samples)
+    if not paths:
+        scenes = [(sample.name, _digest(array.tobytes() for array in sample.read().values())) for sample in samples]
+        return Fingerprint(len(samples), names, {"scenes": scenes})
+    whole = sum(_size(path) for kind in paths.values() for path in kind) <= WHOLE_BYTES
     with ThreadPoolExecutor(8) as pool:  # on a network file system nearly all the time is waiting
-        for kind, paths in files.items():
-            parts[kind] = _digest(pool.map(lambda path: _hash_file(path, whole=whole), paths))
-    if not files:
-        parts["scenes"] = _digest(np.ascontiguousarray(array).tobytes() for sample in samples for array in sample.read().values())
-    return f"{len(samples)} images ({', '.join(f'{name} {value}' for name, value in parts.items())})"
+        files = {kind: list(pool.map(lambda path: (path.name, _hash_file(path, whole=whole)), found)) for kind, found in paths.items()}
+    return Fingerprint(len(samples), names, files)
 
 
-def same_data(saved: str, samples: Sequence[Any], now: str) -> bool:
-    """Whether the description `saved` in a checkpoint is that of `samples`, which `describe_samples` describes as `now`."""
-    if " (checksum " in saved:  # written by version 0.1.0, which looked at the names and the first clear image
-        checksum = zlib.crc32("\n".join(sample.name for sample in samples).encode(errors="surrogateescape"))
-        checksum = zlib.crc32(np.ascontiguousarray(samples[0].read()["clear"]).tobytes(), checksum)
-        return saved == f"{len(samples)} images (checksum {checksum:08x})"
-    return saved == now
+def check_same_data(saved: str, now: Fingerprint, samples: Sequence[Any], workdir: Path) -> str:
+    """Check that a run may go on with the data that are there now.
+
+    They must be those that it began with, except for files that it found damaged: those may have been repaired.
+
+    Args:
+      saved: how a checkpoint describes the data.
+      now: the fingerprint of `samples`.
+      samples: what the run would train on.
+      workdir: the run's folder.
+
+    Returns:
+      The description for its later checkpoints.
+
+    Raises:
+      UserError: they are other data; the message names the files that have changed, where it is known.
+    """
+    if saved == str(now):
+        return saved
+    if " (checksum " in saved and saved == _describe_as_0_1_0(samples):
+        return str(now)
+    then = read_fingerprint(workdir)
+    if then is None or str(then) != saved or then.names != now.names or then.files.keys() != now.files.keys():
+        raise UserError(f"it trains on {saved}, and now on {now}")
+    changed = [
+        f"{kind} {name}" for kind in then.files for (name, before), (_, after) in zip(then.files[kind], now.files[kind]) if before != after
+    ]
+    if unexplained := [file for file in changed if file not in read_damaged(workdir)]:
+        more = f" and {len(unexplained) - _LISTED} more" if len(unexplained) > _LISTED else ""
+        raise UserError(f"it trains on {saved}, of which {', '.join(unexplained[:_LISTED])}{more} changed since")
+    return saved
+
+
+def record_damaged(sample: Any, workdir: Path) -> None:
+    """Note that the files of a sample could not be read, so that the run may go on when they have been repaired."""
+    files = {f"{kind} {path.name}" for kind, paths in _files_by_kind([sample]).items() for path in paths}
+    with replacing(workdir / DAMAGED) as partial:
+        partial.write_text(json.dumps(sorted(files | read_damaged(workdir))) + "\n")
+
+
+def read_damaged(workdir: Path) -> set[str]:
+    """The files that `record_damaged` has noted."""
+    try:
+        return set(map(str, json.loads((workdir / DAMAGED).read_text())))
+    except (OSError, ValueError, TypeError):
+        return set()
+
+
+def _describe_as_0_1_0(samples: Sequence[Any]) -> str:
+    """The description of version 0.1.0, which looked at the names and the first clear image."""
+    checksum = zlib.crc32("\n".join(sample.name for sample in samples).encode(errors="surrogateescape"))
+    checksum = zlib.crc32(np.ascontiguousarray(samples[0].read()["clear"]).tobytes(), checksum)
+    return f"{len(samples)} images (checksum {checksum:08x})"
 
 
 def _files_by_kind(samples: Sequence[Any]) -> dict[str, list[Path]]:
@@ -74,7 +155,7 @@ def _size(path: Path) -> int:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _hash_file(path: Path, *, whole: bool) -> bytes:
+def _hash_file(path: Path, *, whole: bool) -> str:
     size = _size(path)
     digest = hashlib.sha256(str(size).encode())
     try:
@@ -89,7 +170,7 @@ def _hash_file(path: Path, *, whole: bool) -> bytes:
                     digest.update(file.read(_BLOCK))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    return digest.digest()
+    return digest.hexdigest()[:12]
 
 
 def _digest(parts: Iterable[bytes]) -> str:

@@ -75,6 +75,12 @@ class SplitSamples(NamedTuple):
     evaluated_on: str
 
 
+class DamagedSample(UserError):
+    """A sample cannot be read, or is too small to crop from; `index` is its place among the samples."""
+
+    index: int
+
+
 class Source:
     """Random access to samples: `{"hazy", "clear", "index"}` from pairs, `{"clear", "depth", "index"}` from scenes (for grain).
 
@@ -93,14 +99,22 @@ class Source:
         index = int(index)
         if self._cache is not None and index in self._cache:
             return dict(self._cache[index])
-        sample = self._samples[index]
-        element = {**sample.read(), "index": np.int32(index)}
-        h, w = element["clear"].shape[:2]
-        if min(h, w) < self._least:
-            raise UserError(f"{sample.origin} is {w}x{h}, smaller than a crop: data.crop (={self._least}) must be at most {min(h, w)}")
+        try:
+            element = {**self._read(self._samples[index]), "index": np.asarray(index, np.int32)}
+        except UserError as error:
+            damaged = DamagedSample(str(error))
+            damaged.index = index  # an attribute, because arguments of an exception are not what unpickling in another process needs
+            raise damaged from error
         if self._cache is not None:
             self._cache[index] = element
         return dict(element)
+
+    def _read(self, sample: Sample) -> dict[str, np.ndarray]:
+        element = sample.read()
+        h, w = element["clear"].shape[:2]
+        if min(h, w) < self._least:
+            raise UserError(f"{sample.origin} is {w}x{h}, smaller than a crop: data.crop (={self._least}) must be at most {min(h, w)}")
+        return element
 
 
 class Augment(grain.transforms.RandomMap):
