@@ -37,8 +37,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     make_folder(path.parent)
-    # The process id keeps two writers apart. The name stays short: file systems allow 255 bytes.
-    partial = path.with_name(f".{path.name[:100]}.{os.getpid()}.part")
+    # The process id keeps two writers apart. The name stays short: file systems allow 255 bytes, and a character takes up to 4.
+    partial = path.with_name(f".{path.name[:60]}.{os.getpid()}.part")
     try:
         yield partial
         os.replace(partial, path)

@@ -111,6 +111,16 @@ def clear_names(stem: str) -> list[str]:
     return names
 
 
+def every_image(folder: str | Path) -> list[Path]:
+    """List the images in `folder` as `list_images` does, but with those that cannot be read, such as links without a target.
+
+    Reading one of them raises a `UserError` with its name. If they were left out, a data set would shrink without a message.
+    """
+    unreadable: list[tuple[Path, str]] = []
+    images = list_images(folder, unreadable)
+    return sorted(images + [path for path, _ in unreadable])
+
+
 def find_pairs(hazy: str | Path, clear: str | Path, unpaired: list[Path] | None = None) -> list[Pair]:
     """Every image in the folder `hazy` with its clear one from `clear`, sorted by name.
 
@@ -121,7 +131,7 @@ def find_pairs(hazy: str | Path, clear: str | Path, unpaired: list[Path] | None 
       UserError: a folder is missing or empty, or a hazy image has no clear one.
     """
     hazy, clear = Path(hazy), Path(clear)
-    hazy_images, clear_images = list_images(hazy), list_images(clear)
+    hazy_images, clear_images = every_image(hazy), every_image(clear)
     if hazy.resolve() == clear.resolve():
         hazy_images = [path for path in hazy_images if path.stem.lower().endswith("_hazy")]
         clear_images = [path for path in clear_images if path not in hazy_images]
@@ -156,8 +166,8 @@ def find_depth_scenes(clear: str | Path, depth: str | Path) -> list[DepthScene]:
     Raises:
       UserError: a folder is missing or empty, or a clear image has no depth.
     """
-    clear_images = list_images(clear)
-    by_name = _by_name(list_images(depth))
+    clear_images = every_image(clear)
+    by_name = _by_name(every_image(depth))
     if not clear_images:
         raise UserError(f"no images in {clear}: looked for clear images such as 00000.jpg with depth maps such as {depth}/00000.png")
     missing = [path for path in clear_images if path.stem.lower() not in by_name]

@@ -2,45 +2,80 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
-from collections.abc import Iterable, Sequence
+import os
+import stat
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from aecr_jax.errors import UserError
+from aecr_jax.data.decode import decode, load, open_picture, srgb_profile
+from aecr_jax.errors import UserError, first_line
 from aecr_jax.files import replacing
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"})
-
-# Pillow refuses at twice this and warns from it on. Its own limit, 89 million, is below what telephones take.
-Image.MAX_IMAGE_PIXELS = 250_000_000
+_MISSING = "it does not exist"
 
 
-def list_images(folder: str | Path) -> list[Path]:
-    """The image files directly in `folder`, sorted by name; hidden ones are left out.
+def list_images(folder: str | Path, skipped: list[tuple[Path, str]] | None = None) -> list[Path]:
+    """List the image files directly in `folder`, sorted by name, without hidden ones.
+
+    Entries with an image's name that cannot be read as a file are left out: directories, FIFOs, links without a target, files
+    without permission. They are added to `skipped`, each with the reason, such as "it is a directory".
 
     Raises:
-      UserError: there is no such folder.
+      UserError: there is no such folder, or it cannot be listed.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."))
+    try:
+        entries = sorted(path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be listed: {error.strerror}") from error
+    images = []
+    for path in entries:
+        reason = _why_unreadable(path)
+        if not reason:
+            images.append(path)
+        elif skipped is not None:
+            skipped.append((path, reason))
+    return images
+
+
+def _why_unreadable(path: Path) -> str:
+    """Say why `path` cannot be read as a file, or "". Nothing is opened: to open a FIFO waits for a writer."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return "it is a link to a file that does not exist" if path.is_symlink() else _MISSING
+    except OSError as error:
+        return "it is a symbolic link that leads back to itself" if error.errno == errno.ELOOP else (error.strerror or str(error))
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "directory", stat.S_IFIFO: "named pipe (FIFO)", stat.S_IFSOCK: "socket"}
+        return f"it is a {kinds.get(stat.S_IFMT(mode), 'device')}"
+    return "" if os.access(path, os.R_OK) else "no permission to read it"
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """Reads any picture as a viewer shows it: turned as its EXIF says, grey as RGB, alpha dropped, 16 bit scaled to [0, 1].
+    """Read any picture as a viewer shows it, float32 `[H, W, 3]` in [0, 1].
+
+    The EXIF orientation is applied, colours are converted from the embedded profile to sRGB, grey becomes RGB, and alpha is
+    dropped. PNG and TIFF files are read with all of their bits.
 
     Raises:
-      UserError: the file is missing, no image, or truncated.
+      UserError: the file is missing, no image, truncated, or larger than 250 million pixels, or the range of its values is unknown.
     """
     return to_float(read_pixels(path))
 
 
 def read_pixels(file: str | Path | bytes, name: str = "") -> np.ndarray:
-    """As `read_image`, but 8-bit pictures stay uint8 `[H, W, 3]`; what they become in float is `to_float`'s.
+    """Read a picture as `read_image` does, but leave 8-bit pictures uint8 `[H, W, 3]`. `to_float` makes the rest of the way.
 
     Args:
       file: a path, or the bytes of an image file.
@@ -49,13 +84,9 @@ def read_pixels(file: str | Path | bytes, name: str = "") -> np.ndarray:
     Raises:
       UserError: as `read_image`.
     """
-    image = _open(file, name)
-    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion to RGB would clip at 255
-        grey = np.asarray(image, np.float32) / 65535
-        return np.repeat(np.clip(grey, 0, 1)[..., None], 3, -1)
-    if image.mode == "F":
-        return np.repeat(np.clip(np.asarray(image, np.float32), 0, 1)[..., None], 3, -1)
-    return np.asarray(image.convert("RGB"))
+    name = name or _called(file)
+    with _opened(file, name) as stream:
+        return decode(stream, name)
 
 
 def to_float(pixels: np.ndarray) -> np.ndarray:
@@ -83,23 +114,28 @@ def _called(file: str | Path | bytes) -> str:
     return f"an image of {len(file)} bytes" if isinstance(file, bytes) else str(file)
 
 
-def _open(file: str | Path | bytes, name: str = "") -> Image.Image:
-    name = name or _called(file)
-    if not isinstance(file, bytes) and not Path(file).is_file():
-        raise UserError(f"there is no file {name}")
+@contextlib.contextmanager
+def _opened(file: str | Path | bytes, name: str) -> Iterator[BinaryIO]:
+    """Open a file to decode, and turn what decoders raise into a `UserError` that calls it `name`."""
+    if not isinstance(file, bytes) and (reason := _why_unreadable(Path(file))):
+        raise UserError(f"there is no file {name}" if reason == _MISSING else f"{name} cannot be read: {reason}")
     try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-            image.load()
+        with io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb") as stream:
+            yield stream
+    except UserError:
+        raise
     except Image.DecompressionBombError as error:
         raise UserError(f"{name} is too large: {error}") from error
     except UnidentifiedImageError as error:
         raise UserError(f"{name} is not an image file") from error
-    except Exception as error:  # Pillow's decoders raise a dozen kinds for damaged files
-        raise UserError(f"{name} cannot be read: {error}") from error
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF says nothing about the pixels
-        return image
+    except Exception as error:  # decoders raise a dozen kinds for damaged files
+        raise UserError(f"{name} cannot be read: {first_line(error)}") from error
+
+
+def _open(file: str | Path | bytes, name: str = "") -> Image.Image:
+    name = name or _called(file)
+    with _opened(file, name) as stream:
+        return load(open_picture(stream, name))
 
 
 def unique_names(stems: Iterable[str]) -> list[str]:
@@ -115,15 +151,18 @@ def unique_names(stems: Iterable[str]) -> list[str]:
 
 
 def write_image(path: str | Path, image: np.ndarray) -> None:
-    """Writes `[H, W, 3]`, clipped to [0, 1] and rounded to 8 bit; the file appears whole or not at all.
+    """Write `[H, W, 3]`, clipped to [0, 1], rounded to 8 bits and marked as sRGB. The file appears whole or not at all.
 
     Raises:
-      UserError: it cannot be written.
+      UserError: the image has NaN or infinite values, or the file cannot be written.
     """
-    path = Path(path)
-    pixels = np.round(np.clip(np.asarray(image, np.float32), 0, 1) * 255).astype(np.uint8)
+    path, image = Path(path), np.asarray(image, np.float32)
+    if not np.isfinite(image).all():
+        raise UserError(f"{path} is not written: the image to save there contains NaN or infinite values")
+    pixels = np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
+    format = Image.registered_extensions().get(path.suffix.lower(), "PNG")
     with replacing(path) as partial, open(partial, "wb") as file:
-        Image.fromarray(pixels).save(file, format=Image.registered_extensions().get(path.suffix.lower(), "PNG"))
+        Image.fromarray(pixels).save(file, format=format, icc_profile=srgb_profile())
 
 
 def panel(rows: Sequence[Sequence[np.ndarray]], gap: int = 4) -> np.ndarray:

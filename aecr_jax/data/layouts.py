@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from aecr_jax.data.folders import Pair, find_pairs
+from aecr_jax.data.folders import Pair, every_image, find_pairs
 from aecr_jax.data.images import list_images
 from aecr_jax.errors import UserError
 
@@ -129,7 +129,7 @@ def _find_part(root: Path, hazy: str, clear: str) -> Part | None:
         if folders[0] is None or (clear and folders[1] is None) or not list_images(folders[0]):
             continue
         if not clear:
-            return Part(hazy=tuple(list_images(folders[0])))
+            return Part(hazy=tuple(every_image(folders[0])))
         if hazy == clear and not any(path.stem.lower().endswith("_hazy") for path in list_images(folders[0])):
             continue
         assert folders[1] is not None

@@ -1,0 +1,243 @@
+"""Decode picture files into sRGB: Pillow reads pictures of 8 bits, libvips those with more. Sizes are checked before decoding."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import logging
+import struct
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
+
+from aecr_jax.errors import UserError
+
+# Telephones take more than Pillow's own limit of 89 million. That limit is a setting of the whole process, so it is left alone.
+MAX_PIXELS = 250_000_000
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+
+def decode(file: BinaryIO, name: str) -> np.ndarray:
+    """Return a picture as sRGB `[H, W, 3]`: uint8 if the file has 8 bits per value, else float32 in [0, 1].
+
+    The embedded colour profile and the EXIF orientation are applied, and alpha is dropped.
+
+    Args:
+      file: an open image file.
+      name: what to call it in an error.
+
+    Raises:
+      UserError: it is too large, or its values have no known range.
+      UnidentifiedImageError: it is no image.
+      Exception: it is damaged; decoders raise a dozen kinds.
+    """
+    try:
+        image = open_picture(file, name)
+    except (UnidentifiedImageError, Image.DecompressionBombError):
+        # Pillow does not know floating-point colour in TIFF, and refuses a large WebP by its own limit.
+        if _vips_loader(file) not in ("tiffload_buffer", "webpload_buffer"):
+            raise
+        return _as_srgb(*_read_with_vips(file, name), name)
+    layout = str(image.tile[:1])  # of the values in the file, which load() deletes
+    if _needs_vips(image, layout):
+        return _as_srgb(*_read_with_vips(file, name), name)
+    format = image.format
+    upright = load(image)
+    profile = upright.info.get("icc_profile")
+    if upright.mode[0] not in "IF":
+        return _8_bit_as_srgb(upright, profile)
+    values = np.asarray(upright)[..., None]
+    if "I;12" in layout:
+        values = values / np.float32(4095)
+    elif format == "PPM":  # Pillow scales the file's own range to 16 bits, held in 32
+        values = values.astype(np.uint16)
+    return _as_srgb(values, profile, name)
+
+
+def open_picture(file: BinaryIO, name: str) -> ImageFile.ImageFile:
+    """Read the header of an image file as `Image.open` does, but with `MAX_PIXELS` in place of Pillow's limit and its warning."""
+    prefix = file.read(16)
+    for load_plugins in (Image.preinit, Image.init):  # the common formats first, as in Image.open
+        load_plugins()
+        for factory, accept in list(Image.OPEN.values()):
+            with contextlib.suppress(SyntaxError, IndexError, TypeError, struct.error):  # what plugins raise for other formats
+                if accept is None or accept(prefix) is True:
+                    file.seek(0)
+                    image = factory(file, "")
+                    _check_size(name, *image.size)
+                    return image
+    raise UnidentifiedImageError
+
+
+def load(image: Image.Image) -> Image.Image:
+    """Decode the pixels of an opened picture and turn it upright as its EXIF says."""
+    image.load()
+    with contextlib.suppress(Exception):  # damaged EXIF says nothing about the pixels
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
+
+
+def _check_size(name: str, width: int, height: int, values: int = 1) -> None:
+    if width * height * max(1, values / 4) > MAX_PIXELS:  # RGB with alpha has four values per pixel
+        raise UserError(f"{name} is too large: {width} x {height} pixels; at most {MAX_PIXELS // 10**6} million pixels are read")
+
+
+# ---- more than 8 bits
+
+
+@functools.cache
+def _import_pyvips() -> Any:
+    import pyvips  # only when a picture needs it
+
+    logger = logging.getLogger("pyvips")
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.ERROR)  # its warnings are about what it tolerates, several lines for one file
+    return pyvips
+
+
+def _needs_vips(image: Image.Image, layout: str) -> bool:
+    # Pillow cuts 16-bit colour to 8, and does not tell wide integers from 16 bits.
+    deep = image.mode[0] in "IF" or ";16" in layout
+    if image.format == "PNG":
+        return deep
+    # Pillow compares a TIFF with its own limit once more when it decodes. libvips cannot read 12 bits.
+    too_large = image.width * image.height > (Image.MAX_IMAGE_PIXELS or MAX_PIXELS)
+    return image.format == "TIFF" and (deep or too_large) and "I;12" not in layout
+
+
+def _vips_loader(file: BinaryIO) -> str:
+    file.seek(0)
+    prefix = file.read(12)
+    if prefix.startswith(_TIFF):
+        return "tiffload_buffer"
+    if prefix.startswith(b"\x89PNG"):
+        return "pngload_buffer"
+    return "webpload_buffer" if prefix[:4] == b"RIFF" and prefix[8:] == b"WEBP" else ""
+
+
+def _read_with_vips(file: BinaryIO, name: str) -> tuple[np.ndarray, bytes | None]:
+    """Return values `[H, W, C]` of the file's own type, C = 1 (grey), 3 (RGB) or 4 (CMYK), and its colour profile."""
+    pyvips = _import_pyvips()
+    loader = getattr(pyvips.Image, _vips_loader(file))
+    file.seek(0)
+    try:
+        # The loader is named, so that no other decoder of libvips sees the file. It reads the header first.
+        image = loader(file.read(), access="sequential", fail_on="error")
+        _check_size(name, image.width, image.height, image.bands)
+        fields = image.get_fields()
+        profile = image.get("icc-profile-data") if "icc-profile-data" in fields else None
+        orientation = image.get("orientation") if "orientation" in fields else 1
+        channels = {"b-w": 1, "grey16": 1, "rgb": 3, "srgb": 3, "rgb16": 3, "scrgb": 3, "cmyk": 4}.get(image.interpretation)
+        if channels is None or channels > image.bands:
+            raise UserError(f"{name} has {image.bands} values per pixel of the kind {image.interpretation}: save it as grey, RGB or CMYK")
+        values = np.asarray(image[:channels]).reshape(image.height, image.width, channels)
+    except pyvips.Error as error:
+        raise OSError((error.detail or error.message).strip().splitlines()[-1]) from error
+    # The eight orientations of EXIF: 5 to 8 exchange rows and columns, then each axis may be reversed.
+    if orientation >= 5:
+        values = values.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        values = values[::-1]
+    if orientation in (2, 3, 6, 7):
+        values = values[:, ::-1]
+    return values, profile
+
+
+def _to_unit(values: np.ndarray, name: str) -> np.ndarray:
+    """Scale values of any type to float32 in [0, 1]."""
+    if values.dtype == np.uint16:
+        return values.astype(np.float32) / 65535
+    if values.dtype.kind not in "iuf":
+        raise UserError(f"{name} holds {values.dtype} values: save it with 8 or 16 bits")
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise UserError(f"{name} contains NaN or infinite values: replace them by values in [0, 1]")
+    low, high = values.min(), values.max()
+    if values.dtype.kind == "f":
+        # Interpolation and highlights go a little beyond [0, 1]. Files with another range, such as 0 to 255, go far beyond.
+        if low < -1 or high > 2:
+            raise UserError(
+                f"{name} holds floating-point values from {low:g} to {high:g}, which must be in [0, 1]: divide by the value of white"
+            )
+        return np.clip(values, 0, 1).astype(np.float32)
+    # Nothing says where white is in wide integers, but for values that need all of 16 bits. Black is black in every range.
+    if low < 0 or not (high == 0 or 2**15 <= high < 2**16):
+        raise UserError(
+            f"{name} holds {values.dtype} values from {low} to {high}, and nothing says which is white: save it with 8 or 16 bits"
+        )
+    return values.astype(np.float32) / 65535
+
+
+# ---- colour
+
+# What viewers use between screens: equal colours stay equal, and black stays black.
+_RENDERING: dict[str, Any] = {"renderingIntent": ImageCms.Intent.RELATIVE_COLORIMETRIC, "flags": ImageCms.Flags.BLACKPOINTCOMPENSATION}
+
+
+@functools.cache
+def srgb_profile() -> bytes:
+    """A small sRGB profile to embed. Its date is fixed: equal pictures must be equal files."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    return profile[:24] + struct.pack(">6H", 2000, 1, 1, 0, 0, 0) + profile[36:]
+
+
+def _as_srgb(values: np.ndarray, profile: bytes | None, name: str) -> np.ndarray:
+    """Values `[H, W, C]` of any type, C = 1 (grey), 3 (RGB) or 4 (CMYK), as `decode` returns them."""
+    height, width, channels = values.shape
+    if values.dtype == np.uint8:
+        mode = {1: "L", 3: "RGB", 4: "CMYK"}[channels]
+        return _8_bit_as_srgb(Image.frombytes(mode, (width, height), values.tobytes()), profile)
+    values = _to_unit(values, name)
+    if profile and (conversion := _conversion(profile, channels)):
+        pyvips = _import_pyvips()
+        pixels = np.round(values * 65535).astype(np.uint16)
+        if conversion.mode == "RGB" and channels == 1:
+            pixels = np.repeat(pixels, 3, -1)
+        image = pyvips.Image.new_from_array(pixels, interpretation={"L": "grey16", "RGB": "rgb16", "CMYK": "cmyk"}[conversion.mode])
+        image.set_type(pyvips.GValue.blob_type, "icc-profile-data", profile)
+        # By way of CIELAB in float: icc_transform() interpolates in a table that is off by up to 0.07 near saturated colours.
+        options = {"intent": "relative", "black_point_compensation": True, "pcs": "lab"}
+        image = image.icc_import(embedded=True, **options).copy()
+        image.set_type(pyvips.GValue.blob_type, "icc-profile-data", srgb_profile())
+        return np.asarray(image.icc_export(depth=16, **options)).astype(np.float32) / 65535
+    if channels == 4:
+        return (1 - values[..., :3]) * (1 - values[..., 3:])  # as Pillow converts CMYK without a profile
+    return np.repeat(values, 3, -1) if channels == 1 else np.ascontiguousarray(values)
+
+
+def _8_bit_as_srgb(image: Image.Image, profile: bytes | None) -> np.ndarray:
+    channels = 1 if image.mode in ("1", "L", "LA", "La") else 4 if image.mode == "CMYK" else 3
+    if profile and (conversion := _conversion(profile, channels)):
+        image = conversion.transform.apply(image.convert(conversion.mode))
+    return np.asarray(image.convert("RGB"))
+
+
+class _Conversion(NamedTuple):
+    """How to make sRGB from pixels of `mode`."""
+
+    mode: str
+    transform: ImageCms.ImageCmsTransform
+
+
+@functools.lru_cache(maxsize=16)  # a folder's pictures have one profile or a few
+def _conversion(profile: bytes, channels: int) -> _Conversion | None:
+    """How to convert pixels of 1 (grey), 3 (RGB) or 4 (CMYK) values; None if their profile is sRGB, damaged, or for other pixels."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        # Grey pixels may come with a profile of RGB, which then describes them as three equal values.
+        mode = {("GRAY", 1): "L", ("RGB", 1): "RGB", ("RGB", 3): "RGB", ("CMYK", 4): "CMYK"}[source.profile.xcolor_space.strip(), channels]
+        target = ImageCms.ImageCmsProfile(io.BytesIO(srgb_profile()))
+        transform = ImageCms.buildTransform(source, target, mode, "RGB", **_RENDERING)
+    except Exception:
+        return None
+    # Colours from black to white show what the profile does; its name does not.
+    ramp = np.arange(0, 256, 15, dtype=np.uint8)
+    grid = Image.fromarray(np.stack(np.meshgrid(ramp, ramp, ramp, indexing="ij"), -1).reshape(1, -1, 3))
+    probe = {"L": Image.linear_gradient("L"), "RGB": grid, "CMYK": Image.new("CMYK", (1, 1))}[mode]
+    result = np.asarray(transform.apply(probe), np.int16)
+    if result[-1, -1].min() < 200:  # only a damaged profile makes white dark
+        return None
+    if mode != "CMYK" and np.abs(result - np.asarray(probe.convert("RGB"), np.int16)).max() <= 1:
+        return None  # sRGB, of which many variants are in use
+    return _Conversion(mode, transform)
