@@ -158,7 +158,7 @@ def _to_unit(values: np.ndarray, name: str) -> np.ndarray:
         # Interpolation and highlights go a little beyond [0, 1]. Files with another range, such as 0 to 255, go far beyond.
         if low < -1 or high > 2:
             raise UserError(
-                f"{name} holds floating-point values from {low:g} to {high:g}, which must be in [0, 1]: divide by the value of white"
+                f"{name} holds floating-point values from {low:g} to {high:g}, which must be in [0, 1]: divide them by white, such as 255"
             )
         return np.clip(values, 0, 1).astype(np.float32)
     # Nothing says where white is in wide integers, but for values that need all of 16 bits. Black is black in every range.
