@@ -1,16 +1,24 @@
-"""How XLA compiles for the commands: flags that make CPUs faster, and compiled programs kept on disk."""
+"""How XLA compiles: flags that make CPUs faster, and which compiled programs are kept, on disk and in memory."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import platform
+import resource
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
+import psutil
 from filelock import FileLock
+
+from aecr_jax.errors import UserError
 
 # XLA's CPU backend takes a library for single convolutions that is slow for many of this network's: without it a train step takes
 # 0.6 of the time (see the README). XLA ends the process at a flag that it does not know, so only measured releases get it.
@@ -20,6 +28,10 @@ _MEASURED = ("0.10.2",)
 CACHE_BYTES = 2 * 2**30
 # JAX looks at each of them when it writes one.
 CACHE_ENTRIES = 2000
+# Programs of one function that `bounded_jit` keeps in memory, about 10 MB each.
+PROGRAMS = 8
+# Where Linux shows a container its own limit (control groups, version 2).
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 def set_up() -> None:
@@ -76,3 +88,61 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         features += "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
     return hashlib.sha256(features.encode()).hexdigest()[:12]
+
+
+class NotEnoughMemory(UserError):
+    """A program needs more memory than there is. `needed` and `available` are in bytes; the latter is None if it is not known."""
+
+    def __init__(self, needed: int, available: int | None):
+        there = "less is available" if available is None else f"{available / 1e9:.3g} GB are available"
+        super().__init__(f"it takes {needed / 1e9:.3g} GB of memory, and {there}")
+        self.needed, self.available = needed, available
+
+
+def bounded_jit(function: Callable[..., jax.Array]) -> Callable[..., np.ndarray]:
+    """Compile a function of arrays like `jax.jit`, for inputs of ever new sizes.
+
+    Only the programs of the `PROGRAMS` combinations of shapes that were used last are kept, where `jax.jit` keeps all of them. On a CPU,
+    the memory that XLA planned is compared with what is available before a program runs: without that, the system ends the process.
+
+    Returns:
+      A function that takes pytrees of arrays on one device, or of NumPy arrays, and returns a NumPy array.
+
+    Raises:
+      NotEnoughMemory: by the returned function, if the program does not fit into memory.
+    """
+
+    @functools.lru_cache(PROGRAMS)
+    def compile_for(tree: Any, leaves: tuple[tuple[tuple[int, ...], Any], ...]) -> tuple[jax.stages.Compiled, int]:
+        arguments = tree.unflatten([jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
+        # A new function each time: JAX's caches hold what was traced for as long as the traced function is there.
+        program = jax.jit(lambda *arrays: function(*arrays)).lower(*arguments).compile()
+        memory = program.memory_analysis()
+        return program, memory.temp_size_in_bytes + memory.output_size_in_bytes if memory else 0
+
+    def call(*arguments: Any) -> np.ndarray:
+        leaves, tree = jax.tree.flatten(arguments)
+        needed = 0
+        try:
+            program, needed = compile_for(tree, tuple((leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype)) for leaf in leaves))
+            if jax.default_backend() == "cpu" and needed > (available := available_memory()):
+                raise NotEnoughMemory(needed, available)
+            return np.asarray(program(*arguments))  # waits for it: errors of a computation come late
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise NotEnoughMemory(needed, None) from error
+
+    return call
+
+
+def available_memory() -> int:
+    """The bytes that this process can still take: the machine's, its container's and its own limit (`ulimit -v`)."""
+    available = [psutil.virtual_memory().available]
+    if (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
+        available.append(limit - psutil.Process().memory_info().vms)
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no such file, or no limit, which is written as "max"
+        statistics = dict(line.split() for line in (_CONTROL_GROUP / "memory.stat").read_text().splitlines())
+        # Not what the files in use say: they count the file cache, which gives way.
+        available.append(int((_CONTROL_GROUP / "memory.max").read_text()) - int(statistics["anon"]))
+    return min(available)

@@ -5,41 +5,56 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
 
-from aecr_jax.model import AECRNet, replace_arrays
+from aecr_jax.compilation import bounded_jit
+from aecr_jax.errors import UserError
+from aecr_jax.model import AECRNet, first_not_finite, get_arrays, replace_arrays
 
 
 class Restorer:
     """A compiled model: hazy image `[H, W, 3]` in [0, 1] -> restored image, the same shape, clipped to [0, 1].
 
-    Each new size compiles once.
+    Each new size compiles; the programs of the last few sizes are kept (see `bounded_jit`).
 
     Args:
       model: the network; it is used in evaluation mode.
+
+    Raises:
+      UserError: the model's arrays, or at a call the image or its result, are not finite.
+      NotEnoughMemory: at a call, the image is too large.
     """
 
     def __init__(self, model: AECRNet):
         model.eval()
         graph, self._state = nnx.split(model)
+        self.set_arrays(get_arrays(model))
 
-        @jax.jit
         def apply(state: nnx.State, hazy: Array) -> Array:
             return nnx.merge(graph, state)(hazy[None])[0].clip(0, 1)
 
-        self._apply = apply
+        self._apply = bounded_jit(apply)
 
     def set_arrays(self, arrays: Mapping[str, Any]) -> None:
-        """Takes other parameters and statistics of the same model (as `get_arrays` names them); compiles nothing anew."""
+        """Take other parameters and statistics of the same model (as `get_arrays` names them); this compiles nothing anew.
+
+        Raises:
+          UserError: they are not finite.
+        """
+        if name := first_not_finite(arrays):
+            raise UserError(f"the model's array {name} has values that are not finite")
         local = {name: jnp.asarray(np.asarray(array)) for name, array in arrays.items()}  # off the mesh, onto one device
         self._state = replace_arrays(self._state, local)
 
     def __call__(self, hazy: np.ndarray) -> np.ndarray:
-        return np.asarray(self._apply(self._state, hazy))
+        restored = self._apply(self._state, hazy)
+        if not np.isfinite(restored).all():
+            whose = "restored image" if np.isfinite(hazy).all() else "hazy image"
+            raise UserError(f"the {whose} has values that are not finite")
+        return restored
 
 
 def restore_tiled(restorer: Restorer, hazy: np.ndarray, tile: int, overlap: int) -> np.ndarray:
