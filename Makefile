@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 demo: $(VENV)/installed
 	$(BIN)/python train.py --config configs/demo.py
 	$(BIN)/python eval.py --checkpoint runs/demo --data scenes --output runs/demo/eval --save-images
-	$(BIN)/python -m aecr_jax dehaze runs/demo/eval/hazy/scene1-000[0-2].png --output runs/demo/dehazed --checkpoint runs/demo
+	$(BIN)/python -m aecr_jax dehaze runs/demo/eval/hazy/scene1-000[0-2].png --output runs/demo/dehazed --checkpoint runs/demo --overwrite
 
 test: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -1,13 +1,17 @@
 """The command line: `python -m aecr_jax COMMAND`. Exit status 0, or 2 with one line on standard error for bad usage or input.
 
-`check-data` exits with 1 if training on the data would be a mistake, `train` with 75 if SIGTERM stopped it and its state is saved.
+`check-data` exits with 1 if training on the data would be a mistake, and `train` with 75 if SIGTERM stopped it and its state is saved.
+`dehaze` exits with 2 if a picture was not restored, though the others were. A command whose output goes to a pipe that was closed exits
+with 141, as SIGPIPE would end it.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
+import select
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -40,18 +44,24 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A file name that is not UTF-8 is printed with the byte E9 as \\udce9, as it is on standard error.
+        sys.stdout.reconfigure(errors="backslashreplace")
     # orbax and grain report their routine at levels that a person would take for trouble, and trouble many times over.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        parser = _make_parser()
-        options, rest = parser.parse_known_args(argv)
-        if rest and not (options.command in ("train", "benchmark") or (options.command == "check-data" and options.config)):
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        from aecr_jax.compilation import set_up
+        try:
+            parser = _make_parser()
+            options, rest = parser.parse_known_args(argv)
+            if rest and not (options.command in ("train", "benchmark") or (options.command == "check-data" and options.config)):
+                parser.error(f"unrecognized arguments: {' '.join(rest)}")
+            from aecr_jax.compilation import set_up
 
-        set_up()
-        return _RUN[options.command](options, rest)
+            set_up()
+            return _RUN[options.command](options, rest)
+        finally:
+            _flush(sys.stdout)  # not at the interpreter's exit, which would report a failure in its own way
     except UserError as error:
         print(f"aecr_jax: {error}", file=sys.stderr, flush=True)
         if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
@@ -68,6 +78,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("aecr_jax: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        closed = [stream for stream in (sys.stdout, sys.stderr) if _has_no_reader(stream)]
+        if not closed:  # a pipe of the command's own
+            raise
+        for stream in closed:
+            _discard(stream)
+        return 141
+
+
+def _flush(stream: Any) -> None:
+    """Write out what was printed, or raise UserError or BrokenPipeError."""
+    try:
+        if stream is not None:
+            stream.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _discard(stream)
+        raise UserError(f"standard output cannot be written: {error.strerror}") from error
+
+
+def _discard(stream: Any) -> None:
+    """Let what is still to be written to `stream` go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _has_no_reader(stream: Any) -> bool:
+    """Whether a stream is a pipe that nobody reads any more."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)  # asks for no event: errors are always reported
+        return bool(poll.poll(0))
+    except (OSError, ValueError, AttributeError):  # no stream, or one without a file
+        return False
+
+
+def _path(text: str) -> str:
+    """An argument that names a file or folder; an empty one would mean the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
 
 
 def _explain(error: BaseException) -> str | None:
@@ -95,21 +146,32 @@ def _make_parser() -> argparse.ArgumentParser:
     train.add_argument("--config", metavar="FILE", help="Python file that sets `config`, such as configs/its.py")
 
     evaluate = commands.add_parser("eval", help="score a checkpoint", allow_abbrev=False)
-    evaluate.add_argument("--checkpoint", metavar="DIR", help="work directory of a run, or a converted model (default: the shipped model)")
     evaluate.add_argument(
-        "--data", required=True, metavar="DIR", help='folder with hazy/ and clear/ (or rgb/ and depth/), a built data set, or "scenes"'
+        "--checkpoint", type=_path, metavar="DIR", help="work directory of a run, or a converted model (default: the shipped model)"
+    )
+    evaluate.add_argument(
+        "--data",
+        type=_path,
+        required=True,
+        metavar="DIR",
+        help='folder with hazy/ and clear/ (or rgb/ and depth/), a built data set, or "scenes"',
     )
     evaluate.add_argument(
         "--split", default="", metavar="NAME/PART", help="score on that part of a named split, such as nh_haze_45_5_5/test"
     )
     evaluate.add_argument("--data-dir", default="", metavar="DIR", help="where prepare-data wrote (default: ~/tensorflow_datasets)")
-    evaluate.add_argument("--output", metavar="DIR", help="write per_image.csv, summary.json and panel.png there")
+    evaluate.add_argument("--output", type=_path, metavar="DIR", help="write per_image.csv, summary.json and panel.png there")
     evaluate.add_argument("--save-images", action="store_true", help="write hazy/, restored/ and clear/ into --output too")
 
     dehaze = commands.add_parser("dehaze", help="dehaze photographs", allow_abbrev=False)
-    dehaze.add_argument("input", nargs="+", metavar="INPUT", help="image files and folders")
-    dehaze.add_argument("--output", required=True, metavar="DIR", help="folder for the results, NAME.png each")
-    dehaze.add_argument("--checkpoint", metavar="DIR", help="work directory of a run, or a converted model (default: the shipped model)")
+    dehaze.add_argument("input", type=_path, nargs="+", metavar="INPUT", help="image files and folders")
+    dehaze.add_argument("--output", type=_path, required=True, metavar="DIR", help="folder for the results, NAME.png each")
+    existing = dehaze.add_mutually_exclusive_group()
+    existing.add_argument("--overwrite", action="store_true", help="replace results that exist")
+    existing.add_argument("--skip-existing", action="store_true", help="restore only the images whose results do not exist")
+    dehaze.add_argument(
+        "--checkpoint", type=_path, metavar="DIR", help="work directory of a run, or a converted model (default: the shipped model)"
+    )
     dehaze.add_argument(
         "--tile",
         type=int,
@@ -218,9 +280,11 @@ def _eval(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _dehaze(options: argparse.Namespace, rest: list[str]) -> int:
-    from aecr_jax.dehaze import dehaze
+    from aecr_jax.dehaze import Existing, dehaze
 
-    return 0 if dehaze(options.input, options.output, checkpoint=options.checkpoint, tile=options.tile) else 2
+    existing: Existing = "overwrite" if options.overwrite else "skip" if options.skip_existing else "refuse"
+    done = dehaze(options.input, options.output, checkpoint=options.checkpoint, tile=options.tile, existing=existing)
+    return 0 if done else 2
 
 
 def _prepare_data(options: argparse.Namespace, rest: list[str]) -> int:

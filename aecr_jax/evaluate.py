@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ import numpy as np
 from tqdm import tqdm
 
 from aecr_jax.checkpoint import DEFAULT_MODEL, load_checkpoint_with_config
+from aecr_jax.compilation import bounded_jit
 from aecr_jax.config import DataConfig
 from aecr_jax.data.images import panel, write_image
 from aecr_jax.data.pipeline import EvalImage, eval_images, open_eval_data
 from aecr_jax.distributed import gather, is_main
 from aecr_jax.errors import UserError
-from aecr_jax.files import make_folder
+from aecr_jax.files import make_folder, replacing
 from aecr_jax.metrics import psnr, ssim
 from aecr_jax.restore import Restorer
 
@@ -39,17 +41,27 @@ class Score:
     input_ssim: float
 
 
-@jax.jit
+@bounded_jit
 def _measure(prediction: jax.Array, target: jax.Array) -> jax.Array:
     return jnp.concatenate([psnr(prediction[None], target[None]), ssim(prediction[None], target[None])])
 
 
 def evaluate(restorer: Restorer, images: Iterable[EvalImage], total: int | None = None) -> Iterator[tuple[Score, EvalImage, np.ndarray]]:
-    """Restores each image and yields its score, the image and the restored one."""
+    """Restore each image and yield its score, the image and the restored one.
+
+    Raises:
+      UserError: an image, its restored version or its score is not finite, or it does not fit into memory; the text begins with its name.
+    """
     for image in tqdm(images, "evaluating", total, leave=False, disable=not is_main()):
-        restored = restorer(image.hazy)
-        after, before = (np.asarray(_measure(x, image.clear)) for x in (restored, image.hazy))
-        yield Score(image.name, float(after[0]), float(after[1]), float(before[0]), float(before[1])), image, restored
+        try:
+            restored = restorer(image.hazy)
+            after, before = (_measure(x, image.clear) for x in (restored, image.hazy))
+            score = Score(image.name, float(after[0]), float(after[1]), float(before[0]), float(before[1]))
+            if not all(map(math.isfinite, astuple(score)[1:])):
+                raise UserError("the score is not finite: look at the values of the clear image")
+        except UserError as error:
+            raise UserError(f"{image.name}: {error}") from error
+        yield score, image, restored
 
 
 def evaluate_checkpoint(
@@ -61,7 +73,7 @@ def evaluate_checkpoint(
     data_dir: str = "",
     split: str = "",
 ) -> dict[str, Any]:
-    """Scores a checkpoint on a data set and prints a table.
+    """Scores a checkpoint on a data set, writes the results and prints a table.
 
     Args:
       checkpoint: as `load_checkpoint` takes it; None for the shipped model.
@@ -75,17 +87,18 @@ def evaluate_checkpoint(
       The summary.
 
     Raises:
-      UserError: the checkpoint or the data are not what they should be, or the output cannot be written or would replace the data.
+      UserError: the checkpoint or the data are not what they should be, a result is not finite, or the output cannot be written or
+        would replace the data.
     """
-    if save_images and not output:
+    if save_images and output is None:
         raise UserError("--save-images needs --output DIR")
-    checkpoint = checkpoint or DEFAULT_MODEL
+    checkpoint = DEFAULT_MODEL if checkpoint is None else checkpoint
     model, config = load_checkpoint_with_config(checkpoint)
     restorer = Restorer(model)
     # The embedded scenes at the size that the run evaluated on, so that the two scores agree.
     size = config.get("data", {}).get("scene_size", DataConfig.scene_size)
     samples, name = open_eval_data(data, tuple(size), data_dir=data_dir, split=split)
-    if output:
+    if output is not None:
         output = make_folder(output)
         if save_images:
             _check_folders(output, samples)
@@ -93,20 +106,22 @@ def evaluate_checkpoint(
     scores: list[Score] = []
     rows: list[list[np.ndarray]] = []
     for score, image, restored in evaluate(restorer, eval_images(samples), len(samples)):
-        if output and len(scores) in shown:
+        if output is not None and len(scores) in shown:
             add_row(rows, image, restored)
-        if output and save_images:
+        if output is not None and save_images:
             for kind, picture in zip(_FOLDERS, (image.hazy, restored, image.clear)):
                 write_image(output / kind / f"{image.name}.png", picture)
         scores.append(score)
     means = summarize(scores)
-    print(table([("hazy input", means["input_psnr"], means["input_ssim"]), ("restored", means["psnr"], means["ssim"])]))
-    print(f"mean over {means['images']} images of {name}; PSNR and SSIM on RGB as in the official code")
     about = {"checkpoint": str(checkpoint), "data": data, "split": name, "metrics": "RGB, float, as the official code"}
     about |= {key: config[key] for key in ("step", "weights") if key in config}
-    if output:
-        write_results(output, scores, means | about)
+    # Files first: whoever reads the table may go away (`| head -1`).
+    if output is not None:
         write_image(output / "panel.png", panel(rows))
+        write_results(output, scores, means | about)
+    print(table([("hazy input", means["input_psnr"], means["input_ssim"]), ("restored", means["psnr"], means["ssim"])]))
+    print(f"mean over {means['images']} images of {name}; PSNR and SSIM on RGB as in the official code")
+    if output is not None:
         print(f"hazy | restored | clear: {output / 'panel.png'}")
     return means | about
 
@@ -136,20 +151,33 @@ def summarize(scores: list[Score], count: int | None = None) -> dict[str, Any]:
 
 
 def write_results(folder: str | Path, scores: list[Score], summary: dict[str, Any]) -> None:
-    """Writes `per_image.csv` and `summary.json`.
+    """Write `per_image.csv` and `summary.json`, each of them whole or not at all.
+
+    A number that is not finite is null in `summary.json`, which has no other way to say it, and an empty field in `per_image.csv`.
+    A byte of a file name that is not UTF-8, such as E9, is written as \\udce9 in both: `json.loads` and `os.fsencode` give the byte back.
 
     Raises:
-      UserError: the folder cannot be written.
+      UserError: a file cannot be written.
     """
-    folder = make_folder(folder)
-    try:
-        with open(folder / "per_image.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, list(asdict(scores[0])))
-            writer.writeheader()
-            writer.writerows(asdict(score) for score in scores)
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
+    folder = Path(folder)
+    with (
+        replacing(folder / "per_image.csv") as partial,
+        open(partial, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
+        writer = csv.DictWriter(file, list(asdict(scores[0])))
+        writer.writeheader()
+        writer.writerows(_without_nan(asdict(score)) for score in scores)
+    with replacing(folder / "summary.json") as partial:
+        partial.write_text(json.dumps(_without_nan(summary), indent=2, allow_nan=False) + "\n")
+
+
+def _without_nan(value: Any) -> Any:
+    """A JSON value with None in place of NaN and infinity."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def table(rows: list[tuple[str, float, float]]) -> str:

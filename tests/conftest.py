@@ -62,6 +62,19 @@ def model_dir(tmp_path_factory):
     return path
 
 
+@pytest.fixture
+def nan_model(model_dir, tmp_path):
+    """The small model with one NaN among its weights."""
+    import numpy as np
+    from safetensors.numpy import load_file, save_file
+
+    folder = shutil.copytree(model_dir, tmp_path / "nan_model")
+    arrays = load_file(folder / "model.safetensors")
+    arrays["down1.kernel"][0, 0, 0, 0] = np.nan
+    save_file(arrays, folder / "model.safetensors")
+    return folder
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, config_file):
     """A finished run of four steps, for one file of tests: some of them go on with it."""

@@ -1,0 +1,168 @@
+"""`eval`: what it writes is whole, says what it is of, and does not depend on where its table goes."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_commands import fails
+from test_data import picture
+
+import aecr_jax.__main__ as program
+from aecr_jax import UserError, compilation, load_checkpoint
+from aecr_jax.__main__ import main
+from aecr_jax.data.pipeline import EvalImage
+from aecr_jax.evaluate import Score, evaluate, write_results
+from aecr_jax.restore import Restorer
+
+
+def pairs(folder, *names, size=(20, 12)):
+    """A folder with hazy/ and clear/."""
+    for i, name in enumerate(names):
+        picture(folder / "hazy" / f"{name}.png", size, seed=i)
+        picture(folder / "clear" / f"{name}.png", size, seed=i + 10)
+    return folder
+
+
+def rows(folder):
+    with open(folder / "per_image.csv", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("where", ["weights", "picture"])
+def test_what_is_not_finite_is_named_and_nothing_is_written(nan_model, model_dir, tmp_path, capsys, where):
+    data = pairs(tmp_path / "data", "a", "b")
+    if where == "picture":
+        Image.fromarray(np.full((12, 20), np.nan, np.float32)).save(tmp_path / "b.tiff")
+        for side in ("hazy", "clear"):
+            (data / side / "b.png").unlink()
+            shutil.copy(tmp_path / "b.tiff", data / side / "b.tiff")
+    model = nan_model if where == "weights" else model_dir
+    said = fails(capsys, "eval", "--checkpoint", model, "--data", data, "--output", tmp_path / "out")
+    assert "not finite" in said and (str(nan_model) in said if where == "weights" else "b" in said.split("aecr_jax: ")[1].split()[0])
+    assert not list((tmp_path / "out").glob("*.*"))
+
+
+def test_a_score_that_is_not_finite_is_an_error_with_the_images_name(model_dir):
+    """A library caller's images come from anywhere. Nothing averages over a NaN without a word."""
+    grey = np.full((12, 16, 3), 0.5, np.float32)
+    bad = np.where(np.arange(16)[:, None] == 3, np.float32(np.nan), grey)
+    restorer = Restorer(load_checkpoint(model_dir))
+    with pytest.raises(UserError, match=r"^first: the hazy image has values that are not finite"):
+        list(evaluate(restorer, [EvalImage("first", bad, grey)]))
+    with pytest.raises(UserError, match=r"^second: the score is not finite"):
+        list(evaluate(restorer, [EvalImage("second", grey, bad)]))
+
+
+def test_results_never_hold_a_bare_nan(tmp_path):
+    """NaN and Infinity are no JSON: other readers end at them."""
+    summary = {"psnr": float("nan"), "ssim": float("inf"), "images": 1, "parts": [float("-inf"), 1.5]}
+    write_results(tmp_path, [Score("a", float("nan"), 0.5, 1.0, 0.5)], summary)
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    read = json.loads((tmp_path / "summary.json").read_text(), parse_constant=refuse)
+    assert read == {"psnr": None, "ssim": None, "images": 1, "parts": [None, 1.5]}
+    assert rows(tmp_path)[0] == {"image": "a", "psnr": "", "ssim": "0.5", "input_psnr": "1.0", "input_ssim": "0.5"}
+
+
+def test_results_are_whole_or_not_there(tmp_path, monkeypatch):
+    """The disk fills up at the end of the table: the one of the last time stays."""
+    write_results(tmp_path, [Score("a", 1, 1, 1, 1)], {"psnr": 1.0})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fill(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(csv.DictWriter, "writerows", fill)
+    with pytest.raises(UserError, match=r"per_image\.csv cannot be written: No space left"):
+        write_results(tmp_path, [Score("b", 2, 2, 2, 2)], {"psnr": 2.0})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_names_that_are_not_utf8(model_dir, tmp_path, capsys):
+    r"""The byte E9 (é in Latin-1) is \udce9 everywhere: os.fsencode of what that names in Python gives the file's name back."""
+    name = os.fsdecode(b"caf\xe9")
+    try:
+        data = pairs(tmp_path / name, name, "b")
+    except UserError:
+        pytest.skip("this file system takes UTF-8 names only")
+    out = tmp_path / "out"
+    assert main(list(map(str, ["eval", "--checkpoint", model_dir, "--data", data, "--output", out, "--save-images"]))) == 0
+    assert [row["image"] for row in rows(out)] == ["b", r"caf\udce9"]
+    assert os.fsencode(json.loads((out / "summary.json").read_text())["data"]) == os.fsencode(data)
+    assert r"caf\udce9" in capsys.readouterr().out
+    assert sorted(map(os.fsencode, os.listdir(out / "restored"))) == [b"b.png", b"caf\xe9.png"]
+
+
+def test_files_are_written_before_the_table_is_printed(model_dir, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    reading, writing = os.pipe()
+    os.close(reading)
+    with monkeypatch.context() as patch, open(writing, "w", buffering=1) as closed:
+        patch.setattr(sys, "stdout", closed)
+        arguments = ["eval", "--checkpoint", model_dir, "--data", pairs(tmp_path / "data", "a"), "--output", out]
+        assert main(list(map(str, arguments))) == 141
+    assert json.loads((out / "summary.json").read_text())["images"] == 1
+    assert sorted(os.listdir(out)) == ["panel.png", "per_image.csv", "summary.json"]
+
+
+_PRINT = """
+import sys
+import aecr_jax.__main__ as program
+program._RUN["report"] = lambda options, rest: print(options.workdir) or 0
+sys.exit(program.main(["report", "text"]))
+"""
+
+
+def printing(stdout, unbuffered):
+    """A program of ours that prints a line to `stdout`, with its status and what it says on standard error."""
+    done = subprocess.run(
+        [sys.executable, "-c", _PRINT], stdout=stdout, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_closed_pipe_ends_a_command_quietly(unbuffered):
+    """As `aecr_jax ... | head -1` does: nobody reads. 141 is what a shell gives for a program that SIGPIPE ended."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    assert printing(writing, unbuffered) == (141, "")
+    os.close(writing)
+
+
+def test_a_pipe_that_breaks_elsewhere_is_no_closed_output(monkeypatch):
+    def fail(options, rest):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setitem(program._RUN, "report", fail)
+    with pytest.raises(BrokenPipeError):
+        main(["report", "."])
+
+
+def test_standard_output_on_a_full_disk_is_one_line():
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    with open("/dev/full", "w") as full:
+        assert printing(full, "") == (2, "aecr_jax: standard output cannot be written: No space left on device\n")
+
+
+@pytest.mark.parametrize("option", ["--output", "--checkpoint", "--data"])
+def test_empty_options_are_refused(tmp_path, capsys, monkeypatch, option):
+    """An empty path would be the current folder, the shipped model, or no output at all."""
+    monkeypatch.chdir(pairs(tmp_path / "data", "a"))
+    said = fails(capsys, "eval", "--data", tmp_path / "data", option, "")
+    assert f"argument {option}: must not be empty" in said
+
+
+def test_an_image_that_does_not_fit_into_memory_is_named(model_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compilation, "available_memory", lambda: 1000)
+    said = fails(capsys, "eval", "--checkpoint", model_dir, "--data", pairs(tmp_path / "data", "a"))
+    assert said.startswith("aecr_jax: a: it takes ") and "1e-06 GB are available" in said
