@@ -115,8 +115,13 @@ def bounded_jit(function: Callable[..., jax.Array]) -> Callable[..., np.ndarray]
     @functools.lru_cache(PROGRAMS)
     def compile_for(tree: Any, leaves: tuple[tuple[tuple[int, ...], Any], ...]) -> tuple[jax.stages.Compiled, int]:
         arguments = tree.unflatten([jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
+
         # A new function each time: JAX's caches hold what was traced for as long as the traced function is there.
-        program = jax.jit(lambda *arrays: function(*arrays)).lower(*arguments).compile()
+        @functools.wraps(function)
+        def traced(*arrays: Any) -> jax.Array:
+            return function(*arrays)
+
+        program = jax.jit(traced).lower(*arguments).compile()
         memory = program.memory_analysis()
         return program, memory.temp_size_in_bytes + memory.output_size_in_bytes if memory else 0
 

@@ -123,6 +123,7 @@ def test_names_at_the_limit_of_the_file_system(model_dir, tmp_path, capsys, monk
     assert len(said) == 2 and all("File name too long" in message for message in said)
     assert said[0].startswith(f"{folder / ('n' * 251 + '.jpg')}: ") and said[1].startswith(f"{bare}: ")
     assert sorted(os.listdir(tmp_path / "out")) == ["n" * 251 + ".png", "z.png"] and len(restored) == 2
+    assert "there is no file or folder nnn" in fails(capsys, "dehaze", "n" * 300, "--output", tmp_path / "out")
 
 
 def test_names_that_are_not_utf8(model_dir, tmp_path, capsys):
