@@ -110,7 +110,7 @@ def _has_no_reader(stream: Any) -> bool:
         poll = select.poll()
         poll.register(stream.fileno(), 0)  # asks for no event: errors are always reported
         return bool(poll.poll(0))
-    except (OSError, ValueError, AttributeError):  # no stream, or one without a file
+    except (OSError, ValueError, AttributeError):  # no stream, one without a file, or a system without poll (Windows)
         return False
 
 

@@ -7,7 +7,6 @@ import functools
 import hashlib
 import os
 import platform
-import resource
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -144,8 +143,11 @@ def bounded_jit(function: Callable[..., jax.Array]) -> Callable[..., np.ndarray]
 def available_memory() -> int:
     """The bytes that this process can still take: the machine's, its container's and its own limit (`ulimit -v`)."""
     available = [psutil.virtual_memory().available]
-    if (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
-        available.append(limit - psutil.Process().memory_info().vms)
+    with contextlib.suppress(ImportError):  # Windows has no such limits
+        import resource
+
+        if (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
+            available.append(limit - psutil.Process().memory_info().vms)
     with contextlib.suppress(OSError, ValueError, KeyError):  # no such file, or no limit, which is written as "max"
         statistics = dict(line.split() for line in (_CONTROL_GROUP / "memory.stat").read_text().splitlines())
         # Not what the files in use say: they count the file cache, which gives way.

@@ -148,7 +148,7 @@ def _list_inputs(inputs: Sequence[str | Path], output: Path) -> tuple[list[Path]
     notes: list[str] = []
     for path in map(Path, inputs):
         if os.path.isdir(path):
-            found = _list_images(path, skipped)
+            found = list_images(path, skipped)
             note = _unsearched(path, output)
             if not found:
                 raise UserError(f"no images in {path}: looked for {', '.join(sorted(EXTENSIONS))}" + (f"; {note}" if note else ""))
@@ -159,21 +159,6 @@ def _list_inputs(inputs: Sequence[str | Path], output: Path) -> tuple[list[Path]
         else:
             raise UserError(f"there is no file or folder {path}")
     return images, skipped, notes
-
-
-def _list_images(folder: Path, skipped: list[tuple[Path, str]]) -> list[Path]:
-    """The image files directly in `folder`, sorted; what has such a name and is no file is added to `skipped` with the reason."""
-    images = []
-    for path in list_images(folder):
-        if os.path.isfile(path):
-            images.append(path)
-        elif os.path.isdir(path):
-            skipped.append((path, "it is a directory"))
-        elif os.path.islink(path):
-            skipped.append((path, "it is a link to nothing or to itself"))
-        else:
-            skipped.append((path, "it is no regular file"))
-    return images
 
 
 def _unsearched(folder: Path, output: Path) -> str:
