@@ -206,7 +206,7 @@ def test_reside_clear_images_are_cropped_in_the_middle(tmp_path):
 
 
 def test_nyu_frames_lose_their_border(tmp_path):
-    picture(tmp_path / "c.png", (640, 480), value=0.5), picture(tmp_path / "d.png", (640, 480), value=0.5)
+    picture(tmp_path / "c.png", (640, 480), value=0.5), picture(tmp_path / "d.png", (640, 480))
     read = DepthScene(tmp_path / "c.png", tmp_path / "d.png").read()
     assert read["clear"].shape == (460, 620, 3) and read["depth"].shape == (460, 620)
     picture(tmp_path / "e.png", (64, 48))
@@ -293,8 +293,9 @@ def test_cached_images_give_the_same_batches(tmp_path):
 
 
 def test_haze_on_the_fly_is_new_in_each_epoch(tmp_path):
-    """One grey scene at depth 1: the hazy value is A + (J - A) exp(-beta), different every time, within RESIDE's ranges."""
-    picture(tmp_path / "rgb" / "0.png", (12, 12), value=0.2), picture(tmp_path / "depth" / "0.png", (12, 12), value=1.0)
+    """One grey scene at depth 1 (or 254.5 / 255): the hazy value is A + (J - A) exp(-beta), new every time, within RESIDE's ranges."""
+    picture(tmp_path / "rgb" / "0.png", (12, 12), value=0.2)
+    write_image(tmp_path / "depth" / "0.png", np.full((12, 12, 3), 1.0) - np.eye(12)[..., None] / 255)
     batches = train_batches(find_dataset(tmp_path), small_config())
     values = np.concatenate([next(batches)["hazy"][:, 0, 0, 0] for _ in range(5)])
     assert len(set(values.tolist())) > 12

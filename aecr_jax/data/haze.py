@@ -22,10 +22,12 @@ def add_haze(clear: np.ndarray, depth: np.ndarray, airlight: float, beta: float)
       The hazy image, float32 `[H, W, 3]` in [0, 1].
 
     Raises:
-      ValueError: sizes differ.
+      ValueError: sizes differ, or a depth is negative or NaN.
     """
     if clear.shape[:2] != depth.shape:
         raise ValueError(f"depth has shape {depth.shape} and must have clear's, {clear.shape[:2]}")
+    if not depth.min() >= 0:  # NaN included
+        raise ValueError(f"depth must be at least 0 everywhere, and its smallest value is {depth.min()}")
     transmission = np.exp(-beta * depth.astype(np.float32))[..., None]
     hazy = clear * transmission + np.float32(airlight) * (1 - transmission)
     return (np.round(hazy * 255) / 255).astype(np.float32)
@@ -34,3 +36,21 @@ def add_haze(clear: np.ndarray, depth: np.ndarray, airlight: float, beta: float)
 def draw_haze(rng: np.random.Generator) -> tuple[float, float]:
     """A random (airlight, beta) as RESIDE's training set has them."""
     return float(rng.uniform(*AIRLIGHT_RANGE)), float(rng.uniform(*BETA_RANGE))
+
+
+def depth_problem(values: np.ndarray) -> str | None:
+    """Say why an image's values, `[H, W]`, cannot be a depth map, or return None if they can.
+
+    Zeros are accepted: in NYU's maps of 8 bit they are what is nearest, rounded down. They may also mark missing measurements, and a
+    largest value far above the others may be the sky as well as a mark; `check-data` warns of both.
+    """
+    low, high = float(values.min()), float(values.max())
+    if not np.isfinite([low, high]).all():
+        return "its values must be finite, and some are NaN or infinite"
+    if low < 0:
+        return f"its values must be distances, at least 0, and the smallest is {low:g}"
+    if low == high:
+        return f"every value is {high:g}"
+    if not ((values > 0.01 * high) & (values < high)).any():
+        return f"every value is {high:g} or less than 1% of that, as in a mask or where {high:g} stands for a missing measurement"
+    return None

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from aecr_jax.data.decode import decode, load, open_picture, srgb_profile
+from aecr_jax.data.haze import depth_problem
 from aecr_jax.errors import UserError, first_line
 from aecr_jax.files import replacing
 
@@ -100,12 +101,12 @@ def read_depth(file: str | Path | bytes, name: str = "") -> np.ndarray:
     RESIDE's haze is defined by depth relative to the largest of the whole frame, whatever the file's unit.
 
     Raises:
-      UserError: as `read_image`, or the depth is zero everywhere or not finite.
+      UserError: as `read_image`, or the values are no depth: negative, the same everywhere or not finite.
     """
     image = _open(file, name)
     values = np.asarray(image if image.mode == "F" or image.mode.startswith("I") else image.convert("L"), np.float32)
-    if not (np.isfinite(values).all() and values.max() > 0):
-        raise UserError(f"{name or _called(file)} is no depth map: its values must be finite and not all zero")
+    if problem := depth_problem(values):
+        raise UserError(f"{name or _called(file)} is no depth map: {problem}")
     half = 0.0 if image.mode == "F" else 0.5  # the middle of what was rounded down to an integer
     return np.minimum((values + half) / values.max(), 1)
 
