@@ -192,6 +192,7 @@ def _make_parser() -> argparse.ArgumentParser:
     check.add_argument("--data-dir", default="", metavar="DIR", help="where prepare-data wrote (default: ~/tensorflow_datasets)")
     check.add_argument("--limit", type=int, metavar="N", help="read N images of each, evenly spread (default: all)")
     check.add_argument("--output", default="check-data.png", metavar="FILE", help="picture of pairs to write; default check-data.png")
+    check.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
 
     benchmark = commands.add_parser("benchmark", help="measure speed", allow_abbrev=False)
     kinds = benchmark.add_subparsers(dest="what", required=True, metavar="WHAT", parser_class=_Parser)
@@ -295,11 +296,10 @@ def _prepare_data(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _check_data(options: argparse.Namespace, rest: list[str]) -> int:
-    from pathlib import Path
-
     from aecr_jax.config import load_config
     from aecr_jax.data.check import check_data, draw_sheet
     from aecr_jax.data.pipeline import open_eval_data, split_samples
+    from aecr_jax.files import refuse_existing
 
     if bool(options.data) == bool(options.config):
         raise UserError("check-data takes --data DATA or --config FILE: name one of the two")
@@ -307,16 +307,19 @@ def _check_data(options: argparse.Namespace, rest: list[str]) -> int:
         raise UserError("--test and --data-dir go with --data; with --config use --data.eval_dataset, --data.eval_hazy or --data.data_dir")
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit (={options.limit}) must be at least 1")
-    unpaired: list[Path] = []
+    if not options.output:
+        raise UserError("--output is empty: name the picture to write, such as check-data.png")
+    refuse_existing(options.output, overwrite=options.overwrite)
+    problems: list[str] = []
     if options.config:
         config = load_config(options.config, rest)
-        train, test, test_name = split_samples(config.data, unpaired)
+        train, test, test_name = split_samples(config.data, problems)
         crop = config.data.crop
     else:
-        train, _ = open_eval_data(options.data, data_dir=options.data_dir, unpaired=unpaired)
-        test, test_name = open_eval_data(options.test, data_dir=options.data_dir, unpaired=unpaired) if options.test else ([], "")
+        train, _ = open_eval_data(options.data, data_dir=options.data_dir, problems=problems)
+        test, test_name = open_eval_data(options.test, data_dir=options.data_dir, problems=problems) if options.test else ([], "")
         crop = 1
-    report = check_data(train, test, test_name=test_name, unpaired=unpaired, crop=crop, limit=options.limit)
+    report = check_data(train, test, test_name=test_name, problems=problems, crop=crop, limit=options.limit)
     print(report, flush=True)
     if draw_sheet(report, options.output):
         print(f"pairs, hazy over clear: {options.output}")

@@ -294,7 +294,7 @@ def test_warnings(tmp_path):
     assert "1 clear images have no hazy one" in report and "1 pairs differ from the others in PSNR" in report
     assert "evaluation is on a test set" in report
     picture(tmp_path / "d" / "rgb" / "0.png", value=0.5), picture(tmp_path / "d" / "depth" / "0.png", value=0.5)
-    assert "1 depth maps are the same everywhere" in str(check_data(find_dataset(tmp_path / "d")))
+    assert "0.png is no depth map: every value is 128" in str(check_data(find_dataset(tmp_path / "d")))
 
 
 def test_check_data_of_a_config(tmp_path, capsys):

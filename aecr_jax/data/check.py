@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
-from aecr_jax.data.folders import Pair, clear_names
+from aecr_jax.data.folders import Pair, clear_names, listed
 from aecr_jax.data.images import list_images, panel, write_image
 from aecr_jax.data.layouts import missing_images, recognise_data_set, recognise_release
+from aecr_jax.data.measure import Measured, correlation, measure_all
 from aecr_jax.data.pipeline import to_pair
-from aecr_jax.errors import UserError
 
 # Fingerprints of one image in two files (JPEG and PNG) correlate by 0.9999, of different scenes of NYU and SOTS by less than 0.5.
-_FINGERPRINT, _SAME_IMAGE = 24, 0.9
+_SAME_IMAGE = 0.9
+# Haze takes contrast and lifts the dark channel. In genuine pairs of SOTS, ITS, NH-HAZE and Dense-Haze, and in the embedded scenes, the
+# logarithm of the gradients' ratio is -0.14 at most and the dark channel rises by 0.06 at least: exchanged ones are well beyond these.
+_EXCHANGED_CONTRAST, _EXCHANGED_DARK = 0.05, -0.02
 _SHEET_PAIRS, _SHEET_SIZE = 12, (240, 180)
-_LISTED = 5
-
-
-class _Measured(NamedTuple):
-    """What is kept of a pair."""
-
-    position: int
-    size: tuple[int, int]  # width, height
-    psnr: float
-    hazy: np.ndarray  # fingerprints
-    clear: np.ndarray
-    stretched: bool | None  # whether the clear image fits better as one that was resized; None: cannot be told
-    flat: bool  # a depth map that says nothing
 
 
 @dataclass
@@ -43,7 +32,7 @@ class Report:
 
     lines: list[str] = field(default_factory=list)
     findings: list[tuple[Literal["MISTAKE", "warning"], str]] = field(default_factory=list)
-    pairs: list[tuple[Any, _Measured]] = field(default_factory=list)  # samples worth looking at
+    pairs: list[tuple[Any, Measured]] = field(default_factory=list)  # samples worth looking at
 
     @property
     def mistaken(self) -> bool:
@@ -54,22 +43,50 @@ class Report:
         return "\n".join(self.lines + [f"{level}: {text}" for level, text in self.findings] + ([] if self.findings else ["nothing wrong"]))
 
 
+class _Set:
+    """Samples for training or for evaluation, what was measured of them, and which data set they are."""
+
+    def __init__(self, label: str, samples: Sequence[Any], limit: int | None):
+        self.label = label
+        self.samples = samples
+        self.measured, self.failed = measure_all(samples, label, limit)
+        self.sizes = Counter(m.size for m in self.measured)
+        self.scenes = {sample.scene for sample in samples}
+        self.name, self.release = self._identify()
+
+    def _identify(self) -> tuple[str | None, str]:
+        samples = self.samples
+        if not samples or not (hasattr(samples[0], "hazy") or hasattr(samples[0], "dataset")):
+            return None, ""
+        names = [sample.name for sample in samples]
+        if hasattr(samples[0], "dataset"):
+            name = samples[0].dataset
+        else:
+            size = self.sizes.most_common(1)[0][0] if self.sizes else None
+            name = recognise_data_set(names, clear=len(self.scenes), size=size)
+        return name, recognise_release(name, names, len(self.scenes)) if name else ""
+
+    def origins(self, keep: Callable[[Measured], Any]) -> list[str]:
+        """What the samples are called that `keep` chooses by their measurements."""
+        return [self.samples[m.position].origin for m in self.measured if keep(m)]
+
+
 def check_data(
     train: Sequence[Any],
     test: Sequence[Any] = (),
     *,
     test_name: str = "",
-    unpaired: Sequence[Path] = (),
+    problems: Sequence[str] = (),
     crop: int = 1,
     limit: int | None = None,
 ) -> Report:
-    """Checks samples for training, and those for evaluation with them.
+    """Check samples for training, and those for evaluation with them.
 
     Args:
       train: samples as `split_samples` gives them.
       test: samples for evaluation.
       test_name: what they are called in results.
-      unpaired: hazy files that have no clear one.
+      problems: what is wrong with the files' names, as `find_pairs` lists it.
       crop: side of the training crops; images smaller than that are a mistake.
       limit: read at most this many images of each, evenly spread; all by default.
 
@@ -77,74 +94,75 @@ def check_data(
       The report.
     """
     report = Report()
-    _check_completeness(report, train, test)
-    if unpaired:
-        report.findings.append(("MISTAKE", f"{len(unpaired)} hazy images have no clear one: {_list(map(str, unpaired))}"))
-    measured = _check_set(report, "train", train, limit, crop)
+    training, testing = _Set("train", train, limit), _Set("test", test, limit)
+    _check_completeness(report, training, testing)
+    report.findings += [("MISTAKE", problem) for problem in problems]
+    _check_set(report, training, crop)
     if test:
-        tested = _check_set(report, "test", test, limit, 1)
-        _check_overlap(report, train, measured, test, tested)
-        if any(word in test_name for word in ("/test", ":test")) or _identify(test)[0] in ("reside/sots_indoor", "reside/sots_outdoor"):
+        _check_set(report, testing, 1)
+        _check_overlap(report, training, testing)
+        if any(word in test_name for word in ("/test", ":test")) or testing.name in ("reside/sots_indoor", "reside/sots_outdoor"):
             report.findings.append(
                 (
                     "warning",
                     "evaluation is on a test set: as in the paper, the best checkpoint is then chosen by the set that it is scored on",
                 )
             )
-        sizes = {m.size for m in tested}
-        if len(sizes) > 10:
-            report.findings.append(("warning", f"test images have {len(sizes)} sizes; the network is compiled anew for each"))
-    report.pairs = [(train[m.position], m) for m in _choose(measured)]
+        if len(testing.sizes) > 10:
+            report.findings.append(("warning", f"test images have {len(testing.sizes)} sizes; the network is compiled anew for each"))
+    report.pairs = [(train[m.position], m) for m in _choose(training.measured)]
     return report
 
 
-def _check_set(report: Report, label: str, samples: Sequence[Any], limit: int | None, crop: int) -> list[_Measured]:
-    count = len(samples) if limit is None else min(limit, len(samples))
-    scenes = len({sample.scene for sample in samples})
-    name, release = _identify(samples)
-    about = f": {name}, {release}" if name else ""
+def _check_set(report: Report, data: _Set, crop: int) -> None:
+    label, samples, count = data.label, data.samples, len(data.measured) + len(data.failed)
+    about = f": {data.name}, {data.release}" if data.name else ""
     report.lines.append(
-        f"{label}: {len(samples)} images of {scenes} scenes{about}"
+        f"{label}: {len(samples)} images of {len(data.scenes)} scenes{about}"
         + (f"; {count} read, and only those compared" if count < len(samples) else "")
     )
-    if name:
-        _check_release(report, label, name, release, samples)
-
-    def measure(index: int) -> _Measured | str:
-        try:
-            return _measure(samples[index], index)
-        except UserError as error:
-            return str(error)
-
-    indices = [i * len(samples) // count for i in range(count)]
-    with ThreadPoolExecutor(4) as pool:
-        results = list(tqdm(pool.map(measure, indices), f"reading {label}", count, leave=False))
-    errors = [result for result in results if isinstance(result, str)]
-    measured = [result for result in results if not isinstance(result, str)]
-    if errors:
-        report.findings.append(("MISTAKE", f"{label}: {len(errors)} images cannot be used: {_list(errors)}"))
-    if not measured:
-        return []
-    sizes = Counter(m.size for m in measured)
+    if data.name:
+        _check_release(report, label, data.name, data.release, samples)
+    for errors in _group(data):
+        report.findings.append(("MISTAKE", f"{label}: {len(errors)} images cannot be used: {listed(errors)}"))
+    if not data.measured:
+        return
     report.lines.append(
-        "  sizes: " + ", ".join(f"{w}x{h} ({n})" for (w, h), n in sizes.most_common(6)) + (", ..." if len(sizes) > 6 else "")
+        "  sizes: " + ", ".join(f"{w}x{h} ({n})" for (w, h), n in data.sizes.most_common(6)) + (", ..." if len(data.sizes) > 6 else "")
     )
-    small = [samples[m.position].origin for m in measured if min(m.size) < crop]
-    if small:
-        report.findings.append(("MISTAKE", f"{label}: {len(small)} images are smaller than a crop (data.crop={crop}): {_list(small)}"))
-    flat = [samples[m.position].origin for m in measured if m.flat]
-    if flat:
-        report.findings.append(("warning", f"{label}: {len(flat)} depth maps are the same everywhere: {_list(flat)}"))
-    _check_pairs(report, label, samples, measured)
-    return measured
+    findings: list[tuple[Literal["MISTAKE", "warning"], str, Callable[[Measured], Any]]] = [
+        ("MISTAKE", f"images are smaller than a crop (data.crop={crop})", lambda m: min(m.size) < crop),
+        ("MISTAKE", "clear images are black or of one colour", lambda m: m.blank[1]),
+        ("MISTAKE", "hazy images are of one colour", lambda m: m.blank[0] and not m.blank[1]),
+        ("warning", "depth maps are almost the same everywhere", lambda m: m.depth == "flat"),
+        (
+            "warning",
+            "depth maps have zeros far below their other values. If a zero stands for a missing measurement, no haze is made there: fill"
+            " these places first",
+            lambda m: m.depth == "zeros",
+        ),
+        (
+            "warning",
+            "depth maps have many pixels of the largest value far above the others. If it stands for a missing measurement and not for the"
+            " sky, the rest gets too little haze: fill these places first",
+            lambda m: m.depth == "far",
+        ),
+    ]
+    for level, text, keep in findings:
+        if origins := data.origins(keep):
+            report.findings.append((level, f"{label}: {len(origins)} {text}: {listed(origins)}"))
+    _check_pairs(report, data)
 
 
-def _identify(samples: Sequence[Any]) -> tuple[str | None, str]:
-    if not samples or not (hasattr(samples[0], "hazy") or hasattr(samples[0], "dataset")):
-        return None, ""
-    names = [sample.name for sample in samples]
-    name = samples[0].dataset if hasattr(samples[0], "dataset") else recognise_data_set(names)
-    return name, recognise_release(name, names, len({sample.scene for sample in samples})) if name else ""
+def _group(data: _Set) -> list[list[str]]:
+    """The errors by kind, so that many of one do not hide another."""
+    kinds: dict[str, list[str]] = {}
+    for position, error in data.failed:
+        sample, kind = data.samples[position], error
+        for name in (*(str(part) for part in sample if isinstance(part, Path)), sample.origin):
+            kind = kind.replace(name, "")
+        kinds.setdefault(re.sub(r"\S*\d\S*", "", kind), []).append(error)
+    return list(kinds.values())
 
 
 def _check_release(report: Report, label: str, name: str, release: str, samples: Sequence[Any]) -> None:
@@ -159,77 +177,31 @@ def _check_release(report: Report, label: str, name: str, release: str, samples:
             )
         tested = sorted({s.scene for s in samples if s.scene.isdigit() and 1400 <= int(s.scene) <= 1449} if release != "RESIDE-v0" else ())
         if tested:
-            report.findings.append(("MISTAKE", f"{label} has scenes of the test set SOTS indoor, 1400 to 1449: {_list(tested)}"))
+            report.findings.append(("MISTAKE", f"{label} has scenes of the test set SOTS indoor, 1400 to 1449: {listed(tested)}"))
         lossy = [s for s in samples if isinstance(s, Pair) and {s.hazy.suffix.lower(), s.clear.suffix.lower()} & {".jpg", ".jpeg"}]
         if lossy:
             report.findings.append(("warning", f"{label}: ITS comes as PNG, and {len(lossy)} of these pairs are JPEG copies"))
 
 
-def _check_completeness(report: Report, train: Sequence[Any], test: Sequence[Any]) -> None:
+def _check_completeness(report: Report, *sets: _Set) -> None:
     # What data.holdout took apart is counted together.
-    sets = [(_identify(samples), samples) for samples in (train, test)]
-    for name, release in dict.fromkeys(identity for identity, _ in sets):
+    for name, release in dict.fromkeys((data.name, data.release) for data in sets):
         if name is None or not name.startswith("reside/"):  # of the small ones, named splits leave a part out
             continue
-        together = [sample for identity, samples in sets if identity == (name, release) for sample in samples]
+        together = [sample for data in sets if (data.name, data.release) == (name, release) for sample in data.samples]
         if missing := missing_images(name, release, len(together), len({s.scene for s in together})):
             report.findings.append(("warning", f"{name}: {missing}"))
-    pairs = [sample for sample in (*train, *test) if isinstance(sample, Pair)]
+    pairs = [sample for data in sets for sample in data.samples if isinstance(sample, Pair)]
     hazy = [path for folder in {pair.hazy.parent for pair in pairs} for path in list_images(folder)]
     used = {name for path in hazy for name in clear_names(path.stem)}
     folders = sorted({pair.clear.parent for pair in pairs})
     unused = [path for folder in folders for path in list_images(folder) if path.stem.lower() not in used]
     if unused:
-        report.findings.append(("warning", f"{len(unused)} clear images have no hazy one: {_list(map(str, unused))}"))
+        report.findings.append(("warning", f"{len(unused)} clear images have no hazy one: {listed(map(str, unused))}"))
 
 
-def _measure(sample: Any, index: int) -> _Measured:
-    read = sample.read()
-    hazy, clear = to_pair(read, index)
-    flat = "depth" in read and float(read["depth"].std()) < 1e-3
-    error = float(np.mean((hazy - clear) ** 2, dtype=np.float64))
-    psnr = 10 * np.log10(1 / error) if error else np.inf
-    stretched = _looks_stretched(hazy, clear) if "hazy" in read and clear.shape == (460, 620, 3) else None
-    height, width = clear.shape[:2]
-    return _Measured(index, (width, height), psnr, _fingerprint(hazy), _fingerprint(clear), stretched, flat)
-
-
-def _luma(image: np.ndarray) -> Image.Image:
-    return Image.fromarray(np.round(image @ np.array([0.299, 0.587, 0.114], np.float32) * 255).astype(np.uint8))
-
-
-def _fingerprint(image: np.ndarray) -> np.ndarray:
-    """A small grey picture without its low frequencies, which haze changes; of norm 1, as bytes, 127 for 1."""
-    n = _FINGERPRINT
-    small = np.asarray(_luma(image).resize((n, n), Image.Resampling.BOX), np.float32)
-    around = np.pad(small, 2, mode="edge")
-    small = small - sum(around[i : i + n, j : j + n] for i in range(5) for j in range(5)) / 25
-    small -= small.mean()
-    return np.round(small.ravel() / max(float(np.linalg.norm(small)), 1e-6) * 127).astype(np.int8)
-
-
-def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Of every row of `a` with every row of `b`."""
-    return (a.astype(np.float32) / 127) @ (b.astype(np.float32) / 127).T
-
-
-def _looks_stretched(hazy: np.ndarray, clear: np.ndarray) -> bool | None:
-    """Whether 640x480 was resized to this 620x460 clear image, where RESIDE cuts 10 pixels off each side.
-
-    If so, undoing it brings the edges onto those of the hazy image.
-    """
-    undone = _luma(clear).resize((640, 480), Image.Resampling.BICUBIC).crop((10, 10, 630, 470))
-
-    def edges(image: Image.Image) -> np.ndarray:
-        values = np.asarray(image, np.float32)
-        return np.abs(np.diff(values, axis=0))[:, :-1] + np.abs(np.diff(values, axis=1))[:-1]
-
-    own, as_it_is, as_if_undone = (edges(image) for image in (_luma(hazy), _luma(clear), undone))
-    before, after = (float(np.corrcoef(own.ravel(), other.ravel())[0, 1]) for other in (as_it_is, as_if_undone))
-    return after > before + 0.05 if np.isfinite(before + after) else None
-
-
-def _check_pairs(report: Report, label: str, samples: Sequence[Any], measured: Sequence[_Measured]) -> None:
+def _check_pairs(report: Report, data: _Set) -> None:
+    label, samples, measured = data.label, data.samples, data.measured
     values = np.array([m.psnr for m in measured])
     finite = values[np.isfinite(values)]
     if finite.size:
@@ -239,11 +211,10 @@ def _check_pairs(report: Report, label: str, samples: Sequence[Any], measured: S
         odd = [m for m in measured if np.isfinite(m.psnr) and abs(m.psnr - median) > 4 * spread]
         if odd:
             odd.sort(key=lambda m: -abs(m.psnr - median))
-            listed = [f"{samples[m.position].origin} ({m.psnr:.1f} dB)" for m in odd]
-            report.findings.append(("warning", f"{label}: {len(odd)} pairs differ from the others in PSNR: {_list(listed)}"))
-    same = [samples[m.position].origin for m in measured if not np.isfinite(m.psnr)]
-    if same:
-        report.findings.append(("MISTAKE", f"{label}: {len(same)} hazy images are equal to their clear ones: {_list(same)}"))
+            values_of = [f"{samples[m.position].origin} ({m.psnr:.1f} dB)" for m in odd]
+            report.findings.append(("warning", f"{label}: {len(odd)} pairs differ from the others in PSNR: {listed(values_of)}"))
+    if same := data.origins(lambda m: not np.isfinite(m.psnr)):
+        report.findings.append(("MISTAKE", f"{label}: {len(same)} hazy images are equal to their clear ones: {listed(same)}"))
     if hasattr(samples[0], "depth"):
         return
     stretched = [m for m in measured if m.stretched]
@@ -255,39 +226,47 @@ def _check_pairs(report: Report, label: str, samples: Sequence[Any], measured: S
                 " costs some 15 dB. Name the folder of the 640x480 ones: they are cropped here",
             )
         )
-    own = np.array([_correlation(m.hazy[None], m.clear[None])[0, 0] for m in measured])
+    # A picture of one colour has no contrast and looks like no other; it has been reported.
+    measured = [m for m in measured if not any(m.blank)]
+    exchanged = data.origins(lambda m: m.contrast > _EXCHANGED_CONTRAST and m.dark < _EXCHANGED_DARK)
+    if len(exchanged) > 0.5 * len(measured):
+        text = f"{label}: hazy and clear images look exchanged: in {len(exchanged)} of {len(measured)} pairs the clear one is the hazier"
+        report.findings.append(("MISTAKE", f"{text}: {listed(exchanged)}"))
+    elif exchanged:
+        report.findings.append(("warning", f"{label}: {len(exchanged)} clear images are hazier than their hazy ones: {listed(exchanged)}"))
+    own = np.array([correlation(m.hazy[None], m.clear[None])[0, 0] for m in measured])
     # Against the clear image of another scene, the next in order; with one scene alone there is none.
     following = (((i + k) % len(measured) for k in range(1, len(measured))) for i in range(len(measured)))
     scenes = [samples[m.position].scene for m in measured]
     other = [next((measured[k] for k in ks if scenes[k] != scenes[i]), None) for i, ks in enumerate(following)]
     if all(n is not None for n in other):
-        foreign = np.array([_correlation(m.hazy[None], n.clear[None])[0, 0] for m, n in zip(measured, other) if n is not None])
+        foreign = np.array([correlation(m.hazy[None], n.clear[None])[0, 0] for m, n in zip(measured, other) if n is not None])
         wrong = [samples[m.position].origin for m, a, b in zip(measured, own, foreign) if a <= max(b, 0.1)]
         if len(wrong) > 0.2 * len(measured):
-            text = f"{label}: {len(wrong)} of {len(measured)} hazy images do not look like their clear ones: {_list(wrong)}"
+            text = f"{label}: {len(wrong)} of {len(measured)} hazy images do not look like their clear ones: {listed(wrong)}"
             report.findings.append(("MISTAKE", text))
         elif wrong:
-            report.findings.append(("warning", f"{label}: {len(wrong)} hazy images do not look like their clear ones: {_list(wrong)}"))
+            report.findings.append(("warning", f"{label}: {len(wrong)} hazy images do not look like their clear ones: {listed(wrong)}"))
 
 
-def _check_overlap(
-    report: Report, train: Sequence[Any], measured: Sequence[_Measured], test: Sequence[Any], tested: Sequence[_Measured]
-) -> None:
-    if not measured or not tested:
+def _check_overlap(report: Report, training: _Set, testing: _Set) -> None:
+    # One clear image for each scene. Those of one colour are equal whatever scene they should show.
+    train, test = training.samples, testing.samples
+    ours = list({train[m.position].scene: m for m in training.measured if not m.blank[1]}.values())
+    theirs = list({test[m.position].scene: m for m in testing.measured if not m.blank[1]}.values())
+    if not ours or not theirs:
         return
-    # One clear image for each scene.
-    ours, theirs = (list({samples[m.position].scene: m for m in found}.values()) for samples, found in ((train, measured), (test, tested)))
-    correlation = _correlation(np.stack([m.clear for m in theirs]), np.stack([m.clear for m in ours]))
+    correlations = correlation(np.stack([m.clear for m in theirs]), np.stack([m.clear for m in ours]))
     found = [
         f"{test[m.position].origin} and {train[ours[int(row.argmax())].position].origin}"
-        for m, row in zip(theirs, correlation)
+        for m, row in zip(theirs, correlations)
         if row.max() > _SAME_IMAGE
     ]
     if found:
-        report.findings.append(("MISTAKE", f"{len(found)} of {len(theirs)} test scenes are in the training data: {_list(found)}"))
+        report.findings.append(("MISTAKE", f"{len(found)} of {len(theirs)} test scenes are in the training data: {listed(found)}"))
 
 
-def _choose(measured: Sequence[_Measured]) -> list[_Measured]:
+def _choose(measured: Sequence[Measured]) -> list[Measured]:
     """The strangest, and an even spread."""
     if not measured:
         return []
@@ -310,7 +289,7 @@ def draw_sheet(report: Report, path: str | Path) -> bool:
     return True
 
 
-def _cell(sample: Any, measured: _Measured) -> np.ndarray:
+def _cell(sample: Any, measured: Measured) -> np.ndarray:
     width, height = _SHEET_SIZE
     canvas = Image.new("RGB", (width, 2 * height + 14), "white")
     for row, image in enumerate(to_pair(sample.read(), measured.position)):
@@ -319,8 +298,3 @@ def _cell(sample: Any, measured: _Measured) -> np.ndarray:
         canvas.paste(picture, (0, row * height))
     ImageDraw.Draw(canvas).text((2, 2 * height + 1), f"{sample.name}  {measured.psnr:.1f} dB", fill="black")
     return np.asarray(canvas, np.float32) / 255
-
-
-def _list(items: Any) -> str:
-    items = list(items)
-    return "; ".join(items[:_LISTED]) + (f"; and {len(items) - _LISTED} more" if len(items) > _LISTED else "")

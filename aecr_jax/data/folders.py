@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,9 @@ CLEAR_FOLDERS = ("clear", "gt", "clean", "clear_images", "target", "rgb", "image
 DEPTH_FOLDERS = ("depth",)
 # RESIDE's clear images of 640x480 belong to hazy ones of 620x460: 10 pixels off every side. To resize them instead costs 15 dB.
 _RESIDE_FRAME, _RESIDE_CROP, _RESIDE_BORDER = (480, 640), (460, 620), 10
+# RESIDE's hazy versions of one clear image: its number, then one or two numbers.
+_NUMBERED = re.compile(r"(\d+)(_\d*\.?\d+){1,2}$")
+_LISTED = 5
 
 
 class Pair(NamedTuple):
@@ -98,16 +102,17 @@ def fit_clear(hazy: np.ndarray, clear: np.ndarray, hazy_name: str, clear_name: s
 
 
 def clear_names(stem: str) -> list[str]:
-    """The names, without extension and in lower case, that the clear image of the hazy image `stem` may have.
+    """Return the names, without extension and in lower case, that the clear image of the hazy image `stem` may have.
 
-    Equal names; `01_hazy` -> `01_gt`, `01` (NH-HAZE, Dense-Haze, O-HAZE, I-HAZE); `1400_1`, `1_2_0.97842` -> `1400`, `1` (RESIDE).
+    Equal names; `01_hazy` -> `01_gt`, `01` (NH-HAZE, Dense-Haze, O-HAZE, I-HAZE); and RESIDE's numbers, `1400_1`, `1_2_0.97842`,
+    `0001_0.8_0.2` -> `1400`, `1`, `0001`. Other names are not split: `photo_1` is not a version of `photo`.
     """
     stem = stem.lower()
     names = [stem]
     if stem.endswith("_hazy"):
         names += [stem.removesuffix("_hazy") + "_gt", stem.removesuffix("_hazy")]
-    if "_" in stem:
-        names.append(stem.split("_")[0])
+    if numbered := _NUMBERED.match(stem):
+        names.append(numbered[1])
     return names
 
 
@@ -121,68 +126,78 @@ def every_image(folder: str | Path) -> list[Path]:
     return sorted(images + [path for path, _ in unreadable])
 
 
-def find_pairs(hazy: str | Path, clear: str | Path, unpaired: list[Path] | None = None) -> list[Pair]:
-    """Every image in the folder `hazy` with its clear one from `clear`, sorted by name.
+def find_pairs(hazy: str | Path, clear: str | Path, problems: list[str] | None = None) -> list[Pair]:
+    """Find every image in the folder `hazy` with its clear one from `clear`, sorted by name.
 
-    Both may be the same folder if the names tell them apart (`01_hazy.png`, `01_GT.png`). With a list `unpaired`, hazy images
-    without a clear one are added to it instead of refused.
+    Both may be the same folder if the names tell them apart (`01_hazy.png`, `01_GT.png`). Several hazy images share a clear one only by
+    RESIDE's numbered names. With a list `problems`, what is wrong with the names is added to it, a line each, instead of refused.
 
     Raises:
-      UserError: a folder is missing or empty, or a hazy image has no clear one.
+      UserError: a folder is missing or empty, a hazy image has no clear one, two share one, or two files have one name.
     """
     hazy, clear = Path(hazy), Path(clear)
     hazy_images, clear_images = every_image(hazy), every_image(clear)
     if hazy.resolve() == clear.resolve():
         hazy_images = [path for path in hazy_images if path.stem.lower().endswith("_hazy")]
         clear_images = [path for path in clear_images if path not in hazy_images]
-    by_name = _by_name(clear_images)
     for folder, images in ((hazy, hazy_images), (clear, clear_images)):
         if not images:
             raise UserError(
                 f"no pairs in {folder}: looked for images such as 1400_1.png with 1400.png, 01_hazy.png with 01_GT.png, or equal names"
             )
-    pairs: list[Pair] = []
-    alone: list[Path] = []
-    for path in hazy_images:
-        match = next((by_name[name] for name in clear_names(path.stem) if name in by_name), None)
-        if match is None:
-            alone.append(path)
-        else:
-            pairs.append(Pair(path, match))
-    if unpaired is not None:
-        unpaired += alone
-    elif alone:
-        first = alone[0]
-        raise UserError(
-            f"{len(alone)} of {len(hazy_images)} hazy images have no clear one, first {first}:"
-            f" looked in {clear} for {' or '.join(clear_names(first.stem))} with any image extension"
+    found: list[str] = []
+    by_name = _by_name(clear_images, found)
+    partners = {path: _match(path, by_name) for path in hazy_images}
+    pairs = [Pair(path, match) for path, match in partners.items() if match is not None]
+    alone = [path for path, match in partners.items() if match is None]
+    hazy_by_name = {path.stem.lower(): path for path in hazy_images}
+    if not pairs and all(_match(path, hazy_by_name) for path in clear_images):
+        found.append(
+            f"hazy and clear images look exchanged: no image in {hazy} has a clear one in {clear}, and every one of {clear}, such as"
+            f" {clear_images[0].name}, is named as a hazy version of one in {hazy}"
         )
+    elif alone:
+        looked = (
+            f"looked in {clear} for {' or '.join(clear_names(alone[0].stem))} with any image extension, among images such as"
+            f" {clear_images[0].name}. Names must be equal, or as 01_hazy with 01_GT, or RESIDE's numbers as 1400_1 with 1400"
+        )
+        if problems is None:
+            names = listed([str(alone[0]), *(path.name for path in alone[1:])])
+            found.append(f"{len(alone)} of {len(hazy_images)} hazy images have no clear one, first {names}: {looked}")
+        else:
+            found.append(f"{len(alone)} hazy images have no clear one: {listed(map(str, alone))}; {looked}")
+    found += _shared(pairs)
+    _report(found, problems)
     return pairs
 
 
-def find_depth_scenes(clear: str | Path, depth: str | Path) -> list[DepthScene]:
-    """Every image in the folder `clear` with the depth map of the same name from `depth`, sorted by name.
+def find_depth_scenes(clear: str | Path, depth: str | Path, problems: list[str] | None = None) -> list[DepthScene]:
+    """Find every image in the folder `clear` with the depth map of the same name from `depth`, sorted by name.
+
+    `problems` is as for `find_pairs`.
 
     Raises:
-      UserError: a folder is missing or empty, or a clear image has no depth.
+      UserError: a folder is missing or empty, a clear image has no depth, or two files have one name.
     """
     clear_images = every_image(clear)
-    by_name = _by_name(every_image(depth))
     if not clear_images:
         raise UserError(f"no images in {clear}: looked for clear images such as 00000.jpg with depth maps such as {depth}/00000.png")
+    found: list[str] = []
+    by_name = _by_name(every_image(depth), found)
     missing = [path for path in clear_images if path.stem.lower() not in by_name]
     if missing:
-        raise UserError(
+        found.append(
             f"{len(missing)} of {len(clear_images)} clear images have no depth map, first {missing[0]}:"
             f" looked for {missing[0].stem}.png in {depth}"
         )
-    return [DepthScene(path, by_name[path.stem.lower()]) for path in clear_images]
+    _report(found, problems)
+    return [DepthScene(path, by_name[path.stem.lower()]) for path in clear_images if path.stem.lower() in by_name]
 
 
-def find_dataset(root: str | Path, unpaired: list[Path] | None = None) -> list[Pair] | list[DepthScene]:
+def find_dataset(root: str | Path, problems: list[str] | None = None) -> list[Pair] | list[DepthScene]:
     """The pairs or depth scenes in `root`: subfolders such as hazy/ and clear/ (or rgb/ and depth/), or NH-HAZE's names side by side.
 
-    `unpaired` is as for `find_pairs`.
+    `problems` is as for `find_pairs`.
 
     Raises:
       UserError: nothing of that kind is there.
@@ -197,24 +212,61 @@ def find_dataset(root: str | Path, unpaired: list[Path] | None = None) -> list[P
 
     hazy, clear, depth = first(HAZY_FOLDERS), first(CLEAR_FOLDERS), first(DEPTH_FOLDERS)
     if hazy and clear:
-        return find_pairs(hazy, clear, unpaired)
+        return find_pairs(hazy, clear, problems)
     if clear and depth:
-        return find_depth_scenes(clear, depth)
+        return find_depth_scenes(clear, depth, problems)
     if any(path.stem.lower().endswith("_hazy") for path in list_images(root)):
-        return find_pairs(root, root, unpaired)
+        return find_pairs(root, root, problems)
     raise UserError(
         f"no pairs in {root}: looked for folders {'/'.join(HAZY_FOLDERS)} with {'/'.join(CLEAR_FOLDERS)},"
         f" for {'/'.join(CLEAR_FOLDERS)} with depth, and for files such as 01_hazy.png with 01_GT.png"
     )
 
 
-def _by_name(images: Sequence[Path]) -> dict[str, Path]:
-    found: dict[str, Path] = {}
+def listed(items: Iterable[str]) -> str:
+    """Return the first of `items` in one line, and how many more there are."""
+    items = list(items)
+    return "; ".join(items[:_LISTED]) + (f"; and {len(items) - _LISTED} more" if len(items) > _LISTED else "")
+
+
+def _match(path: Path, by_name: dict[str, Path]) -> Path | None:
+    return next((by_name[name] for name in clear_names(path.stem) if name in by_name), None)
+
+
+def _by_name(images: Sequence[Path], found: list[str]) -> dict[str, Path]:
+    """The images by name; two files of one name are added to `found`."""
+    by_name: dict[str, Path] = {}
     for path in images:
-        other = found.setdefault(path.stem.lower(), path)
+        other = by_name.setdefault(path.stem.lower(), path)
         if other != path:
-            raise UserError(f"{other} and {path} have one name: remove one of them")
-    return found
+            found.append(f"{other} and {path} have one name: remove one of them")
+    return by_name
+
+
+def _shared(pairs: Sequence[Pair]) -> list[str]:
+    """A line on every clear image that has several hazy ones, if not all of those have RESIDE's numbers."""
+    versions: dict[Path, list[Path]] = {}
+    for pair in pairs:
+        versions.setdefault(pair.clear, []).append(pair.hazy)
+    return [
+        f"{len(hazy)} hazy images have one clear image, {clear}: {listed(map(str, hazy))}. Only those with RESIDE's numbers share one, as"
+        " 1400_1 and 1400_2 share 1400"
+        for clear, hazy in versions.items()
+        if len(hazy) > 1 and not _are_versions(hazy)
+    ]
+
+
+def _are_versions(hazy: Sequence[Path]) -> bool:
+    names = {path.stem.lower() for path in hazy}
+    return len(names) == len(hazy) and all(_NUMBERED.match(name) for name in names)
+
+
+def _report(found: Sequence[str], problems: list[str] | None) -> None:
+    if problems is not None:
+        problems += found
+    elif found:
+        more = f" (and {len(found) - 1} more such problems, which check-data lists)" if len(found) > 1 else ""
+        raise UserError(found[0] + more)
 
 
 def _cut_border(image: np.ndarray) -> np.ndarray:

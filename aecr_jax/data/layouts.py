@@ -87,10 +87,12 @@ RELEASES: dict[str, dict[str, tuple[int, int]]] = {
 }
 # Of single splits of those.
 _PARTS = {("reside/its", "RESIDE-v0"): [(100_000, 10_000), (10_000, 1_000)], ("reside/hsts", "RESIDE-standard"): [(10, 10)]}
+_RESIDE_SIZE = (620, 460)
 # `0499_05_0.8353`: four and two digits, zero-padded. `1_1_0.90179`, or `1_1` in some copies: neither is padded.
 _ITS_V0 = re.compile(r"\d{4}_\d{2}(_[01](\.\d+)?)?$")
 _ITS_STANDARD = re.compile(r"[1-9]\d{0,3}_([1-9]|10)(_[01](\.\d+)?)?$")
 _OTS = re.compile(r"\d{4}_[01](\.\d+)?_0?\.\d+$")
+_AIRLIGHT = re.compile(r"\d+_\d+_[01](\.\d+)?$")
 _SOTS_INDOOR = re.compile(r"14[0-4]\d_([1-9]|10)$")
 
 
@@ -146,8 +148,17 @@ def _descend(folder: Path, names: Sequence[str]) -> Path | None:
     return folder
 
 
-def recognise_data_set(names: Iterable[str]) -> str | None:
-    """Which of the field's data sets hazy images of these names (without extension) come from, or None."""
+def recognise_data_set(names: Iterable[str], *, clear: int | None = None, size: tuple[int, int] | None = None) -> str | None:
+    """Return which of the field's data sets hazy images come from, or None.
+
+    Names with an airlight tell by themselves. Any numbered pictures may be called `1_1` or `2024_05`: for ITS without airlights, the
+    numbers must also be those of a release, or the images of RESIDE's size.
+
+    Args:
+      names: the hazy images' names, without extension.
+      clear: the number of clear images.
+      size: width and height of most images.
+    """
     names = list(names)
 
     def share(pattern: re.Pattern[str]) -> float:
@@ -156,7 +167,8 @@ def recognise_data_set(names: Iterable[str]) -> str | None:
     if share(_SOTS_INDOOR) == 1:
         return "reside/sots_indoor"
     if share(_ITS_V0) > 0.9 or share(_ITS_STANDARD) > 0.9:
-        return "reside/its"
+        counts = [*RELEASES["reside/its"].values(), *_PARTS["reside/its", "RESIDE-v0"]]
+        return "reside/its" if share(_AIRLIGHT) > 0.9 or (len(names), clear) in counts or size == _RESIDE_SIZE else None
     if share(_OTS) > 0.9:
         return "reside/sots_outdoor" if len(names) <= 500 else "reside/ots"
     return None
@@ -180,8 +192,9 @@ def recognise_release(name: str, hazy: Sequence[str], clear: int) -> str:
 
 
 def missing_images(name: str, release: str, hazy: int, clear: int) -> str | None:
-    """A line on how a copy's numbers differ from the published ones, or None if they do not."""
-    published = RELEASES.get(name, {}).get(release)
-    if published is None or (hazy, clear) in (published, *_PARTS.get((name, release), [])):
+    """Return a line on how a copy's numbers differ from the published ones, or None if they do not."""
+    releases = {release: RELEASES[name][release]} if release in RELEASES[name] else RELEASES[name]
+    if (hazy, clear) in (*releases.values(), *_PARTS.get((name, release), [])):
         return None
-    return f"{release} has {published[0]} hazy and {published[1]} clear images, this copy {hazy} and {clear}"
+    published = " or ".join(f"{known} has {n} hazy and {m} clear images" for known, (n, m) in releases.items())
+    return f"{published}, this copy {hazy} and {clear}"

@@ -10,7 +10,6 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import grain
@@ -140,10 +139,10 @@ class Augment(grain.transforms.RandomMap):
         return {"hazy": images["hazy"], "clear": images["clear"], "index": element["index"]}
 
 
-def split_samples(data: DataConfig, unpaired: list[Path] | None = None) -> SplitSamples:
+def split_samples(data: DataConfig, problems: list[str] | None = None) -> SplitSamples:
     """The training and the evaluation samples that the settings name; embedded scenes are drawn here, once.
 
-    `unpaired` is as for `find_pairs`.
+    `problems` is as for `find_pairs`.
 
     Raises:
       UserError: a folder or a built data set is not what it should be, or nothing is left to train on.
@@ -153,19 +152,27 @@ def split_samples(data: DataConfig, unpaired: list[Path] | None = None) -> Split
         train, where = _open_built(data.dataset, data.data_dir)
     elif data.clear:
         train, where = (
-            list(find_pairs(data.hazy, data.clear, unpaired) if data.hazy else find_depth_scenes(data.clear, data.depth)),
+            list(find_pairs(data.hazy, data.clear, problems) if data.hazy else find_depth_scenes(data.clear, data.depth, problems)),
             data.clear,
         )
     else:
         train, where = draw_scenes(0, data.scenes, data.scene_size), "scenes"
+    if problems and not train:  # nothing to split: the problems say why
+        return SplitSamples([], [], where)
     if data.split:
-        parts = apply_split(data.split, train)
+        try:
+            parts = apply_split(data.split, train)
+        except UserError as error:
+            if problems is None:
+                raise
+            problems.append(str(error))
+            return SplitSamples(train, [], where)
         part = next(part for part in PARTS[1:] if part in parts)
         return SplitSamples(parts["train"], parts[part], f"{data.split}/{part} of {where}")
     if data.eval_dataset:
         return SplitSamples(train, *_open_built(data.eval_dataset, data.data_dir))
     if data.eval_hazy:
-        return SplitSamples(train, list(find_pairs(data.eval_hazy, data.eval_clear, unpaired)), data.eval_hazy)
+        return SplitSamples(train, list(find_pairs(data.eval_hazy, data.eval_clear, problems)), data.eval_hazy)
     if where == "scenes":
         return SplitSamples(train, eval_scenes(data.scene_size), "scenes")
     # By clear image: the ten hazy versions of one scene must not be on both sides.
@@ -287,7 +294,7 @@ def open_eval_data(
     *,
     data_dir: str = "",
     split: str = "",
-    unpaired: list[Path] | None = None,
+    problems: list[str] | None = None,
 ) -> tuple[list[Any], str]:
     """The samples that `eval.py --data` names, and what to call them in a result.
 
@@ -296,7 +303,7 @@ def open_eval_data(
       scene_size: height and width of those.
       data_dir: where built data sets are.
       split: "NAME/PART" takes that part of a named split.
-      unpaired: as for `find_pairs`.
+      problems: as for `find_pairs`.
 
     Raises:
       UserError: nothing of that kind is there, or the split does not fit it.
@@ -309,7 +316,7 @@ def open_eval_data(
     elif is_dataset_name(data):
         samples, name = _open_built(data, data_dir)
     else:
-        samples, name = list(find_dataset(data, unpaired)), data
+        samples, name = list(find_dataset(data, problems)), data
     if split:
         split_name, _, part = split.partition("/")
         parts = apply_split(split_name, samples)

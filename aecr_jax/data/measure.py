@@ -1,0 +1,142 @@
+"""Measures the samples of a data set, reading each once, so that `check` can compare them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from aecr_jax.data.pipeline import to_pair
+from aecr_jax.errors import UserError
+
+_FINGERPRINT = 24
+# An image whose values vary by less than one step of 8 bit shows nothing.
+_BLANK = 1 / 255
+# Depth maps: a share of pixels that is no accident (NYU's 1399 reach 0.004% at their largest value, and none has a zero), and the gap
+# to the next value, in shares of the largest, that sets marks apart from measurements.
+_MARKED, _GAP_NEAR, _GAP_FAR = 0.001, 0.03, 0.1
+
+
+class Measured(NamedTuple):
+    """What is kept of a sample."""
+
+    position: int
+    size: tuple[int, int]  # width, height
+    psnr: float
+    hazy: np.ndarray  # fingerprints
+    clear: np.ndarray
+    stretched: bool | None  # whether the clear image fits better as one that was resized; None: cannot be told
+    blank: tuple[bool, bool]  # whether the hazy and the clear image are of one colour
+    contrast: float  # log of the hazy image's mean gradient over the clear one's: haze makes it negative
+    dark: float  # the hazy image's mean dark channel less the clear one's: haze makes it positive
+    depth: str  # what is odd about a depth map: "flat", "zeros", "far", or nothing
+
+
+class Failed(NamedTuple):
+    """A sample that cannot be used, and why."""
+
+    position: int
+    error: str
+
+
+def measure_all(samples: Sequence[Any], label: str, limit: int | None = None) -> tuple[list[Measured], list[Failed]]:
+    """Measure at most `limit` samples, evenly spread; return what was measured, and those that cannot be used."""
+    count = len(samples) if limit is None else min(limit, len(samples))
+
+    def measure(index: int) -> Measured | Failed:
+        try:
+            return _measure(samples[index], index)
+        except UserError as error:
+            return Failed(index, str(error))
+
+    indices = [i * len(samples) // count for i in range(count)]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(tqdm(pool.map(measure, indices), f"reading {label}", count, leave=False, disable=not samples))
+    return [r for r in results if isinstance(r, Measured)], [r for r in results if isinstance(r, Failed)]
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Of every row of the fingerprints `a` with every row of `b`."""
+    return (a.astype(np.float32) / 127) @ (b.astype(np.float32) / 127).T
+
+
+def _measure(sample: Any, index: int) -> Measured:
+    read = sample.read()
+    hazy, clear = to_pair(read, index)
+    lumas = _luma(hazy), _luma(clear)
+    error = float(np.mean((hazy - clear) ** 2, dtype=np.float64))
+    stretched = _looks_stretched(*lumas) if "hazy" in read and clear.shape == (460, 620, 3) else None
+    gradients = [_gradient(luma) for luma in lumas]
+    height, width = clear.shape[:2]
+    return Measured(
+        position=index,
+        size=(width, height),
+        psnr=10 * np.log10(1 / error) if error else np.inf,
+        hazy=_fingerprint(lumas[0]),
+        clear=_fingerprint(lumas[1]),
+        stretched=stretched,
+        blank=(_is_blank(hazy), _is_blank(clear)),
+        contrast=float(np.log(gradients[0] / gradients[1])) if min(gradients) > 0 else 0.0,
+        dark=float(hazy.min(-1).mean() - clear.min(-1).mean()),
+        depth=_odd_depth(read["depth"]) if "depth" in read else "",
+    )
+
+
+def _luma(image: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.round(image @ np.array([0.299, 0.587, 0.114], np.float32) * 255).astype(np.uint8))
+
+
+def _fingerprint(luma: Image.Image) -> np.ndarray:
+    """A small grey picture without its low frequencies, which haze changes; of norm 1, as bytes, 127 for 1."""
+    n = _FINGERPRINT
+    small = np.asarray(luma.resize((n, n), Image.Resampling.BOX), np.float32)
+    around = np.pad(small, 2, mode="edge")
+    small = small - sum(around[i : i + n, j : j + n] for i in range(5) for j in range(5)) / 25
+    small -= small.mean()
+    return np.round(small.ravel() / max(float(np.linalg.norm(small)), 1e-6) * 127).astype(np.int8)
+
+
+def _gradient(luma: Image.Image) -> float:
+    """Mean absolute difference of neighbouring pixels, which haze makes smaller."""
+    values = np.asarray(luma).astype(np.int16)
+    parts = (np.abs(np.diff(values, axis=axis)) for axis in (0, 1))
+    return float(sum(part.mean() for part in parts if part.size))
+
+
+def _is_blank(image: np.ndarray) -> bool:
+    # The first rows tell for most images.
+    return bool(np.ptp(image[:8], axis=(0, 1)).max() < 8 * _BLANK and image.std(axis=(0, 1)).max() < _BLANK)
+
+
+def _odd_depth(depth: np.ndarray) -> str:
+    if float(depth.std()) < 1e-3:
+        return "flat"
+    low, high = float(depth.min()), float(depth.max())
+    above, below = depth[depth > low], depth[depth < high]
+    if low < 0.01 and above.min() - low > _GAP_NEAR and 1 - above.size / depth.size > _MARKED:
+        return "zeros"
+    if high - below.max() > _GAP_FAR and 1 - below.size / depth.size > _MARKED:
+        return "far"
+    return ""
+
+
+def _looks_stretched(hazy: Image.Image, clear: Image.Image) -> bool | None:
+    """Whether 640x480 was resized to this 620x460 clear image, where RESIDE cuts 10 pixels off each side.
+
+    If so, undoing it brings the edges onto those of the hazy image.
+    """
+    undone = clear.resize((640, 480), Image.Resampling.BICUBIC).crop((10, 10, 630, 470))
+
+    def edges(image: Image.Image) -> np.ndarray:
+        values = np.asarray(image, np.float32)
+        return np.abs(np.diff(values, axis=0))[:, :-1] + np.abs(np.diff(values, axis=1))[:-1]
+
+    own, as_it_is, as_if_undone = (edges(image) for image in (hazy, clear, undone))
+    if not min(own.std(), as_it_is.std(), as_if_undone.std()) > 0:
+        return None
+    before, after = (float(np.corrcoef(own.ravel(), other.ravel())[0, 1]) for other in (as_it_is, as_if_undone))
+    return after > before + 0.05
