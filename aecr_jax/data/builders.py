@@ -6,19 +6,27 @@ builders, so `tfds.data_source("reside/its", split="train", data_dir=...)` reads
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
+import json
+import os
+import re
+import shutil
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import grain
 import numpy as np
 import tensorflow_datasets as tfds
 
 from aecr_jax.data.folders import fit_clear
 from aecr_jax.data.images import read_pixels
-from aecr_jax.data.layouts import Layout, Part, find_layout
-from aecr_jax.errors import UserError
+from aecr_jax.data.layouts import Layout, Part, find_layout, missing_images
+from aecr_jax.errors import UserError, first_line
+from aecr_jax.files import make_folder
 
 NAMES = (
     *(f"reside/{config}" for config in ("its", "ots", "sots_indoor", "sots_outdoor", "hsts", "rtts")),
@@ -26,6 +34,8 @@ NAMES = (
     "dense_haze",
 )
 _RTTS_CLASSES = ["bicycle", "bus", "car", "motorbike", "person"]
+# What tensorflow-datasets calls the folder of a build until it is complete.
+_UNFINISHED = re.compile(r"incomplete\.[A-Z0-9]{6}_\d+\.\d+\.\d+$")
 _RESIDE_CITATION = """@article{li2019reside, title={Benchmarking Single-Image Dehazing and Beyond}, author={Li, Boyi and Ren, Wenqi and
 Fu, Dengpan and Tao, Dacheng and Feng, Dan and Zeng, Wenjun and Wang, Zhangyang}, journal={IEEE TIP}, volume={28}, year={2019}}"""
 
@@ -33,7 +43,8 @@ Fu, Dengpan and Tao, Dacheng and Feng, Dan and Zeng, Wenjun and Wang, Zhangyang}
 class _HazeBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """What the builders share: records of `hazy`, `clear` and their names, in the order of the names.
 
-    The metadata have `release` and, per split, `names` and `scenes`, so that a split can be chosen from without reading images.
+    The metadata have `release` and, per split, `names` and `scenes`, so that a split can be chosen from without reading images. Every
+    image is decoded while the records are written: a damaged one ends the build.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -64,6 +75,9 @@ class _HazeBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # 
         layout: Layout = find_layout(self._name, Path(dl_manager.manual_dir))
         assert self.info.metadata is not None
         self.info.metadata["release"] = layout.release
+        pairs = [pair for part in layout.parts.values() for pair in part.pairs]
+        count = len(pairs) + sum(len(part.hazy) for part in layout.parts.values())
+        self.missing = missing_images(self._name, layout.release, count, len({pair.clear for pair in pairs}))
         generators = {}
         for split, part in layout.parts.items():
             self.info.metadata["names"][split] = [pair.name for pair in part.pairs] or [path.stem for path in part.hazy]
@@ -73,7 +87,9 @@ class _HazeBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # 
 
     def _generate_examples(self, part: Part) -> Iterator[tuple[int, dict[str, Any]]]:
         # Paths and not arrays: the files go into the records as they are, and encoding arrays would need TensorFlow.
+        read_clear = functools.lru_cache(1)(read_pixels)  # the versions of a scene follow each other
         for index, pair in enumerate(part.pairs):
+            fit_clear(read_pixels(pair.hazy), read_clear(pair.clear), str(pair.hazy), str(pair.clear))
             yield index, {"hazy": str(pair.hazy), "clear": str(pair.clear), "name": pair.name, "scene": pair.scene}
 
 
@@ -106,6 +122,7 @@ class Reside(_HazeBuilder):
         for index, example in super()._generate_examples(part):
             yield index, example | ({"clear": [example["clear"]]} if hsts else {})
         for index, path in enumerate(part.hazy):
+            read_pixels(path)
             rest = {"clear": []} if hsts else {"objects": _read_boxes(path)}
             yield index, {"hazy": str(path), "name": path.stem, "scene": path.stem, **rest}
 
@@ -161,9 +178,14 @@ class Record(NamedTuple):
         """`hazy` and `clear`, `[H, W, 3]` each, as `read_pixels` gives them.
 
         Raises:
-          UserError: an image is damaged, or the sizes do not fit.
+          UserError: an image or its record is damaged, or the sizes do not fit.
         """
-        record = self.source[self.position]
+        try:
+            record = self.source[self.position]
+        except Exception as error:  # array_record and protobuf raise a dozen kinds for damaged files
+            raise UserError(
+                f"{_record_file(self.source, self.position)} is damaged: {self.origin} cannot be read ({first_line(error)})"
+            ) from error
         names = f"{self.origin} hazy", f"{self.origin} clear"
         hazy = read_pixels(record["hazy"], names[0])
         clear = record["clear"]
@@ -176,65 +198,163 @@ def is_dataset_name(text: str) -> bool:
     return text.split(":")[0] in NAMES
 
 
-def prepare(name: str, source: str | Path, data_dir: str | Path | None = None) -> str:
-    """Builds data set `name` from the folder `source` where the authors' archives were unpacked.
+def prepare(name: str, source: str | Path, data_dir: str | Path | None = None, say: Callable[[str], None] = print) -> str:
+    """Build data set `name` from the folder `source` where the authors' archives were unpacked.
 
     Args:
       name: one of `NAMES`.
       source: the folder; what is in it is only read.
       data_dir: where to write; tensorflow-datasets' own folder (`~/tensorflow_datasets`) by default.
+      say: called with each warning.
 
     Returns:
       A line on what was built, with its release.
 
     Raises:
-      UserError: the name is unknown, the data set is not there or is there already, or the folder cannot be written.
+      UserError: the name is unknown, the data set is not there or is there already, an image is damaged, or the folder cannot be written.
+        Nothing that was written is left.
     """
-    if name not in NAMES:
-        raise UserError(f"there is no data set {name!r}; there are {', '.join(NAMES)}")
-    builder = _builder(name, data_dir)
-    if builder.data_path.exists():
-        raise UserError(f"{name} was prepared already in {builder.data_path}: remove that folder to prepare it anew")
+    folder = _folder(name, data_dir)
+    if folder.exists():
+        raise UserError(f"{name} was prepared already in {folder}: remove that folder to prepare it anew")
     if not Path(source).is_dir():
         raise UserError(f"there is no folder {source}")
-    try:
-        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=str(Path(source).resolve())))
-    except OSError as error:
-        raise UserError(f"{name} cannot be prepared: {error.filename or builder.data_path}: {error.strerror or error}") from error
+    with _only_writer(make_folder(folder.parent), say):
+        try:
+            builder = _builder(name, data_dir)
+            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=str(Path(source).resolve())))
+        except (OSError, RuntimeError) as error:  # array_record reports a full disk as the latter
+            where = getattr(error, "filename", None) or folder
+            raise UserError(f"{name} cannot be prepared: {where}: {_reason(error).split('; writing')[0]}") from error
+        finally:
+            downloads = folder.parents[len(Path(name).parts)] / "downloads"  # tensorflow-datasets makes it and this needs none
+            for path in (downloads / "extracted", downloads):
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+    if builder.missing:
+        say(f"warning: {name} is not complete: {builder.missing}")
     counts = ", ".join(f"{split} {info.num_examples}" for split, info in builder.info.splits.items())
     return f"{name} ({builder.info.metadata['release']}): {counts} in {builder.data_path}"
 
 
+@contextlib.contextmanager
+def _only_writer(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Keep other builds out of `folder` for the length of the body, and remove what killed ones left there.
+
+    Raises:
+      UserError: another process is building there, or the leftovers cannot be removed.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+            alone = True
+        except BlockingIOError as error:
+            raise UserError(f"another process is preparing data in {folder}: wait until it ends") from error
+        except OSError:  # a file system without locks
+            alone = False
+        for left in _unfinished(folder):
+            if not alone:
+                say(f"warning: {left} was left by a build that was stopped, or another one is writing it: remove it in the first case")
+                continue
+            try:
+                shutil.rmtree(left)
+            except OSError as error:
+                raise UserError(f"{left}, left by a build that was stopped, cannot be removed: {error.strerror}") from error
+            say(f"removed {left}, left by a build that was stopped")
+        yield
+    finally:
+        os.close(descriptor)
+        with contextlib.suppress(OSError):  # not empty, if a build is there
+            folder.rmdir()
+
+
+def _unfinished(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("incomplete.*") if _UNFINISHED.match(path.name))
+
+
 def open_dataset(name: str, data_dir: str | Path | None = None) -> tuple[list[Record], str]:
-    """The pairs of a built data set, and what it is ("reside/its:train, RESIDE-standard").
+    """Open a built data set: return its pairs, and what it is ("reside/its:train, RESIDE-standard").
 
     Args:
       name: one of `NAMES`, and `:split` if it has several; "test" or the first by default.
       data_dir: as for `prepare`.
 
     Raises:
-      UserError: it was not prepared, there is no such split, or it has no clear images.
+      UserError: it was not prepared or a file of it is damaged, there is no such split, or it has no clear images.
     """
     name, _, split = name.partition(":")
-    if name not in NAMES:
-        raise UserError(f"there is no data set {name!r}; there are {', '.join(NAMES)}")
-    builder = _builder(name, data_dir)
-    if not builder.data_path.exists():
+    folder = _folder(name, data_dir)
+    if not folder.exists():
+        left = [str(path) for path in _unfinished(folder.parent)]
         raise UserError(
-            f"{name} was not prepared in {builder.data_path}: `python -m aecr_jax prepare-data {name} --source FOLDER` builds it"
+            f"{name} was not prepared in {folder}: `python -m aecr_jax prepare-data {name} --source FOLDER` builds it"
+            + (f" (and removes {', '.join(left)}, left by a build that was stopped)" if left else "")
         )
-    splits = list(builder.info.splits)
-    split = split or ("test" if "test" in splits else splits[0])
+    for file in ("dataset_info.json", "metadata.json"):
+        try:
+            json.loads((folder / file).read_bytes())
+        except (OSError, ValueError) as error:
+            raise _damaged(folder / file, error) from error
+    try:
+        builder = _builder(name, data_dir)
+        splits = {split: zip(info.filepaths, info.shard_lengths, strict=True) for split, info in builder.info.splits.items()}
+    except Exception as error:  # whatever tensorflow-datasets makes of JSON that is not its own
+        raise _damaged(folder / "dataset_info.json", error) from error
+    split = split or ("test" if "test" in splits else next(iter(splits), ""))
     if split not in splits:
         raise UserError(f"{name} has no split {split!r}; it has {', '.join(splits)}")
-    metadata = builder.info.metadata
     if name == "reside/rtts" or (name, split) == ("reside/hsts", "real"):
         raise UserError(f"{name}:{split} has no clear images to train on or to score against; `dehaze` takes its folder of hazy ones")
+    for path, count in splits[split]:
+        _check_records(Path(path), count)
     # The files' own bytes, so that a record and a file are decoded alike; not for the sequence in HSTS, which tfds cannot skip.
     skip = {key: tfds.decode.SkipDecoding() for key in ("hazy", "clear") if isinstance(builder.info.features[key], tfds.features.Image)}
     source = builder.as_data_source(split=split, decoders=skip)
-    records = zip(metadata["names"][split], metadata["scenes"][split], strict=True)
-    return [Record(name, source, i, *names) for i, names in enumerate(records)], f"{name}:{split}, {metadata['release']}"
+    try:
+        metadata = builder.info.metadata
+        records = list(zip(metadata["names"][split], metadata["scenes"][split], range(len(source)), strict=True))
+        about = f"{name}:{split}, {metadata['release']}"
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(folder / "metadata.json", f"it does not name the {len(source)} images of {split}") from error
+    return [Record(name, source, i, image, scene) for image, scene, i in records], about
+
+
+def _check_records(path: Path, count: int) -> None:
+    """Raise UserError unless the file has `count` records; its index stands at its end, so a shortened one has none."""
+    try:
+        found = len(grain.sources.ArrayRecordDataSource(str(path)))
+    except Exception as error:  # of every kind, as the file is damaged here or there
+        raise _damaged(path, error) from error
+    if found != count:
+        raise _damaged(path, f"it has {found} records and not {count}")
+
+
+def _record_file(source: Any, position: int) -> str:
+    """The file that record `position` is in."""
+    split = source.dataset_info.splits[source.split]
+    return str(split.filepaths[int(np.searchsorted(np.cumsum(split.shard_lengths), position, side="right"))])
+
+
+def _damaged(path: Path, why: Exception | str) -> UserError:
+    return UserError(
+        f"{path} is damaged or missing ({why if isinstance(why, str) else _reason(why)}): remove {path.parent} and run prepare-data again"
+    )
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+
+
+def _folder(name: str, data_dir: str | Path | None) -> Path:
+    """Where the data set is, or will be.
+
+    Raises:
+      UserError: there is no data set of that name.
+    """
+    if name not in NAMES:
+        raise UserError(f"there is no data set {name!r}; there are {', '.join(NAMES)}")
+    return Path(data_dir or tfds.core.constants.DATA_DIR).expanduser() / name / str(_HazeBuilder.VERSION)
 
 
 def _builder(name: str, data_dir: str | Path | None) -> Any:
