@@ -83,7 +83,7 @@ def test_pictures_of_one_colour_are_found(tmp_path):
     pairs = drawn_pairs(tmp_path, 3)
     for pair in pairs:
         write_image(pair.clear, np.zeros((96, 128, 3)))
-    assert mistakes(check_data(pairs)) == [f"train: 3 clear images are black or of one colour: {'; '.join(str(p.hazy) for p in pairs)}"]
+    assert mistakes(check_data(pairs)) == [f"train: 3 clear images are black or of one colour: {'; '.join(str(p.clear) for p in pairs)}"]
     write_image(pairs[0].hazy, np.full((96, 128, 3), 0.8))
     pairs = pairs[:1]
     drawn_pairs(tmp_path / "b", 1)
@@ -114,17 +114,17 @@ BAD_DEPTH = {
 @pytest.mark.parametrize("kind", BAD_DEPTH)
 def test_bad_depth_is_refused_by_name(tmp_path, config_file, capsys, kind):
     values, said = BAD_DEPTH[kind]
-    root = write_depth(tmp_path, values)
-    for i in range(1, 4):
+    root = write_depth(tmp_path, values, "1")  # not the first: that is read before training begins
+    for i in (0, 2, 3):
         write_depth(root, ramp(), str(i))
     line = fails(
         capsys,
         *("train", "--config", config_file, "--data.clear", root / "rgb", "--data.depth", root / "depth", "--data.crop", "4"),
         *("--data.holdout", "1", "--loss.cr", "0", "--train.workdir", tmp_path / "run"),
     )
-    assert f"{root / 'depth' / '0.tif'} is no depth map: " in line and said in line and "learning_rate" not in line
+    assert f"{root / 'depth' / '1.tif'} is no depth map: " in line and said in line and "learning_rate" not in line
     (found,) = mistakes(check_data(find_dataset(root)))
-    assert f"1 images cannot be used: {root / 'depth' / '0.tif'} is no depth map: " in found and said in found
+    assert f"1 images cannot be used: {root / 'depth' / '1.tif'} is no depth map: " in found and said in found
 
 
 def test_depth_that_may_be_marked_is_a_warning(tmp_path):
