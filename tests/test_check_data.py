@@ -134,7 +134,8 @@ def test_depth_that_may_be_marked_is_a_warning(tmp_path):
     np.testing.assert_allclose(read_depth(tmp_path / "depth" / "0.tif")[0, :2], [0.5 / 47, 1.5 / 47], rtol=1e-6)
     assert check_data(find_dataset(tmp_path)).findings == []
     write_depth(tmp_path, np.where(near < 9, 0, near + 100).astype(np.uint8))
-    assert "1 depth maps have zeros far below their other values" in str(check_data(find_dataset(tmp_path)))
+    report = str(check_data(find_dataset(tmp_path)))
+    assert "1 depth maps have zeros far below their other values" in report and f": {tmp_path / 'depth' / '0.tif'}" in report
     write_depth(tmp_path, np.where(near > 40, 65535, 1000 * near.astype(int) // 4 + 1000).astype(np.uint16))
     report = check_data(find_dataset(tmp_path))
     assert "1 depth maps have many pixels of the largest value far above the others" in str(report) and mistakes(report) == []

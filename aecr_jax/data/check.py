@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -24,6 +24,7 @@ _SAME_IMAGE = 0.9
 # drawn haze, the logarithm of the gradients' ratio is -0.12 at most and the dark channel rises by 0.03 at least. Exchanged pairs have the
 # opposite signs; the limits are about half as large.
 _EXCHANGED_CONTRAST, _EXCHANGED_DARK = 0.05, -0.02
+_Side: TypeAlias = Literal["origin", "clear", "depth"]
 _SHEET_PAIRS, _SHEET_SIZE = 12, (240, 180)
 
 
@@ -67,8 +68,8 @@ class _Set:
             name = recognise_data_set(names, clear=len(self.scenes), size=size)
         return name, recognise_release(name, names, len(self.scenes)) if name else ""
 
-    def origins(self, keep: Callable[[Measured], Any], side: Literal["origin", "clear"] = "origin") -> list[str]:
-        """Return what the samples are called that `keep` chooses by their measurements, or their clear files where they have some."""
+    def origins(self, keep: Callable[[Measured], Any], side: _Side = "origin") -> list[str]:
+        """Return what the samples are called that `keep` chooses by their measurements, or their files of one side."""
         chosen = [self.samples[m.position] for m in self.measured if keep(m)]
         return [str(getattr(sample, side)) if isinstance(getattr(sample, side, None), Path) else sample.origin for sample in chosen]
 
@@ -132,27 +133,28 @@ def _check_set(report: Report, data: _Set, crop: int) -> None:
     report.lines.append(
         "  sizes: " + ", ".join(f"{w}x{h} ({n})" for (w, h), n in data.sizes.most_common(6)) + (", ..." if len(data.sizes) > 6 else "")
     )
-    findings: list[tuple[Literal["MISTAKE", "warning"], str, Callable[[Measured], Any]]] = [
-        ("MISTAKE", f"images are smaller than a crop (data.crop={crop})", lambda m: min(m.size) < crop),
-        ("MISTAKE", "hazy images are of one colour", lambda m: m.blank[0] and not m.blank[1]),
-        ("warning", "depth maps are almost the same everywhere", lambda m: m.depth == "flat"),
+    checks: list[tuple[Literal["MISTAKE", "warning"], str, _Side, Callable[[Measured], Any]]] = [
+        ("MISTAKE", f"images are smaller than a crop (data.crop={crop})", "origin", lambda m: min(m.size) < crop),
+        ("MISTAKE", "clear images are black or of one colour", "clear", lambda m: m.blank[1]),
+        ("MISTAKE", "hazy images are of one colour", "origin", lambda m: m.blank[0] and not m.blank[1]),
+        ("warning", "depth maps are almost the same everywhere", "depth", lambda m: m.depth == "flat"),
         (
             "warning",
             "depth maps have zeros far below their other values. If a zero stands for a missing measurement, no haze is made there: fill"
             " these places first",
+            "depth",
             lambda m: m.depth == "zeros",
         ),
         (
             "warning",
             "depth maps have many pixels of the largest value far above the others. If it stands for a missing measurement and not for the"
             " sky, the rest gets too little haze: fill these places first",
+            "depth",
             lambda m: m.depth == "far",
         ),
     ]
-    if blank := data.origins(lambda m: m.blank[1], "clear"):
-        report.findings.append(("MISTAKE", f"{label}: {len(blank)} clear images are black or of one colour: {listed(blank)}"))
-    for level, text, keep in findings:
-        if origins := data.origins(keep):
+    for level, text, side, keep in checks:
+        if origins := data.origins(keep, side):
             report.findings.append((level, f"{label}: {len(origins)} {text}: {listed(origins)}"))
     _check_pairs(report, data)
 
