@@ -7,7 +7,6 @@ builders, so `tfds.data_source("reside/its", split="train", data_dir=...)` reads
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import json
 import os
@@ -247,11 +246,13 @@ def _only_writer(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
+            import fcntl
+
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
             alone = True
         except BlockingIOError as error:
             raise UserError(f"another process is preparing data in {folder}: wait until it ends") from error
-        except OSError:  # a file system without locks
+        except (OSError, ImportError):  # a file system, or a system, without such locks
             alone = False
         for left in _unfinished(folder):
             if not alone:
