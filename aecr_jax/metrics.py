@@ -1,63 +1,145 @@
 """Image quality: PSNR and SSIM as the official code measures them.
 
-All functions take float images `[N, H, W, C]` in [0, 1] (values outside are clipped), the prediction first, and give one number
-per image, `[N]`, in at least float32. Scores from other definitions are not comparable: PSNR on luma reads 2 to 5 dB higher than
-on RGB, and SSIM without padding differs in the third digit. So each other definition has a name of its own.
+Each function takes two batches of images `[N, H, W, C]`, the prediction first, and returns one number per image, `[N]`, in at
+least float32. All follow one rule about types and ranges:
+
+- Floating point images are in [0, 1]. Values outside are clipped, as in the official code. Outside `jit`, values below -2 or above
+  3 raise a ValueError, because such an image has another range (0 to 255, for instance); inside `jit`, values are not known.
+- uint8 and uint16 images are divided by 255 and 65535. Other types (bool, signed integers, ...) raise a ValueError.
+- An image with a NaN scores NaN. A batch of no images gives no scores; images of different shapes or without pixels raise a ValueError.
+
+Scores from other definitions are not comparable: PSNR on luma reads 2 to 5 dB higher than on RGB, and SSIM without padding differs
+in the third digit. So each other definition has a name of its own.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.typing import ArrayLike
+
+from aecr_jax.validation import as_array
+
+# What a network gives lies in this range or near it; images in another range (0 to 255, standardized) do not.
+_LEAST, _GREATEST = -2, 3
 
 
-def psnr(prediction: Array, target: Array) -> Array:
+def psnr(prediction: ArrayLike, target: ArrayLike) -> Array:
     """Peak signal-to-noise ratio in dB, `-10 log10(mean squared error over all channels)`; 100 for equal images.
 
     The official definition. Its 100 in place of infinity keeps a mean over images finite.
+
+    Args:
+      prediction: `[N, H, W, C]`, floating point in [0, 1] (clipped), uint8 or uint16.
+      target: the same shape, in any of these types.
+
+    Returns:
+      `[N]`.
+
+    Raises:
+      ValueError: shapes differ, or an image has another type or, outside `jit`, values below -2 or above 3.
     """
-    prediction, target = _prepare(prediction, target)
+    return _psnr(*_prepare(prediction, target))
+
+
+def _psnr(prediction: Array, target: Array) -> Array:
     error = jnp.mean(jnp.square(prediction - target), (1, 2, 3))
     return jnp.where(error == 0, 100.0, -10 * jnp.log10(jnp.where(error == 0, 1, error)))
 
 
-def ssim(prediction: Array, target: Array) -> Array:
-    """Structural similarity: 11x11 Gaussian window, sigma 1.5, zero padding, mean over pixels and RGB (the official definition)."""
+def ssim(prediction: ArrayLike, target: ArrayLike) -> Array:
+    """Structural similarity, at most 1: 11x11 Gaussian window, sigma 1.5, zero padding, mean over pixels and RGB.
+
+    The official definition. Arguments, result and errors as in `psnr`: `[N, H, W, C]` in [0, 1], uint8 or uint16 -> `[N]`.
+    """
     prediction, target = _prepare(prediction, target)
     return jnp.mean(_ssim_map(prediction, target, padding=5), (1, 2, 3))
 
 
-def psnr_uint8(prediction: Array, target: Array) -> Array:
-    """`psnr` after rounding both images to 8 bit, as if they had been written to files and read back."""
-    return psnr(*(jnp.round(image * 255) / 255 for image in _prepare(prediction, target)))
+def psnr_uint8(prediction: ArrayLike, target: ArrayLike) -> Array:
+    """`psnr` after rounding both images to 8 bit, as if they had been written to files and read back.
+
+    Arguments, result and errors as in `psnr`: `[N, H, W, C]` in [0, 1], uint8 or uint16 -> `[N]`. (8-bit images need no
+    rounding, so `psnr` gives the same for them.)
+    """
+    return _psnr(*(jnp.round(image * 255) / 255 for image in _prepare(prediction, target)))
 
 
-def psnr_y(prediction: Array, target: Array) -> Array:
-    """`psnr` of the luma alone (ITU-R BT.601, 16 to 235), as super-resolution reports it."""
-    return psnr(*(luma(image) for image in _prepare(prediction, target)))
+def psnr_y(prediction: ArrayLike, target: ArrayLike) -> Array:
+    """`psnr` of the luma alone (ITU-R BT.601, 16 to 235), as super-resolution reports it.
+
+    Arguments, result and errors as in `psnr`, with 3 channels: `[N, H, W, 3]` in [0, 1], uint8 or uint16 -> `[N]`.
+    """
+    prediction, target = _prepare(prediction, target)
+    return _psnr(_luma(prediction, "prediction"), _luma(target, "target"))
 
 
-def ssim_valid(prediction: Array, target: Array) -> Array:
-    """`ssim` without padding: the mean over windows that lie inside the image (Wang et al., 2004). At least 11x11 pixels."""
+def ssim_valid(prediction: ArrayLike, target: ArrayLike) -> Array:
+    """`ssim` without padding: the mean over windows that lie inside the image (Wang et al., 2004).
+
+    Arguments, result and errors as in `psnr`, with at least 11x11 pixels: `[N, H, W, C]` in [0, 1], uint8 or uint16 -> `[N]`.
+    """
     prediction, target = _prepare(prediction, target)
     if min(prediction.shape[1:3]) < 11:
         raise ValueError(f"images of {prediction.shape[1]}x{prediction.shape[2]} must be at least 11x11")
     return jnp.mean(_ssim_map(prediction, target, padding=0), (1, 2, 3))
 
 
-def luma(image: Array) -> Array:
-    """RGB `[N, H, W, 3]` -> Y of BT.601 in its 8-bit range, `[N, H, W, 1]` in [16 / 255, 235 / 255]."""
+def luma(image: ArrayLike) -> Array:
+    """RGB `[N, H, W, 3]` in [0, 1] (not clipped), uint8 or uint16 -> Y of BT.601, `[N, H, W, 1]` in [16 / 255, 235 / 255].
+
+    Types and errors as in `psnr`.
+    """
+    array = _as_images(image, "image")
+    return _luma(_scale(array, jnp.promote_types(array.dtype, jnp.float32)), "image")
+
+
+def _luma(image: Array, name: str) -> Array:
+    if image.ndim != 4 or image.shape[3] != 3:
+        raise ValueError(f"{name} has shape {image.shape} and must be [N, H, W, 3]: luma takes the 3 channels RGB")
     weights = jnp.array([65.481, 128.553, 24.966], image.dtype) / 255
     return jnp.sum(image * weights[None, None, None], -1, keepdims=True) + 16 / 255
 
 
-def _prepare(prediction: Array, target: Array) -> tuple[Array, Array]:
-    prediction, target = jnp.asarray(prediction), jnp.asarray(target)
+def _prepare(prediction: ArrayLike, target: ArrayLike) -> tuple[Array, Array]:
+    prediction, target = _as_images(prediction, "prediction"), _as_images(target, "target")
     if prediction.shape != target.shape or prediction.ndim != 4:
         raise ValueError(f"prediction {prediction.shape} and target {target.shape} must both be [N, H, W, C] and equal")
+    if 0 in prediction.shape[1:]:
+        raise ValueError(f"prediction and target have shape {prediction.shape} and must have at least one pixel and channel")
     dtype = jnp.promote_types(jnp.promote_types(prediction.dtype, target.dtype), jnp.float32)
-    return jnp.clip(prediction.astype(dtype), 0, 1), jnp.clip(target.astype(dtype), 0, 1)
+    return jnp.clip(_scale(prediction, dtype), 0, 1), jnp.clip(_scale(target, dtype), 0, 1)
+
+
+def _scale(images: Array, dtype: Any) -> Array:
+    """Images in `dtype`, unsigned integers divided by the greatest of their type."""
+    if jnp.issubdtype(images.dtype, jnp.floating):
+        return images.astype(dtype)
+    # From a table: XLA multiplies by the rounded reciprocal of 255, so that 8-bit images would differ from NumPy's quotients.
+    greatest = jnp.iinfo(images.dtype).max
+    return jnp.asarray(np.arange(greatest + 1) / greatest, dtype).at[images].get(mode="promise_in_bounds")
+
+
+def _as_images(images: ArrayLike, name: str) -> Array:
+    """An array of a type and range that the module's docstring allows."""
+    array = as_array(images, name)
+    if array.dtype in (jnp.uint8, jnp.uint16):
+        return array
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        given = getattr(images, "dtype", array.dtype)  # JAX narrows 64-bit types
+        raise ValueError(f"{name} has type {given} and must be floating point in [0, 1], uint8 or uint16")
+    if array.size and not isinstance(array, jax.core.Tracer):
+        # A NaN goes on, into the score of its image: a comparison with it is false.
+        least, greatest = float(jnp.nanmin(array)), float(jnp.nanmax(array))
+        if least < _LEAST or greatest > _GREATEST:
+            raise ValueError(
+                f"{name} has values from {least:g} to {greatest:g} and must be in [0, 1]: divide 8-bit values by 255, or pass uint8"
+            )
+    return array
 
 
 def _ssim_map(x: Array, y: Array, *, padding: int) -> Array:

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ def test_psnr_by_hand():
     """An error of 0.1 everywhere is 20 dB; values are clipped first; each image has its own."""
     target = jnp.full((2, 4, 4, 3), 0.5)
     np.testing.assert_allclose(psnr(target + jnp.array([0.1, 0.01]).reshape(2, 1, 1, 1), target), [20, 40], rtol=1e-4)
-    np.testing.assert_allclose(psnr(jnp.full((1, 4, 4, 3), 7.0), jnp.full((1, 4, 4, 3), 0.9)), [20], rtol=1e-4)
+    np.testing.assert_allclose(psnr(jnp.full((1, 4, 4, 3), 3.0), jnp.full((1, 4, 4, 3), 0.9)), [20], rtol=1e-4)
     assert psnr(target, target)[0] == 100
 
 
@@ -53,3 +54,102 @@ def test_other_definitions():
 def test_refuses_different_shapes():
     with pytest.raises(ValueError, match="must both be"):
         psnr(jnp.zeros((1, 4, 4, 3)), jnp.zeros((1, 4, 5, 3)))
+
+
+METRICS = [psnr, ssim, psnr_uint8, psnr_y, ssim_valid]
+
+
+def two_images(dtype):
+    """Two images of an integer type, over its whole range, and the same as floats in [0, 1]."""
+    highest = np.iinfo(dtype).max
+    integers = np.random.default_rng(0).integers(0, highest, (2, 1, 16, 20, 3), dtype, endpoint=True)
+    return integers, (integers / highest).astype(np.float32)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("metric", METRICS)
+def test_unsigned_integers_are_scaled_by_their_range(metric, dtype):
+    """Any mixture of types scores as the floats do, inside and outside `jit`."""
+    (a, b), (x, y) = two_images(dtype)
+    expected = metric(x, y)
+    assert abs(float(expected[0])) < 40  # clipped at 1, the integers would be equal images
+    for prediction, target in [(a, b), (a, y), (x, b)]:
+        np.testing.assert_allclose(metric(prediction, target), expected, rtol=1e-6)
+        np.testing.assert_allclose(jax.jit(metric)(prediction, target), expected, rtol=1e-5)
+
+
+def test_every_8_bit_value_equals_its_quotient():
+    """No rounding between the two: such images are equal, which is 100 dB."""
+    values = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, 3)
+    for metric in (psnr, psnr_uint8, psnr_y):
+        assert metric(values, values / 255)[0] == jax.jit(metric)(values, values / 255)[0] == 100
+
+
+def test_luma_of_unsigned_integers():
+    (a, _), (x, _) = two_images(np.uint8)
+    np.testing.assert_allclose(luma(a), luma(x), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.bool_, np.int8, np.int32, np.uint32, np.complex64])
+@pytest.mark.parametrize("metric", METRICS)
+def test_refuses_other_types(metric, dtype):
+    images = np.ones((1, 16, 16, 3), np.float32)
+    with pytest.raises(ValueError, match=rf"prediction has type {np.dtype(dtype)} and must be floating point in \[0, 1\], uint8 or uint16"):
+        metric(images.astype(dtype), images)
+    with pytest.raises(ValueError, match=rf"target has type {np.dtype(dtype)} and must be"):
+        jax.jit(metric)(images, images.astype(dtype))
+    with pytest.raises(ValueError, match=rf"image has type {np.dtype(dtype)} and must be"):
+        luma(images.astype(dtype))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_refuses_floats_far_from_0_to_1_outside_jit(metric):
+    images = jnp.full((1, 16, 16, 3), 0.5)
+    for value, message in [(255.0, "0.5 to 255"), (3.01, "0.5 to 3.01"), (-2.01, "-2.01 to 0.5"), (np.inf, "0.5 to inf")]:
+        odd = images.at[0, 3, 4, 1].set(value)
+        with pytest.raises(ValueError, match=rf"prediction has values from {message} and must be in \[0, 1\]: divide 8-bit values by 255"):
+            metric(odd, images)
+        with pytest.raises(ValueError, match=f"target has values from {message}"):
+            metric(images, odd)
+        with pytest.raises(ValueError, match=f"image has values from {message}"):
+            luma(odd)
+        assert np.isfinite(jax.jit(metric)(odd, images)).all()  # values are not known there: clipped, as ever
+    assert np.isfinite(metric(images.at[0, 0, 0].set(jnp.array([-2.0, 3.0, 1.5])), images)).all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_nan_scores_nan_in_its_own_image_alone(metric):
+    images = jnp.full((2, 16, 16, 3), 0.5)
+    broken = images.at[1, 3, 4, 1].set(jnp.nan)
+    for scores in (metric(broken, images), metric(images, broken), metric(broken, broken), jax.jit(metric)(broken, images)):
+        assert np.isfinite(scores[0]) and np.isnan(scores[1])
+    assert np.isnan(metric(jnp.full((1, 16, 16, 3), jnp.nan), images[:1])).all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_no_images_have_no_scores(metric):
+    scores = metric(jnp.zeros((0, 16, 16, 3)), jnp.zeros((0, 16, 16, 3)))
+    assert scores.shape == (0,) and scores.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("metric", [psnr, ssim, psnr_uint8, psnr_y])
+def test_refuses_images_without_pixels(metric):
+    with pytest.raises(ValueError, match=r"prediction and target have shape \(1, 0, 16, 3\) and must have at least one pixel"):
+        metric(jnp.zeros((1, 0, 16, 3)), jnp.zeros((1, 0, 16, 3)))
+
+
+def test_luma_takes_three_channels():
+    images = jnp.zeros((1, 16, 16, 4))
+    with pytest.raises(ValueError, match=r"prediction has shape .* and must be \[N, H, W, 3\]: luma takes the 3 channels RGB"):
+        psnr_y(images, images)
+    with pytest.raises(ValueError, match=r"image has shape \(1, 16, 16, 4\) and must be \[N, H, W, 3\]"):
+        luma(images)
+
+
+def test_takes_lists_and_refuses_what_is_no_array():
+    """0.1 everywhere is 20 dB."""
+    x = np.full((1, 2, 2, 3), 0.5)
+    np.testing.assert_allclose(psnr((x + 0.1).tolist(), x.tolist()), [20], rtol=1e-4)
+    for wrong in (None, "image", [[1.0], [2.0, 3.0]]):
+        with pytest.raises(ValueError, match=r"prediction .* must be an array"):
+            psnr(wrong, x)
