@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import ArrayLike
+
+from aecr_jax.validation import IN_0_TO_1, as_array, as_floating, as_int
 
 Features = Callable[[Array], Sequence[Array]]
 
@@ -16,7 +19,7 @@ EPSILON = 1e-7
 
 
 def contrastive_distances(
-    anchor: Array, positive: Array, negative: Array, features: Features, *, positives: int = 1, negatives: int = 1
+    anchor: ArrayLike, positive: ArrayLike, negative: ArrayLike, features: Features, *, positives: int = 1, negatives: int = 1
 ) -> tuple[Array, Array]:
     """Mean absolute feature distances of `anchor` to positives and negatives, per feature level.
 
@@ -26,7 +29,7 @@ def contrastive_distances(
     `anchor` only.
 
     Args:
-      anchor: restored images `[N, H, W, 3]` in [0, 1].
+      anchor: restored images `[N, H, W, 3]` in [0, 1], floating point, at least one.
       positive: clear images, same shape.
       negative: hazy images, same shape.
       features: maps images to a sequence of feature maps, such as `VGG19Features`.
@@ -37,15 +40,31 @@ def contrastive_distances(
       (d_ap, d_an), one number per feature level each, `[levels]`, float32 or wider.
 
     Raises:
-      ValueError: shapes differ, or there are more samples asked for than images in the batch.
+      ValueError: shapes differ, there are no images, images are not floating point, `positives` or `negatives` is not an integer in
+        its range, or `features` is not a function that returns a sequence of feature maps.
     """
+    anchor, positive, negative = (
+        as_floating(images, name, IN_0_TO_1) for name, images in (("anchor", anchor), ("positive", positive), ("negative", negative))
+    )
+    if anchor.ndim != 4:
+        raise ValueError(f"anchor has shape {anchor.shape} and must be [N, H, W, 3]")
+    if not anchor.size:
+        raise ValueError(f"anchor has shape {anchor.shape}: a mean distance takes at least one image")
+    if not callable(features):
+        raise ValueError(f"features (={features!r}) must be a function of images that returns feature maps, such as VGG19Features")
     for name, images in (("positive", positive), ("negative", negative)):
         if images.shape != anchor.shape:
             raise ValueError(f"{name} has shape {images.shape} and must have anchor's, {anchor.shape}")
     for name, count, least in (("positives", positives, 1), ("negatives", negatives, 0)):
+        if as_int(count) is None:
+            raise ValueError(f"{name} (={count!r}) must be an integer, {least} to the batch size ({anchor.shape[0]})")
         if not least <= count <= anchor.shape[0]:
             raise ValueError(f"{name} (={count}) must be {least} to the batch size ({anchor.shape[0]})")
     of_anchor = features(anchor)
+    if hasattr(of_anchor, "shape"):  # its rows would be taken for levels
+        raise ValueError("features must give a sequence of feature maps, not one array: return [x] for a single level")
+    if not of_anchor:
+        raise ValueError("features must give at least one feature map")
 
     def distances(images: Array, count: int) -> Array:
         of_images = features(lax.stop_gradient(images))
@@ -59,12 +78,12 @@ def contrastive_distances(
 
 
 def contrastive_regularization(
-    anchor: Array,
-    positive: Array,
-    negative: Array,
+    anchor: ArrayLike,
+    positive: ArrayLike,
+    negative: ArrayLike,
     features: Features,
     *,
-    weights: Sequence[float] = LAYER_WEIGHTS,
+    weights: Sequence[float] | Array = LAYER_WEIGHTS,
     positives: int = 1,
     negatives: int = 1,
 ) -> Array:
@@ -80,12 +99,15 @@ def contrastive_regularization(
     return combine_distances(to_positive, to_negative, weights=weights, negatives=negatives)
 
 
-def combine_distances(to_positive: Array, to_negative: Array, *, weights: Sequence[float], negatives: int) -> Array:
+def combine_distances(to_positive: Array, to_negative: Array, *, weights: Sequence[float] | Array, negatives: int) -> Array:
     """Eq. 4 from the distances per level: weighted ratios, or the weighted positive distances if `negatives` is 0."""
-    if len(weights) < to_positive.size:
-        raise ValueError(f"weights has {len(weights)} entries and must have one for each of {to_positive.size} levels")
+    weights = as_array(weights, "weights")
+    if weights.ndim != 1:
+        raise ValueError(f"weights has shape {weights.shape} and must be one number for each level, such as {LAYER_WEIGHTS}")
+    if weights.size < to_positive.size:
+        raise ValueError(f"weights has {weights.size} entries and must have one for each of {to_positive.size} levels")
     terms = to_positive / (to_negative + EPSILON) if negatives else to_positive
-    return jnp.sum(jnp.array(weights[: to_positive.size], terms.dtype) * terms)
+    return jnp.sum(weights[: to_positive.size].astype(terms.dtype) * terms)
 
 
 def _mean_distance(a: Array, b: Array, count: int) -> Array:

@@ -14,6 +14,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import ArrayLike
+
+from aecr_jax.validation import as_floating, as_int
 
 # A clipped sample lies up to two pixels outside, where all four of its neighbours are zero: value and gradient vanish there.
 _BORDER = 2
@@ -27,12 +30,12 @@ class _Geometry(NamedTuple):
 
 
 def deform_conv2d(
-    x: Array,
-    offset: Array,
-    kernel: Array,
-    bias: Array | None = None,
+    x: ArrayLike,
+    offset: ArrayLike,
+    kernel: ArrayLike,
+    bias: ArrayLike | None = None,
     *,
-    mask: Array | None = None,
+    mask: ArrayLike | None = None,
     strides: int | Sequence[int] = 1,
     padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
@@ -41,7 +44,8 @@ def deform_conv2d(
     """Convolves `x` with a kernel whose taps are moved by `offset` and scaled by `mask`.
 
     Samples between pixels are bilinear; pixels outside the image are zero. Offsets of any size are allowed: infinite ones
-    sample zero, NaN ones give NaN and read nothing outside `x`. Differentiable (reverse mode) in every array argument.
+    sample zero, NaN ones give NaN and read nothing outside `x`. Differentiable (reverse mode) in every array argument. All arrays
+    are floating point. A batch of no images gives no images.
 
     Args:
       x: input `[N, H, W, C]`.
@@ -59,16 +63,22 @@ def deform_conv2d(
       rounded down, and W' alike.
 
     Raises:
-      ValueError: a shape does not fit the others.
+      ValueError: a shape does not fit the others, an array is not floating point, or a number is not an integer in its range.
     """
-    geometry = _Geometry(_pair(strides, "strides", 1), _pair(padding, "padding", 0), _pair(dilation, "dilation", 1), offset_groups)
+    x, offset, kernel = as_floating(x, "x"), as_floating(offset, "offset"), as_floating(kernel, "kernel")
+    bias = None if bias is None else as_floating(bias, "bias")
+    mask = None if mask is None else as_floating(mask, "mask")
+    groups = as_int(offset_groups)
+    if groups is None:
+        raise ValueError(f"offset_groups (={offset_groups!r}) must be an integer that divides the channels of x")
+    geometry = _Geometry(_pair(strides, "strides", 1), _pair(padding, "padding", 0), _pair(dilation, "dilation", 1), groups)
     out_hw = _check_shapes(x, offset, kernel, bias, mask, geometry)
     dtype = jnp.promote_types(x.dtype, kernel.dtype)
     # Positions need the precision of float32 however coarse the features are: bfloat16 resolves 1 pixel at 256.
     position_dtype = jnp.promote_types(offset.dtype, jnp.float32)
     n, (h_out, w_out), taps = x.shape[0], out_hw, kernel.shape[0] * kernel.shape[1]
     if mask is None:
-        mask = jnp.ones((n, h_out, w_out, offset_groups * taps), dtype)
+        mask = jnp.ones((n, h_out, w_out, groups * taps), dtype)
     out = _deform_conv2d(x.astype(dtype), offset.astype(position_dtype), mask.astype(position_dtype), kernel.astype(dtype), geometry)
     return out if bias is None else out + bias.astype(dtype).reshape(1, 1, 1, -1)
 
@@ -89,7 +99,8 @@ def _deform_conv2d(x: Array, offset: Array, mask: Array, kernel: Array, geometry
 
     total = jnp.zeros((n, h_out * w_out, kernel.shape[-1]), accumulator)
     total, _ = lax.scan(tap, total, (steps, *_by_tap(offset, mask, kernel, geometry.groups)))
-    return total.reshape(n, h_out, w_out, -1).astype(x.dtype)
+    # Not -1 for the last axis: a batch of 0 images leaves it undefined.
+    return total.reshape(n, h_out, w_out, kernel.shape[3]).astype(x.dtype)
 
 
 def _forward(x: Array, offset: Array, mask: Array, kernel: Array, geometry: _Geometry) -> tuple[Array, tuple[Array, ...]]:
@@ -223,10 +234,15 @@ def _by_tap(offset: Array, mask: Array, kernel: Array, groups: int) -> tuple[Arr
 
 
 def _pair(value: int | Sequence[int], name: str, least: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
-        raise ValueError(f"{name} (={value}) must be one integer of at least {least}, or one for height and one for width")
-    return pair[0], pair[1]
+    one = as_int(value)
+    try:
+        pair = [as_int(v) for v in value] if one is None else [one, one]  # type: ignore[union-attr]
+    except TypeError:  # neither an integer nor a sequence
+        pair = []
+    match pair:
+        case [int(rows), int(columns)] if min(rows, columns) >= least:
+            return rows, columns
+    raise ValueError(f"{name} (={value}) must be one integer of at least {least}, or one for height and one for width")
 
 
 def _check_shapes(x: Array, offset: Array, kernel: Array, bias: Array | None, mask: Array | None, geometry: _Geometry) -> tuple[int, int]:
@@ -234,8 +250,8 @@ def _check_shapes(x: Array, offset: Array, kernel: Array, bias: Array | None, ma
     for name, array, axes in (("x", x, "[N, H, W, C]"), ("offset", offset, "[N, H', W', G * kh * kw * 2]")):
         if array.ndim != 4:
             raise ValueError(f"{name} has shape {array.shape} and must be {axes}")
-    if kernel.ndim != 4 or kernel.shape[2] != x.shape[3]:
-        raise ValueError(f"kernel has shape {kernel.shape} and must be [kh, kw, C = {x.shape[3]}, O]")
+    if kernel.ndim != 4 or kernel.shape[2] != x.shape[3] or 0 in kernel.shape:
+        raise ValueError(f"kernel has shape {kernel.shape} and must be [kh, kw, C = {x.shape[3]}, O], each at least 1")
     groups, taps, channels = geometry.groups, kernel.shape[0] * kernel.shape[1], x.shape[3]
     if groups < 1 or channels % groups:
         raise ValueError(f"offset_groups (={groups}) must divide the {channels} channels of x")

@@ -82,6 +82,7 @@ class UpConv(nnx.Module):
         x = x.astype(self.dtype)
         kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
         n, h, w, _ = x.shape
+        out_features = kernel.shape[3]
         padded = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
         # Output row 2i + tap - 1 takes input row i: even rows by tap 1, odd ones by tap 2 from i and by tap 0 from i + 1.
         even, odd = slice(1, 2), slice(None, None, -2)
@@ -90,7 +91,8 @@ class UpConv(nnx.Module):
         odd_even = _conv(padded[:, :, :-1], kernel[odd, even])
         odd_odd = _conv(padded, kernel[odd, odd])
         rows = [jnp.stack([even_even, even_odd], 3), jnp.stack([odd_even, odd_odd], 3)]  # [N, H, W, 2, O] each
-        return jnp.stack(rows, 2).reshape(n, 2 * h, 2 * w, -1) + bias[None, None, None]
+        # Not -1 for the last axis: a batch of 0 images leaves it undefined.
+        return jnp.stack(rows, 2).reshape(n, 2 * h, 2 * w, out_features) + bias[None, None, None]
 
 
 def _conv(x: Array, kernel: Array) -> Array:
@@ -155,6 +157,8 @@ class FastDeconv(nnx.Module):
         if self.use_running_average:
             mean, deconv = self.running_mean[...], self.running_deconv[...]
         else:
+            if not x.size:
+                raise ValueError(f"x has shape {x.shape}: without images there are no statistics to whiten by; call model.eval() first")
             patches = self._patches(x)
             mean = patches.mean(0)
             centred = patches - mean[None]

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.typing import ArrayLike
 
 from aecr_jax.layers import Conv, DeformConv, FABlock, FastDeconv, Mixup, UpConv, conv_few_inputs, conv_few_outputs
 from aecr_jax.settings import check_types
+from aecr_jax.validation import IN_0_TO_1, as_floating
 
 # Initial theta of the two mixups in the official code, deep and shallow.
 _THETA_DEEP, _THETA_SHALLOW = -1.0, -0.6
@@ -24,7 +26,7 @@ class ModelConfig:
     """The network. The defaults are the official code's, which the paper's 2.61M parameters need.
 
     Raises:
-      ValueError: a field has a value outside its range.
+      ValueError: a field has another type, or a value outside its range.
     """
 
     width: int = 64
@@ -59,17 +61,27 @@ class ModelConfig:
 class AECRNet(nnx.Module):
     """Restores a hazy image: `[N, H, W, 3]` in [0, 1] -> the same shape, about [0, 1] (a tanh, not clipped).
 
+    Images are floating point, and so is the result; those of other types (8-bit ones, for instance) raise a ValueError. A batch of no
+    images gives no images in evaluation mode, and raises a ValueError where the batch's statistics are needed.
+
     H and W may be any: what is no multiple of 4 is padded by reflection at the bottom and the right, and cropped back.
     `model.train()` whitens by the batch's statistics and updates the running ones, `model.eval()` uses the running ones.
 
     Args:
       config: the network's settings; the paper's by default.
       rngs: the source of the initial values (stream `params`).
+
+    Raises:
+      ValueError: an argument has another type.
     """
 
     MULTIPLE = 4
 
     def __init__(self, config: ModelConfig = ModelConfig(), *, rngs: nnx.Rngs):
+        if not isinstance(config, ModelConfig):
+            raise ValueError(f"config (={config!r}) must be a ModelConfig")
+        if not isinstance(rngs, nnx.Rngs):
+            raise ValueError(f"rngs (={rngs!r}) must be an nnx.Rngs, such as nnx.Rngs(0)")
         self.config = config
         types: dict[str, Any] = dict(dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.param_dtype))
         types["rngs"] = rngs
@@ -88,9 +100,10 @@ class AECRNet(nnx.Module):
         self.up2 = UpConv(2 * w, w, **types)
         self.up3 = Conv(w, 3, 7, reflect=True, conv_general_dilated=conv_few_outputs, **types)
 
-    def __call__(self, hazy: Array) -> Array:
-        if hazy.ndim != 4 or hazy.shape[-1] != 3:
-            raise ValueError(f"hazy has shape {hazy.shape} and must be [N, H, W, 3]")
+    def __call__(self, hazy: ArrayLike) -> Array:
+        hazy = as_floating(hazy, "hazy", IN_0_TO_1)
+        if hazy.ndim != 4 or hazy.shape[-1] != 3 or 0 in hazy.shape[1:3]:
+            raise ValueError(f"hazy has shape {hazy.shape} and must be [N, H, W, 3], H and W at least 1")
         h, w = hazy.shape[1:3]
         x = jnp.pad(hazy, ((0, 0), (0, -h % self.MULTIPLE), (0, -w % self.MULTIPLE), (0, 0)), mode="reflect")
         if self.fast_deconv is not None:

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array, lax
+from jax.typing import ArrayLike
 from safetensors import SafetensorError, safe_open
 
 from aecr_jax.errors import UserError
+from aecr_jax.validation import IN_0_TO_1, as_floating, check_weight
 
 # Convolutions up to relu5_1, which is all that the paper uses; a 2x2 max pooling stands between the stages.
 CONVOLUTIONS = [f"conv{stage}_{i}" for stage, count in enumerate((2, 2, 4, 4, 1), 1) for i in range(1, count + 1)]
@@ -47,6 +49,7 @@ class FrozenWeight(nnx.Variable):
 class VGG19Features(nnx.Module):
     """Images `[N, H, W, 3]` in [0, 1] -> feature maps after relu1_1, relu2_1, relu3_1, relu4_1 and relu5_1.
 
+    Images are floating point; those of other types raise a ValueError.
     The i-th map (from 0) is `[N, H / 2^i, W / 2^i, C_i]`, C = 64, 128, 256, 512, 512 for the full network. Weights that end
     earlier give the levels that they have.
 
@@ -56,7 +59,7 @@ class VGG19Features(nnx.Module):
       convention: padding and input of these weights.
 
     Raises:
-      ValueError: a tensor is missing, misshapen, non-finite or unknown.
+      ValueError: a tensor is missing, misshapen, not floating point, non-finite or unknown, or a kernel has one value throughout.
     """
 
     def __init__(self, weights: Mapping[str, Any], convention: VGGConvention = VGGConvention()):
@@ -64,7 +67,8 @@ class VGG19Features(nnx.Module):
         self.levels = check_weights(weights)
         self.weights = nnx.Dict({name.replace(".", "_"): FrozenWeight(jnp.asarray(array)) for name, array in weights.items()})
 
-    def __call__(self, images: Array) -> list[Array]:
+    def __call__(self, images: ArrayLike) -> list[Array]:
+        images = as_floating(images, "images", IN_0_TO_1)
         if images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(f"images have shape {images.shape} and must be [N, H, W, 3]")
         reach = 2 ** (self.levels - 1)
@@ -115,8 +119,7 @@ def check_weights(weights: Mapping[str, Any]) -> int:
             raise ValueError(f"tensor {name} of shape {shape} is missing")
         if tuple(weights[name].shape) != shape:
             raise ValueError(f"tensor {name} has shape {tuple(weights[name].shape)} and must have {shape}")
-        if not np.isfinite(np.asarray(weights[name])).all():
-            raise ValueError(f"tensor {name} has values that are not finite")
+        check_weight(weights[name], name, kernel=name.startswith("conv") and name.endswith(".kernel"))
     if unknown := sorted(set(weights) - set(expected)):
         raise ValueError(f"tensor {unknown[0]} is not one of VGG-19's up to relu5_1")
     return levels

@@ -68,3 +68,60 @@ def test_refuses_what_does_not_fit():
         contrastive_regularization(a, a, a, identity, negatives=3)
     with pytest.raises(ValueError, match="weights has 1 entries and must have one for each of 2 levels"):
         contrastive_regularization(a, a, a, identity, weights=(1.0,))
+    with pytest.raises(ValueError, match="weights has 0 entries"):
+        contrastive_regularization(a, a, a, identity, weights=())
+
+
+@pytest.mark.parametrize("position", range(3))
+@pytest.mark.parametrize("function", [contrastive_distances, contrastive_regularization])
+def test_refuses_images_that_are_not_floats(function, position):
+    """Features of integers are zero, and so was the loss."""
+    name = ("anchor", "positive", "negative")[position]
+    images = [batch(0.5, 0.6)] * 3
+    images[position] = np.ones((2, 1, 1, 3), np.uint8)
+    with pytest.raises(ValueError, match=rf"{name} has type uint8 and must be floating point in \[0, 1\]"):
+        function(*images, identity)
+    images[position] = None
+    with pytest.raises(ValueError, match=f"{name} is a NoneType and must be an array"):
+        function(*images, identity)
+
+
+def test_a_mean_over_nothing_is_refused():
+    nothing = jnp.zeros((0, 1, 1, 3))
+    with pytest.raises(ValueError, match=r"anchor has shape \(0, 1, 1, 3\): a mean distance takes at least one image"):
+        contrastive_regularization(nothing, nothing, nothing, identity)
+
+
+@pytest.mark.parametrize("value", [1.5, "1", None, True])
+@pytest.mark.parametrize("name", ["positives", "negatives"])
+def test_rates_are_integers(name, value):
+    a = batch(0.5, 0.6)
+    with pytest.raises(ValueError, match=rf"{name} \(={value!r}\) must be an integer"):
+        contrastive_regularization(a, a, a, identity, **{name: value})
+
+
+def test_other_kinds_of_the_same_arguments():
+    """Lists, NumPy's numbers, and more weights than levels, which is allowed; by hand as above."""
+    a, p, n = ([[[[v] * 3]] for v in values] for values in ([0.5, 0.5], [0.6, 0.4], [0.9, 0.1]))
+    for weights in ([0.5, 1.0], np.array([0.5, 1.0]), jnp.array([0.5, 1.0, 7.0]), (0.5, 1.0, 7.0)):
+        value = contrastive_regularization(a, p, n, identity, weights=weights, positives=np.int64(2), negatives=np.int64(1))
+        np.testing.assert_allclose(value, 0.375, rtol=1e-5)
+
+
+def test_refuses_wrong_weights_and_features():
+    a = batch(0.5, 0.6)
+    for weights, message in [
+        (1.0, r"weights has shape \(\) and must be one number for each level"),
+        (np.ones((2, 2)), r"weights has shape \(2, 2\)"),
+        ("ab", "weights is a str and must be an array"),
+        (None, "weights is a NoneType and must be an array"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            contrastive_regularization(a, a, a, identity, weights=weights)
+    for features, message in [
+        (None, r"features \(=None\) must be a function of images"),
+        (lambda x: x, "features must give a sequence of feature maps, not one array"),
+        (lambda x: [], "features must give at least one feature map"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            contrastive_regularization(a, a, a, features)

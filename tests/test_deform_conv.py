@@ -140,9 +140,50 @@ def test_a_split_batch_stays_split():
         ({"strides": 0}, r"strides \(=0\) must be one integer of at least 1"),
         ({"padding": (1, 2, 3)}, r"padding \(=\(1, 2, 3\)\)"),
         ({"dilation": 9}, r"smaller than the kernel's reach"),
+        ({"strides": 1.5}, r"strides \(=1.5\) must be one integer of at least 1, or one for height and one for width"),
+        ({"strides": True}, r"strides \(=True\) must be one integer"),
+        ({"strides": None}, r"strides \(=None\) must be one integer"),
+        ({"strides": (1, 1.0)}, r"strides \(=\(1, 1.0\)\) must be one integer"),
+        ({"strides": np.array(1.5)}, r"strides \(=1.5\) must be one integer"),
+        ({"padding": -1}, r"padding \(=-1\) must be one integer of at least 0"),
+        ({"padding": "same"}, r"padding \(=same\) must be one integer of at least 0"),
+        ({"dilation": 0}, r"dilation \(=0\) must be one integer of at least 1"),
+        ({"offset_groups": 0}, r"offset_groups \(=0\) must divide the 4 channels"),
+        ({"offset_groups": 1.5}, r"offset_groups \(=1.5\) must be an integer that divides the channels of x"),
+        ({"offset_groups": True}, r"offset_groups \(=True\) must be an integer"),
+        ({"offset_groups": "2"}, r"offset_groups \(='2'\) must be an integer"),
+        ({"kernel": np.zeros((3, 3, 4))}, r"kernel has shape \(3, 3, 4\) and must be \[kh, kw, C = 4, O\]"),
+        ({"kernel": np.zeros((0, 3, 4, 3))}, r"kernel has shape \(0, 3, 4, 3\) and must be \[kh, kw, C = 4, O\], each at least 1"),
+        ({"x": np.ones((2, 6, 5, 4), np.uint8)}, "x has type uint8 and must be floating point"),
+        ({"kernel": np.ones((3, 3, 4, 3), np.int32)}, "kernel has type int32 and must be floating point"),
+        ({"offset": np.ones((2, 6, 5, 18), np.int64)}, "offset has type int64 and must be floating point"),
+        ({"mask": np.ones((2, 6, 5, 9), bool)}, "mask has type bool and must be floating point"),
+        ({"bias": [1, 2, 3]}, "bias has type int32 and must be floating point"),
+        ({"x": np.ones((2, 6, 5, 4), np.complex64)}, "x has type complex64 and must be floating point"),
+        ({"x": None}, "x is a NoneType and must be an array"),
     ],
 )
 def test_refuses_what_does_not_fit(change, message):
     x, offset, kernel = some_inputs()
     with pytest.raises(ValueError, match=message):
         deform_conv2d(**({"x": x, "offset": offset, "kernel": kernel, "padding": 1} | change))
+
+
+def test_integers_of_any_kind_and_lists():
+    """The same arguments in other types give the same result."""
+    x, offset, kernel = some_inputs(c=4)
+    offset = np.tile(offset, (1, 1, 1, 2))
+    expected = deform_conv2d(x, offset, kernel, padding=1, offset_groups=2)
+    numbers = {"strides": np.int64(1), "padding": np.array([1, 1]), "dilation": jnp.array(1), "offset_groups": np.uint8(2)}
+    np.testing.assert_array_equal(deform_conv2d(x, offset, kernel, **numbers), expected)
+    lists = (x.tolist(), offset.tolist(), kernel.tolist(), [0.0] * 3)
+    np.testing.assert_array_equal(deform_conv2d(*lists, padding=[1, 1], offset_groups=2), expected)
+
+
+def test_no_images_give_no_images():
+    x, offset, kernel = some_inputs(n=0)
+    out, vjp = jax.vjp(lambda *a: deform_conv2d(*a, padding=1, strides=2), x, offset[:, ::2, ::2], kernel)
+    assert out.shape == (0, 3, 3, 3) and out.dtype == jnp.float32
+    grads = vjp(out)
+    assert [grad.shape for grad in grads] == [(0, 6, 5, 4), (0, 3, 3, 18), (3, 3, 4, 3)]
+    assert not grads[2].any()

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -118,6 +119,68 @@ def test_refuses_wrong_settings_and_inputs():
         ModelConfig(width=0)
     with pytest.raises(ValueError, match=r"hazy has shape \(8, 8, 3\) and must be \[N, H, W, 3\]"):
         AECRNet(TINY, rngs=nnx.Rngs(0))(jnp.zeros((8, 8, 3)))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.bool_, np.complex64])
+def test_refuses_images_that_are_not_floats(dtype):
+    """Their result used to be cast to their type: zeros."""
+    model = AECRNet(TINY, rngs=nnx.Rngs(0))
+    message = rf"hazy has type {np.dtype(dtype)} and must be floating point in \[0, 1\], such as float32: divide 8-bit values by 255"
+    with pytest.raises(ValueError, match=message):
+        model(np.ones((1, 8, 8, 3), dtype))
+    with pytest.raises(ValueError, match=message):
+        nnx.jit(AECRNet.__call__)(model, np.ones((1, 8, 8, 3), dtype))
+
+
+def test_takes_arrays_of_numpy_and_lists():
+    model = drawn(TINY)
+    image = np.random.default_rng(0).random((1, 8, 8, 3), "f4")
+    expected = model(jnp.array(image))
+    for same in (image, image.astype("f8"), image.tolist()):
+        y = model(same)
+        assert y.dtype == jnp.float32
+        np.testing.assert_array_equal(y, expected)
+    with pytest.raises(ValueError, match="hazy is a NoneType and must be an array"):
+        model(None)
+    with pytest.raises(ValueError, match=r"hazy has shape \(1, 0, 8, 3\) and must be \[N, H, W, 3\], H and W at least 1"):
+        model(np.zeros((1, 0, 8, 3), "f4"))
+
+
+@pytest.mark.parametrize("switches", [{}, {"dfe": "none", "mixup": "sum", "fast_deconv": False}])
+def test_no_images_give_no_images(switches):
+    model = drawn(dataclasses.replace(TINY, **switches))
+    for call in (model, lambda x: nnx.jit(AECRNet.__call__)(model, x)):
+        y = call(jnp.zeros((0, 9, 6, 3)))
+        assert y.shape == (0, 9, 6, 3) and y.dtype == jnp.float32
+
+
+def test_no_images_have_no_statistics():
+    """A mean over nothing is NaN, and would stay in the running statistics."""
+    model = AECRNet(TINY, rngs=nnx.Rngs(0))
+    model.train()
+    with pytest.raises(ValueError, match=r"x has shape \(0, 8, 8, 3\): without images there are no statistics to whiten by"):
+        model(jnp.zeros((0, 8, 8, 3)))
+    assert all(np.isfinite(array).all() for array in get_arrays(model).values())
+
+
+def test_settings_have_types():
+    for name, value, wanted in [
+        ("width", "64", "an integer"),
+        ("width", 2.5, "an integer"),
+        ("width", True, "an integer"),
+        ("blocks", None, "an integer"),
+        ("shared", "False", "True or False"),
+        ("remat", 1, "True or False"),
+        ("dfe", None, "one of 'after', 'before', 'none'"),
+    ]:
+        with pytest.raises(ValueError, match=rf"{name} \(={value!r}\) must be {wanted}"):
+            ModelConfig(**{name: value})
+    config = ModelConfig(width=np.int64(4), shared=np.bool_(False))
+    assert json.loads(json.dumps(dataclasses.asdict(config))) == dataclasses.asdict(ModelConfig(width=4, shared=False))
+    with pytest.raises(ValueError, match=r"config \(=None\) must be a ModelConfig"):
+        AECRNet(None, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"rngs \(=0\) must be an nnx.Rngs, such as nnx.Rngs\(0\)"):
+        AECRNet(TINY, rngs=0)
 
 
 def drawn(config):

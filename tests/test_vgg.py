@@ -52,6 +52,12 @@ def test_bad_weights_are_named():
         ({"conv1_2.kernel": np.zeros((3, 3, 5, 2), np.float32)}, r"conv1_2.kernel has shape \(3, 3, 5, 2\) and must have \(3, 3, 2, 2\)"),
         ({"conv1_1.bias": np.array([np.nan, 0], np.float32)}, "conv1_1.bias has values that are not finite"),
         ({"conv6_1.bias": np.zeros(2)}, "conv6_1.bias is not one of VGG-19's"),
+        ({"conv1_1.bias": np.zeros(2, np.int32)}, "conv1_1.bias has type int32 and must be floating point"),
+        (
+            {"conv3_3.kernel": np.zeros((3, 3, 8, 8), np.float32)},
+            "conv3_3.kernel has the value 0 throughout: these are not trained weights",
+        ),
+        ({"conv1_2.kernel": np.full((3, 3, 2, 2), 0.5, np.float32)}, "conv1_2.kernel has the value 0.5 throughout"),
     ]:
         changed = {k: v for k, v in (weights | change).items() if v is not None}
         with pytest.raises(ValueError, match=message):
@@ -72,3 +78,16 @@ def test_a_missing_file_says_how_to_get_one(tmp_path):
 def test_small_images_are_refused():
     with pytest.raises(ValueError, match="images of 8x8 must be at least 16x16 for 5 levels"):
         random_vgg19(width=2)(jnp.ones((1, 8, 8, 3)))
+
+
+def test_refuses_images_that_are_not_floats():
+    """Weights cast to integers are zero, and so were the features."""
+    features = random_vgg19(width=2)
+    for dtype in (np.uint8, np.bool_):
+        with pytest.raises(ValueError, match=rf"images has type {np.dtype(dtype)} and must be floating point in \[0, 1\]"):
+            features(np.ones((1, 16, 16, 3), dtype))
+    np.testing.assert_array_equal(features(np.ones((1, 16, 16, 3)).tolist())[0], features(jnp.ones((1, 16, 16, 3)))[0])
+
+
+def test_no_images_have_no_features():
+    assert [f.shape for f in random_vgg19(width=2)(jnp.zeros((0, 16, 16, 3)))] == [(0, 16 >> i, 16 >> i, 2 << min(i, 3)) for i in range(5)]
