@@ -2,12 +2,13 @@
 
 A training checkpoint holds parameters and their moving average, running statistics, optimizer, step, the input's position, the config,
 and a checksum of every array. An exported model (what conversion writes and the package ships) is a folder of `model.safetensors` and
-`config.json`. Both are data alone: reading one runs no code.
+`config.json`, which has a checksum of both. Both are data alone: reading one runs no code.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import shutil
@@ -25,13 +26,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from aecr_jax.config import Config
 from aecr_jax.errors import UserError, first_line
-from aecr_jax.files import make_folder
+from aecr_jax.files import refuse_existing, replacing
 from aecr_jax.model import AECRNet, ModelConfig, abstract_model, build_model, get_arrays
 from aecr_jax.step import TrainState
+from aecr_jax.validation import check_weight
 
 # The model that the package ships.
 DEFAULT_MODEL = Path(__file__).parent / "pretrained"
@@ -296,34 +298,71 @@ def _load_trained(folder: Path) -> tuple[AECRNet, dict[str, Any]]:
     return build_model(model_config, {**got[weights], **got["stats"]}), config | {"step": int(folder.name), "weights": weights}
 
 
+def refuse_model(path: str | Path, *, overwrite: bool = False) -> None:
+    """Refuse a folder that is not for a model to export: one of a training run, or with a model's files unless `overwrite` is set.
+
+    Raises:
+      UserError: the folder is one of these.
+    """
+    if (Path(path) / _CHECKPOINTS).exists():
+        raise UserError(f"{path} holds a training run: name another folder for the model")
+    for name in (_WEIGHTS, _CONFIG):
+        refuse_existing(Path(path) / name, overwrite=overwrite)
+
+
 def export_model(model: AECRNet, path: str | Path, about: dict[str, Any] | None = None) -> None:
     """Writes a model as a folder that `load_checkpoint` reads; `about` (JSON) is kept beside the model's config.
 
+    A model that is there already is replaced once the new one is on the disk as a whole.
+
     Raises:
-      UserError: the folder cannot be written, or holds a training run.
+      UserError: the folder cannot be written, or holds a training run, or a weight is not finite.
     """
     path = Path(path)
-    if (path / _CHECKPOINTS).exists():
-        raise UserError(f"{path} holds a training run: name another folder for the model")
-    make_folder(path)
-    arrays = {name: np.asarray(array) for name, array in get_arrays(model).items()}
+    refuse_model(path, overwrite=True)
+    arrays = {name: np.asarray(array, order="C") for name, array in get_arrays(model).items()}
     try:
-        save_file(arrays, path / _WEIGHTS, metadata={"format": "aecr_jax.model"})
-        text = json.dumps({"model": dataclasses.asdict(model.config), "about": about or {}}, indent=2)
-        (path / _CONFIG).write_text(text + "\n")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be written: {error}") from error
+        _check_arrays(arrays)
+    except ValueError as error:
+        raise UserError(f"model {path} is not written: {error}") from error
+    config = dataclasses.asdict(model.config)
+    text = json.dumps({"model": config, "about": about or {}, "sha256": _sha256(arrays, config)}, indent=2)
+    with replacing(path / _WEIGHTS) as weights_file, replacing(path / _CONFIG) as config_file:
+        weights_file.write_bytes(save(arrays, metadata={"format": "aecr_jax.model"}))
+        config_file.write_text(text + "\n")
 
 
 def _load_exported(path: Path) -> tuple[AECRNet, dict[str, Any]]:
     try:
         config = json.loads((path / _CONFIG).read_text())
+        if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+            raise ValueError(f"{_CONFIG} has no settings under 'model'")
         arrays = load_file(path / _WEIGHTS)
+        # Models of the time before checksums have none.
+        if config.get("sha256", expected := _sha256(arrays, config["model"])) != expected:
+            raise ValueError("its weights or settings are not what was written")
         model_config = _model_config(config)
+        try:
+            _check_arrays(arrays)
+        except ValueError as error:
+            raise UserError(f"model {path} cannot be used: {error}") from error
         dtype = jnp.dtype(model_config.param_dtype)
         return build_model(model_config, {name: array.astype(dtype) for name, array in arrays.items()}), config
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(f"model {path} is damaged or half written: {first_line(error)}") from error
+
+
+def _check_arrays(arrays: dict[str, np.ndarray]) -> None:
+    for name, array in arrays.items():
+        check_weight(array, name)
+
+
+def _sha256(arrays: dict[str, np.ndarray], config: dict[str, Any]) -> str:
+    """The SHA-256 of an exported model: its settings, and names, types, shapes and bytes of its arrays."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(f"\n{name} {array.dtype.name} {array.shape}\n".encode() + array.tobytes())
+    return digest.hexdigest()
 
 
 def _model_config(config: dict[str, Any]) -> ModelConfig:

@@ -49,3 +49,4 @@ def test_the_card_tells_the_model():
     assert sum(file.stat().st_size for file in DEFAULT_MODEL.iterdir()) < 11e6
     assert all((DEFAULT_MODEL / link).is_file() for link in re.findall(r"\]\(([^):#]+)\)", CARD))
     assert model.config.width == 24
+    assert len(config["sha256"]) == 64  # which loading has verified

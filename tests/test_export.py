@@ -1,0 +1,167 @@
+"""Exported models: written whole, and checked when they are read."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from aecr_jax import AECRNet, ModelConfig, UserError, load_checkpoint
+from aecr_jax.checkpoint import export_model
+from aecr_jax.model import get_arrays
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+@pytest.fixture
+def folder(tmp_path, model_dir):
+    """A copy of an exported model, to damage."""
+    return shutil.copytree(model_dir, tmp_path / "model")
+
+
+def bits(model):
+    return model.config, {name: np.asarray(array).tobytes() for name, array in get_arrays(model).items()}
+
+
+def flips(content, count, start=0, stop=None):
+    """`content` with one bit changed, for `count` bits spread evenly over the bytes from `start` to `stop`."""
+    for bit in np.linspace(8 * start, 8 * (stop or len(content)) - 1, count).astype(int):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << (bit % 8)
+        yield bit, bytes(flipped)
+
+
+def refused(folder, expected):
+    """Whether the model is refused in one line that names it; if not, it must have the arrays and config that were written."""
+    try:
+        found = bits(load_checkpoint(folder))
+    except UserError as error:
+        assert str(error).startswith(f"model {folder} is damaged or half written: ") and "\n" not in str(error)
+        return True
+    assert found == expected
+    return False
+
+
+def test_no_flipped_bit_of_the_weights_passes(folder):
+    """The header included; there, a few bits say nothing about the model (the padding, the format's name)."""
+    content, expected = (folder / WEIGHTS).read_bytes(), bits(load_checkpoint(folder))
+    header = 8 + int.from_bytes(content[:8], "little")
+    for start, stop, count, least in [(0, header, 60, 50), (header, len(content), 60, 60)]:
+        found = []
+        for _, flipped in flips(content, count, start, stop):
+            (folder / WEIGHTS).write_bytes(flipped)
+            found.append(refused(folder, expected))
+        assert sum(found) >= least
+    (folder / WEIGHTS).write_bytes(content)
+    assert not refused(folder, expected)
+
+
+def test_no_flipped_bit_of_the_config_passes(folder):
+    """The part about the model and the checksum; a flip in the word "sha256" makes a model of the time before checksums."""
+    content, expected = (folder / CONFIG).read_bytes(), bits(load_checkpoint(folder))
+    for _, flipped in flips(content, 120):
+        (folder / CONFIG).write_bytes(flipped)
+        refused(folder, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("blocks", 2), ("width", 3), ("deform_layers", 1), ("dtype", "bfloat16"), ("remat", True), ("mixup", "sum")]
+)
+def test_no_changed_setting_passes(folder, name, value):
+    """Most of them fit the same weights."""
+    config = json.loads((folder / CONFIG).read_text())
+    config["model"][name] = value
+    (folder / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(UserError, match="is damaged or half written: its weights or settings are not what was written"):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"model": 3}', '{"model": {"depth": 3}}', "", "{"])
+def test_a_config_of_something_else_is_refused(folder, text):
+    (folder / CONFIG).write_text(text)
+    assert refused(folder, None)
+
+
+def test_notes_may_be_edited(folder):
+    config = json.loads((folder / CONFIG).read_text())
+    config["about"] = {"name": "mine"}
+    expected = bits(load_checkpoint(folder))
+    (folder / CONFIG).write_text(json.dumps(config))
+    assert bits(load_checkpoint(folder)) == expected
+
+
+def test_models_without_checksum_load(folder):
+    """As every model did before there were checksums."""
+    config = json.loads((folder / CONFIG).read_text())
+    assert len(config.pop("sha256")) == 64
+    expected = bits(load_checkpoint(folder))
+    (folder / CONFIG).write_text(json.dumps(config))
+    assert bits(load_checkpoint(folder)) == expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_round_trip_is_bit_exact(tmp_path, dtype, x64):
+    model = AECRNet(ModelConfig(width=2, blocks=1, dtype=dtype, param_dtype=dtype), rngs=nnx.Rngs(5))
+    export_model(model, tmp_path, {"seed": 5})
+    assert bits(load_checkpoint(tmp_path)) == bits(model)
+    assert json.loads((tmp_path / CONFIG).read_text())["about"] == {"seed": 5}
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    export_model(load_checkpoint(tmp_path), tmp_path, {"seed": 5})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_neither_written_nor_read(tmp_path, folder, value):
+    model = load_checkpoint(folder)
+    model.down2.bias[...] = model.down2.bias[...].at[1].set(value)
+    with pytest.raises(UserError, match=r"model .*new is not written: tensor down2.bias has values that are not finite"):
+        export_model(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    arrays = load_file(folder / WEIGHTS)
+    arrays["down2.bias"] = np.asarray(model.down2.bias[...])
+    save_file(arrays, folder / WEIGHTS)
+    config = json.loads((folder / CONFIG).read_text())
+    del config["sha256"]
+    (folder / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"model {folder} cannot be used: tensor down2.bias has values that are not finite"):
+        load_checkpoint(folder)
+
+
+def test_a_failed_export_leaves_the_model_that_was_there(folder, monkeypatch):
+    """The disk fills up at the second file."""
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(self, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with pytest.raises(UserError, match=r"config.json cannot be written: No space left on device"):
+        export_model(AECRNet(ModelConfig(width=1, blocks=1), rngs=nnx.Rngs(1)), folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_the_checksum_covers_names_types_and_shapes(folder):
+    """Two tensors of the same shape exchanged, one in another type or shape: the bytes are there, and the model is another."""
+    arrays = load_file(folder / WEIGHTS)
+    conv1, conv2 = arrays["blocks.0.conv1.kernel"], arrays["blocks.0.conv2.kernel"]
+    for change in (
+        {"blocks.0.conv1.kernel": conv2, "blocks.0.conv2.kernel": conv1},
+        {"mix1.theta": arrays["mix1.theta"].astype(np.float64)},
+        {"mix1.theta": arrays["mix1.theta"].view(np.int32)},
+    ):
+        save_file(arrays | change, folder / WEIGHTS, metadata={"format": "aecr_jax.model"})
+        with pytest.raises(UserError, match="its weights or settings are not what was written"):
+            load_checkpoint(folder)
+
+
+def test_old_models_have_no_defence_but_their_types(folder):
+    """Integers in place of weights, without a checksum."""
+    arrays = load_file(folder / WEIGHTS)
+    save_file(arrays | {"down1.bias": np.ones(2, np.int32)}, folder / WEIGHTS)
+    config = json.loads((folder / CONFIG).read_text())
+    del config["sha256"]
+    (folder / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(UserError, match="cannot be used: tensor down1.bias has type int32 and must be floating point"):
+        load_checkpoint(folder)
