@@ -210,10 +210,12 @@ def _make_parser() -> argparse.ArgumentParser:
     vgg = commands.add_parser("convert-vgg", help="VGG-19 weights for contrastive regularization", allow_abbrev=False)
     vgg.add_argument("file", metavar="FILE", help="torchvision's .pth, a .safetensors of torchvision or timm, or .npz")
     vgg.add_argument("--output", required=True, metavar="FILE", help="the .safetensors to write")
+    vgg.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
 
     aecr = commands.add_parser("convert-aecr", help="official PyTorch checkpoints, both ways", allow_abbrev=False)
     aecr.add_argument("file", metavar="FILE", help="official .pk or .pth, or a checkpoint folder of ours to convert back")
     aecr.add_argument("--output", required=True, metavar="PATH", help="folder to write, or the .pth file of the way back")
+    aecr.add_argument("--overwrite", action="store_true", help="replace --output if it exists: the file, or a model's files in the folder")
     return parser
 
 
@@ -393,14 +395,14 @@ def _report(options: argparse.Namespace, rest: list[str]) -> int:
 def _convert_vgg(options: argparse.Namespace, rest: list[str]) -> int:
     from aecr_jax.convert import convert_vgg
 
-    print(convert_vgg(options.file, options.output))
+    print(convert_vgg(options.file, options.output, overwrite=options.overwrite))
     return 0
 
 
 def _convert_aecr(options: argparse.Namespace, rest: list[str]) -> int:
     from aecr_jax.convert import convert_aecr
 
-    print(convert_aecr(options.file, options.output))
+    print(convert_aecr(options.file, options.output, overwrite=options.overwrite))
     return 0
 
 

@@ -304,6 +304,8 @@ def refuse_model(path: str | Path, *, overwrite: bool = False) -> None:
     Raises:
       UserError: the folder is one of these.
     """
+    if Path(path).exists() and not Path(path).is_dir():
+        raise UserError(f"{path} is a file: name a folder for the model")
     if (Path(path) / _CHECKPOINTS).exists():
         raise UserError(f"{path} holds a training run: name another folder for the model")
     for name in (_WEIGHTS, _CONFIG):

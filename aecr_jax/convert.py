@@ -7,20 +7,21 @@ can run code.
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 import statistics
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
-from aecr_jax.checkpoint import export_model, load_checkpoint
+from aecr_jax.checkpoint import export_model, load_checkpoint, refuse_model
 from aecr_jax.errors import UserError, first_line
-from aecr_jax.files import make_folder
+from aecr_jax.files import refuse_existing, replacing
 from aecr_jax.model import ModelConfig, abstract_model, build_model, get_arrays
 from aecr_jax.official import official_arrays, official_names, our_arrays
+from aecr_jax.validation import check_type, check_weight
 from aecr_jax.vgg import CONVOLUTIONS, VGGConvention, check_weights, vgg_metadata
 
 # Index of each convolution in torchvision's and timm's `features`.
@@ -36,19 +37,27 @@ _KNOWN = {
 Tensors = dict[str, np.ndarray]
 
 
-def convert_vgg(file: str | Path, output: str | Path) -> str:
+def convert_vgg(file: str | Path, output: str | Path, *, overwrite: bool = False) -> str:
     """Converts VGG-19 weights into the file that `load_vgg19` reads, and returns a line that says what it was.
 
     Takes torchvision's `vgg19-*.pth` (with PyTorch installed), a `.safetensors` of torchvision or timm, and an `.npz` with
     `convX_Y_w` `[O, I, 3, 3]`, `convX_Y_b`, an input layer `conv1_1_rgb01_*` for RGB in [0, 1], reflection padding, and optionally
-    `auxK_1_*`, 1x1 maps of the features to those of a wider network. A network that ends early serves fewer levels.
+    `auxK_1_*`, 1x1 maps of the features to those of a wider network. A network that ends early serves fewer levels. Weights may be of
+    any floating point type, bfloat16 included, and become float32.
+
+    Args:
+      file: the weights.
+      output: the `.safetensors` to write.
+      overwrite: replace an `output` that exists.
 
     Raises:
-      UserError: the file is not one of these, a tensor is wrong, or the output cannot be written.
+      UserError: the file is not one of these, a tensor is missing, misshapen, not floating point, not finite or (a kernel) one value
+        throughout, or the output exists or cannot be written.
     """
-    file, output = Path(file), Path(output)
+    file, output = Path(file), _check_output(output)
     if output.suffix != ".safetensors" or output.resolve() == file.resolve():
         raise UserError(f"--output {output} must be another file, and end in .safetensors")
+    refuse_existing(output, overwrite=overwrite)
     tensors = _read_tensors(file)
     try:
         if file.suffix == ".npz":
@@ -60,32 +69,33 @@ def convert_vgg(file: str | Path, output: str | Path) -> str:
         raise UserError(f"{file}: {error}") from error
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     source, licence = _KNOWN.get(digest[:8], (f"{file.name}, not a known file", "not known: see where the file came from"))
-    make_folder(output.parent)
-    try:
-        save_file(weights, output, metadata=vgg_metadata(convention, source=source, sha256=digest, licence=licence))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{output} cannot be written: {error}") from error
+    with replacing(output) as partial:
+        partial.write_bytes(save(weights, metadata=vgg_metadata(convention, source=source, sha256=digest, licence=licence)))
     about = f"{levels} of 5 levels, {convention.padding} padding, input RGB in [0, 1]"
     return f"{output}: {source}, {about}, SHA-256 {digest[:16]}..., licence {licence}"
 
 
-def convert_aecr(file: str | Path, output: str | Path) -> str:
+def convert_aecr(file: str | Path, output: str | Path, *, overwrite: bool = False) -> str:
     """Converts an official checkpoint into a model folder, or a checkpoint of ours into a PyTorch state dict with official names.
 
     Args:
       file: an official `.pk` or `.pth` (with or without the surrounding dict and the prefix `module.`), or a folder that
         `load_checkpoint` takes.
       output: the folder to write, or the `.pth` file.
+      overwrite: replace an `output` that exists: the file, or the model's files in the folder.
 
     Returns:
       A line that says what was written.
 
     Raises:
-      UserError: `file` is not one of these, a tensor is missing, unknown, misshapen or not finite, or `output` cannot be written.
+      UserError: `file` is not one of these, a tensor is missing, unknown, misshapen, not floating point, not finite or (a kernel) one
+        value throughout, or `output` exists, holds a training run or cannot be written.
     """
-    file, output = Path(file), Path(output)
+    file, output = Path(file), _check_output(output)
     if file.is_dir():
+        refuse_existing(output, overwrite=overwrite)
         return _to_official(file, output)
+    refuse_model(output, overwrite=overwrite)
     tensors = {name.removeprefix("module."): tensor for name, tensor in _read_tensors(file).items()}
     config = _official_config(file, tensors)
     expected = official_names(get_arrays(abstract_model(config))).values()
@@ -94,13 +104,23 @@ def convert_aecr(file: str | Path, output: str | Path) -> str:
             raise UserError(f"{file}: tensor {theirs} of shape {shape} is missing")
         if tensors[theirs].shape != shape:
             raise UserError(f"{file}: tensor {theirs} has shape {tensors[theirs].shape} and must have {shape}")
-        if not np.isfinite(tensors[theirs]).all():
-            raise UserError(f"{file}: tensor {theirs} has values that are not finite")
+        try:
+            tensors[theirs] = _to_float32(tensors[theirs], theirs)
+            # The convolution that predicts offsets and masks starts at zero; nothing else of more than one axis does.
+            check_weight(tensors[theirs], theirs, kernel=len(shape) > 1 and "conv_offset_mask" not in theirs)
+        except ValueError as error:
+            raise UserError(f"{file}: {error}") from error
     if unknown := sorted(set(tensors) - {theirs for theirs, _ in expected}):
         raise UserError(f"{file}: tensor {unknown[0]} is not one of the official AECR-Net")
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     export_model(build_model(config, our_arrays(tensors)), output, {"source": file.name, "sha256": digest})
     return f"{output}: official AECR-Net, {len(tensors)} tensors, width {config.width}, SHA-256 {digest[:16]}..."
+
+
+def _check_output(output: str | Path) -> Path:
+    if not str(output):
+        raise UserError("--output is empty: name what to write")
+    return Path(output)
 
 
 def _official_config(file: Path, tensors: Tensors) -> ModelConfig:
@@ -119,11 +139,10 @@ def _to_official(folder: Path, output: Path) -> str:
     if config != fixed:
         raise UserError(f"{folder} is not the official network, which shares its blocks, has DFE after them and adaptive mixup: {config}")
     arrays = official_arrays({name: np.asarray(array) for name, array in get_arrays(model).items()})
-    make_folder(output.parent)
-    try:
-        torch.save({name: torch.from_numpy(np.array(array, order="C")) for name, array in arrays.items()}, output)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{output} cannot be written: {error}") from error
+    content = io.BytesIO()  # torch's own writer would put the temporary file's name into the file
+    torch.save({name: torch.from_numpy(np.array(array, order="C")) for name, array in arrays.items()}, content)
+    with replacing(output) as partial:
+        partial.write_bytes(content.getvalue())
     return f"{output}: PyTorch state dict with the official names, {len(arrays)} tensors"
 
 
@@ -160,9 +179,14 @@ def _from_npz(tensors: Tensors) -> Tensors:
 def _to_hwio(tensor: np.ndarray, name: str) -> np.ndarray:
     if tensor.ndim not in (1, 4):
         raise ValueError(f"tensor {name} has shape {tensor.shape} and must be [O, I, kh, kw] or [O]")
-    if not np.issubdtype(tensor.dtype, np.floating):
-        raise ValueError(f"tensor {name} has type {tensor.dtype} and must be floating point")
-    return np.ascontiguousarray(tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor, np.float32)
+    tensor = _to_float32(tensor, name)
+    return np.ascontiguousarray(tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor)
+
+
+def _to_float32(tensor: np.ndarray, name: str) -> np.ndarray:
+    check_type(tensor, name)
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as that
+        return tensor.astype(np.float32)
 
 
 def _read_tensors(file: Path) -> Tensors:
@@ -191,7 +215,8 @@ def _read_pickle(file: Path) -> Tensors:
     if not isinstance(loaded, dict) or not loaded or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
         raise UserError(f"{file} holds no state dict: a dict of tensors, or one under the key 'model' or 'state_dict', is needed")
     try:
-        return {str(name): value.detach().to(torch.float32).numpy() for name, value in loaded.items()}
+        # NumPy knows no bfloat16. Other kinds of numbers keep their types, to be refused by name where a weight is needed.
+        return {str(name): (value.float() if value.is_floating_point() else value).detach().numpy() for name, value in loaded.items()}
     except Exception as error:
         raise UserError(f"{file} holds tensors that are not dense: {first_line(error)}") from error
 

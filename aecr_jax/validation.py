@@ -47,10 +47,15 @@ def as_int(value: Any) -> int | None:
         return None
 
 
+def check_type(array: Any, name: str) -> None:
+    """Refuse a tensor that is not floating point."""
+    if not jnp.issubdtype(array.dtype, jnp.floating):  # NumPy's own function does not know bfloat16
+        raise ValueError(f"tensor {name} has type {array.dtype} and must be floating point")
+
+
 def check_weight(array: Any, name: str, *, kernel: bool = False) -> None:
     """Refuse a tensor that cannot be a trained one: not floating point, not finite, or (a `kernel`) one value throughout."""
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise ValueError(f"tensor {name} has type {array.dtype} and must be floating point")
+    check_type(array, name)
     array = np.asarray(array)
     if not np.isfinite(array).all():
         raise ValueError(f"tensor {name} has values that are not finite")

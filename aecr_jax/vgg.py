@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from safetensors import SafetensorError, safe_open
 
 from aecr_jax.errors import UserError
-from aecr_jax.validation import IN_0_TO_1, as_floating, check_weight
+from aecr_jax.validation import IN_0_TO_1, as_array, as_floating, check_weight
 
 # Convolutions up to relu5_1, which is all that the paper uses; a 2x2 max pooling stands between the stages.
 CONVOLUTIONS = [f"conv{stage}_{i}" for stage, count in enumerate((2, 2, 4, 4, 1), 1) for i in range(1, count + 1)]
@@ -59,13 +59,17 @@ class VGG19Features(nnx.Module):
       convention: padding and input of these weights.
 
     Raises:
-      ValueError: a tensor is missing, misshapen, not floating point, non-finite or unknown, or a kernel has one value throughout.
+      ValueError: a tensor is missing, misshapen, not floating point, non-finite or unknown, or a kernel is not trained (one value
+        throughout).
     """
 
     def __init__(self, weights: Mapping[str, Any], convention: VGGConvention = VGGConvention()):
+        if not isinstance(weights, Mapping):
+            raise ValueError(f"weights is a {type(weights).__name__} and must be a mapping from names to arrays; load_vgg19 reads a file")
+        arrays = {name: as_array(array, f"tensor {name}") for name, array in weights.items()}
         self.convention = convention
-        self.levels = check_weights(weights)
-        self.weights = nnx.Dict({name.replace(".", "_"): FrozenWeight(jnp.asarray(array)) for name, array in weights.items()})
+        self.levels = check_weights(arrays)
+        self.weights = nnx.Dict({name.replace(".", "_"): FrozenWeight(array) for name, array in arrays.items()})
 
     def __call__(self, images: ArrayLike) -> list[Array]:
         images = as_floating(images, "images", IN_0_TO_1)
@@ -119,7 +123,9 @@ def check_weights(weights: Mapping[str, Any]) -> int:
             raise ValueError(f"tensor {name} of shape {shape} is missing")
         if tuple(weights[name].shape) != shape:
             raise ValueError(f"tensor {name} has shape {tuple(weights[name].shape)} and must have {shape}")
-        check_weight(weights[name], name, kernel=name.startswith("conv") and name.endswith(".kernel"))
+        # A linear map may add its inputs up, with ones throughout; zeros throughout are an empty tensor wherever they are.
+        is_kernel = name.endswith(".kernel") and (name.startswith("conv") or not np.any(weights[name]))
+        check_weight(weights[name], name, kernel=is_kernel)
     if unknown := sorted(set(weights) - set(expected)):
         raise ValueError(f"tensor {unknown[0]} is not one of VGG-19's up to relu5_1")
     return levels

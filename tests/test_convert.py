@@ -1,7 +1,9 @@
 import json
 import sys
+from pathlib import Path
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
@@ -9,12 +11,14 @@ from reference import load, nhwc, official_weights, vgg19, vgg19_tensors
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from aecr_jax import ModelConfig, UserError, load_checkpoint, load_vgg19
+from aecr_jax import ModelConfig, UserError, VGG19Features, load_checkpoint, load_vgg19
+from aecr_jax.__main__ import main
 from aecr_jax.checkpoint import export_model
 from aecr_jax.convert import convert_aecr, convert_vgg
-from aecr_jax.model import AECRNet
+from aecr_jax.model import AECRNet, get_arrays
 from aecr_jax.official import NAMES, official_arrays, our_arrays
 
+GENUINE = Path(__file__).parents[2] / "shared" / "weights" / "vgg19_caffe_to_conv5_1.safetensors"
 INDICES = (0, 2, 5, 7, 10, 12, 14, 16, 19, 21, 23, 25, 28)
 
 
@@ -70,6 +74,10 @@ def test_npz_with_reflection_and_aux_layers(tmp_path):
         ),
         ({"features.2.bias": np.full(4, np.inf, np.float32)}, "conv1_2.bias has values that are not finite"),
         ({"features.2.bias": np.zeros(4, np.int32)}, "features.2.bias has type int32"),
+        ({"features.2.weight": np.ones((4, 4, 3, 3), bool)}, "features.2.weight has type bool and must be floating point"),
+        ({"features.7.weight": np.zeros((4, 4, 3, 3), np.float32)}, "conv2_2.kernel has the value 0 throughout"),
+        ({"features.7.weight": np.full((4, 4, 3, 3), 0.1, np.float32)}, "conv2_2.kernel has the value 0.1 throughout"),
+        ({"features.0.weight": np.full((4, 3, 3, 3), 1e300)}, "conv1_1.kernel has values that are not finite"),
     ],
 )
 def test_wrong_vgg_files_are_named(tmp_path, change, message):
@@ -77,6 +85,38 @@ def test_wrong_vgg_files_are_named(tmp_path, change, message):
     with pytest.raises(UserError, match=message) as error:
         convert_vgg(tmp_path / "x.safetensors", tmp_path / "y.safetensors")
     assert "\n" not in str(error.value) and not (tmp_path / "y.safetensors").exists()
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float64])
+def test_other_floating_point_types_become_float32(tmp_path, dtype):
+    tensors = {name: tensor.astype(dtype) for name, tensor in small_vgg().items()}
+    save_file(tensors, tmp_path / "x.safetensors")
+    assert "5 of 5 levels" in convert_vgg(tmp_path / "x.safetensors", tmp_path / "y.safetensors")
+    features = load_vgg19(tmp_path / "y.safetensors")
+    for index, name in zip(INDICES, ("conv1_1", "conv1_2", "conv2_1")):
+        found = np.asarray(features.weights[f"{name}_kernel"][...])
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, tensors[f"features.{index}.weight"].astype(np.float32).transpose(2, 3, 1, 0))
+
+
+def test_bfloat16_files_of_ours_load(tmp_path):
+    """As someone may store them, to save space."""
+    tensors = small_vgg()
+    save_file(tensors, tmp_path / "x.safetensors")
+    convert_vgg(tmp_path / "x.safetensors", tmp_path / "y.safetensors")
+    with safe_open(tmp_path / "y.safetensors", "np") as file:
+        weights = {name: file.get_tensor(name).astype(ml_dtypes.bfloat16) for name in file.keys()}
+        save_file(weights, tmp_path / "y.safetensors", metadata=file.metadata())
+    x = jnp.full((1, 16, 16, 3), 0.5)
+    for ours, expected in zip(load_vgg19(tmp_path / "y.safetensors")(x), VGG19Features(weights)(x)):
+        assert ours.dtype == jnp.float32
+        np.testing.assert_array_equal(ours, expected)
+
+
+@pytest.mark.skipif(not GENUINE.is_file(), reason="needs a trained VGG-19, which is not in the repository")
+def test_a_trained_vgg19_converts(tmp_path):
+    assert "5 of 5 levels" in convert_vgg(GENUINE, tmp_path / "y.safetensors")
+    assert load_vgg19(tmp_path / "y.safetensors").levels == 5
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
@@ -98,6 +138,91 @@ def test_outputs_replace_no_inputs(tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match="holds a training run"):
         export_model(AECRNet(ModelConfig(width=1, blocks=1, dfe="none"), rngs=nnx.Rngs(0)), tmp_path / "run")
+
+
+def test_existing_outputs_are_refused_before_the_conversion(tmp_path, capsys, monkeypatch):
+    """The input is no file that could be converted, and is not reached. Status 2, one line, nothing changed."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "junk.pth").write_bytes(b"junk")
+    cases = [
+        ("convert-vgg", "junk.pth", "vgg.safetensors", "vgg.safetensors"),
+        ("convert-aecr", "junk.pth", "model", "model/config.json"),
+        ("convert-aecr", "junk.pth", "model", "model/model.safetensors"),
+        ("convert-aecr", "model", "official.pth", "official.pth"),
+    ]
+    for command, file, output, existing in cases:
+        (tmp_path / existing).write_text('{"mine": 1}')
+        assert main([command, file, "--output", output]) == 2
+        said = capsys.readouterr()
+        wanted = f"aecr_jax: {existing} already exists: name another output, or add --overwrite to replace it\n"
+        assert (said.out, said.err) == ("", wanted)
+        assert main([command, file, "--output", output, "--overwrite"]) == 2
+        assert "already exists" not in capsys.readouterr().err  # but the input is bad
+        assert (tmp_path / existing).read_text() == '{"mine": 1}'
+        (tmp_path / existing).unlink()
+    assert {path.name for path in tmp_path.rglob("*")} == {"model", "junk.pth"}
+
+
+def test_overwrite_replaces_the_output(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_file(small_vgg(), "x.safetensors")
+    (tmp_path / "y.safetensors").write_text("mine")
+    assert main(["convert-vgg", "x.safetensors", "--output", "y.safetensors", "--overwrite"]) == 0
+    assert load_vgg19("y.safetensors").levels == 5
+    assert {path.name for path in tmp_path.iterdir()} == {"x.safetensors", "y.safetensors"}
+    assert "5 of 5 levels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["convert-vgg", "convert-aecr"])
+def test_an_empty_output_is_refused(tmp_path, capsys, monkeypatch, command):
+    """It would be the current folder."""
+    monkeypatch.chdir(tmp_path)
+    save_file(small_vgg(), "x.safetensors")
+    assert main([command, "x.safetensors", "--output", ""]) == 2
+    assert capsys.readouterr().err == "aecr_jax: --output is empty: name what to write\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("up1.0.bias", lambda x: np.ones(x.shape, np.int64), "tensor up1.0.bias has type int64 and must be floating point"),
+        ("down2.0.weight", lambda x: x > 0, "tensor down2.0.weight has type bool and must be floating point"),
+        ("down2.0.weight", np.zeros_like, "tensor down2.0.weight has the value 0 throughout: these are not trained weights"),
+        ("block.conv1.weight", lambda x: np.full_like(x, 0.25), "tensor block.conv1.weight has the value 0.25 throughout"),
+        ("deconv.running_deconv", np.zeros_like, "tensor deconv.running_deconv has the value 0 throughout"),
+        ("mix1.w", lambda x: np.full(x.shape, 1e300), "tensor mix1.w has values that are not finite"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_untrained_official_tensors_are_named(tmp_path, suffix, name, change, message):
+    tensors = official_weights(0)
+    tensors[name] = np.asarray(change(tensors[name]))
+    if suffix == ".pth":
+        save_official(pytest.importorskip("torch", reason="reading .pth files needs PyTorch"), tmp_path / "x.pth", tensors)
+    else:
+        save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=message) as error:
+        convert_aecr(tmp_path / f"x{suffix}", tmp_path / "ours")
+    assert "\n" not in str(error.value) and not (tmp_path / "ours").exists()
+
+
+def test_what_starts_at_zero_may_stay_there(tmp_path):
+    """Offsets, masks and biases do in the official code: its network before the first step converts, in float16 as well."""
+    tensors = official_weights(0)
+    for name in (
+        "dcn_block.dcn.conv_offset_mask.weight",
+        "dcn_block.dcn.conv_offset_mask.bias",
+        "deconv.running_mean",
+        "dcn_block.dcn.bias",
+    ):
+        tensors[name] = np.zeros_like(tensors[name])
+    save_file({name: tensor.astype(np.float16) for name, tensor in tensors.items()}, tmp_path / "x.safetensors")
+    convert_aecr(tmp_path / "x.safetensors", tmp_path / "ours")
+    kernel = get_arrays(load_checkpoint(tmp_path / "ours"))["down2.kernel"]
+    assert kernel.dtype == jnp.float32
+    np.testing.assert_array_equal(kernel, tensors["down2.0.weight"].astype(np.float16).astype(np.float32).transpose(2, 3, 1, 0))
 
 
 def test_names_of_the_official_checkpoint_round_trip():
@@ -142,6 +267,21 @@ def test_the_way_back_is_bit_exact(tmp_path):
     convert_aecr(tmp_path / "ours", tmp_path / "back.pth")
     back = torch.load(tmp_path / "back.pth", weights_only=True)
     assert {k: v.numpy().tobytes() for k, v in back.items()} == {k: v.tobytes() for k, v in official.items()}
+
+
+def test_a_failed_way_back_leaves_the_file_that_was_there(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch", reason="writing .pth files needs PyTorch")
+    convert_aecr(save_official(torch, tmp_path / "a.pth", official_weights(3)), tmp_path / "ours")
+    (tmp_path / "back.pth").write_text("mine")
+
+    def full(self, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(UserError, match=r"back.pth cannot be written: No space left on device"):
+        convert_aecr(tmp_path / "ours", tmp_path / "back.pth", overwrite=True)
+    assert (tmp_path / "back.pth").read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"a.pth", "ours", "back.pth"}
 
 
 def test_other_networks_have_no_way_back(tmp_path):

@@ -163,5 +163,5 @@ def test_old_models_have_no_defence_but_their_types(folder):
     config = json.loads((folder / CONFIG).read_text())
     del config["sha256"]
     (folder / CONFIG).write_text(json.dumps(config))
-    with pytest.raises(UserError, match="cannot be used: tensor down1.bias has type int32 and must be floating point"):
+    with pytest.raises(UserError, match=r"cannot be used: tensor down1.bias has type int32 and must be floating point"):
         load_checkpoint(folder)

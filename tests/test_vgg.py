@@ -57,11 +57,24 @@ def test_bad_weights_are_named():
             {"conv3_3.kernel": np.zeros((3, 3, 8, 8), np.float32)},
             "conv3_3.kernel has the value 0 throughout: these are not trained weights",
         ),
+        (
+            {"aux1.kernel": np.zeros((1, 1, 2, 5), np.float32), "aux1.bias": np.zeros(5, np.float32)},
+            "aux1.kernel has the value 0 throughout",
+        ),
+        ({"conv1_1.bias": "zeros"}, "tensor conv1_1.bias is a str and must be an array"),
         ({"conv1_2.kernel": np.full((3, 3, 2, 2), 0.5, np.float32)}, "conv1_2.kernel has the value 0.5 throughout"),
     ]:
         changed = {k: v for k, v in (weights | change).items() if v is not None}
         with pytest.raises(ValueError, match=message):
             VGG19Features(changed)
+
+
+def test_weights_may_be_lists():
+    weights = tiny_weights()
+    x = jnp.full((1, 16, 16, 3), 0.5)
+    np.testing.assert_array_equal(VGG19Features({k: v.tolist() for k, v in weights.items()})(x)[4], VGG19Features(weights)(x)[4])
+    with pytest.raises(ValueError, match="weights is a str and must be a mapping from names to arrays"):
+        VGG19Features("vgg19.safetensors")
 
 
 def test_a_missing_file_says_how_to_get_one(tmp_path):
