@@ -242,7 +242,7 @@ def _pair(value: int | Sequence[int], name: str, least: int) -> tuple[int, int]:
     match pair:
         case [int(rows), int(columns)] if min(rows, columns) >= least:
             return rows, columns
-    raise ValueError(f"{name} (={value}) must be one integer of at least {least}, or one for height and one for width")
+    raise ValueError(f"{name} (={value!r}) must be one integer of at least {least}, or one for height and one for width")
 
 
 def _check_shapes(x: Array, offset: Array, kernel: Array, bias: Array | None, mask: Array | None, geometry: _Geometry) -> tuple[int, int]:

@@ -123,7 +123,7 @@ def check_weights(weights: Mapping[str, Any]) -> int:
             raise ValueError(f"tensor {name} of shape {shape} is missing")
         if tuple(weights[name].shape) != shape:
             raise ValueError(f"tensor {name} has shape {tuple(weights[name].shape)} and must have {shape}")
-        # A linear map may add its inputs up, with ones throughout; zeros throughout are an empty tensor wherever they are.
+        # An auxiliary map of ones adds features up, which is allowed; of zeros, it removes them.
         is_kernel = name.endswith(".kernel") and (name.startswith("conv") or not np.any(weights[name]))
         check_weight(weights[name], name, kernel=is_kernel)
     if unknown := sorted(set(weights) - set(expected)):

@@ -59,7 +59,7 @@ def test_no_flipped_bit_of_the_weights_passes(folder):
 
 
 def test_no_flipped_bit_of_the_config_passes(folder):
-    """The part about the model and the checksum; a flip in the word "sha256" makes a model of the time before checksums."""
+    """The part about the model and the checksum; a flip in the word "sha256" makes a model without checksum."""
     content, expected = (folder / CONFIG).read_bytes(), bits(load_checkpoint(folder))
     for _, flipped in flips(content, 120):
         (folder / CONFIG).write_bytes(flipped)
@@ -156,8 +156,7 @@ def test_the_checksum_covers_names_types_and_shapes(folder):
             load_checkpoint(folder)
 
 
-def test_old_models_have_no_defence_but_their_types(folder):
-    """Integers in place of weights, without a checksum."""
+def test_integer_weights_are_refused_without_a_checksum_too(folder):
     arrays = load_file(folder / WEIGHTS)
     save_file(arrays | {"down1.bias": np.ones(2, np.int32)}, folder / WEIGHTS)
     config = json.loads((folder / CONFIG).read_text())
