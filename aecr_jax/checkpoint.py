@@ -13,7 +13,7 @@ import json
 import logging
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -295,7 +295,9 @@ def _load_trained(folder: Path) -> tuple[AECRNet, dict[str, Any]]:
         got = checkpointer.restore(folder / "model", target)
     _verify(folder, {"model": got})
     weights = "ema" if "ema" in got else "params"
-    return build_model(model_config, {**got[weights], **got["stats"]}), config | {"step": int(folder.name), "weights": weights}
+    arrays = {**got[weights], **got["stats"]}
+    _check_arrays(arrays)
+    return build_model(model_config, arrays), config | {"step": int(folder.name), "weights": weights}
 
 
 def refuse_model(path: str | Path, *, overwrite: bool = False) -> None:
@@ -354,7 +356,7 @@ def _load_exported(path: Path) -> tuple[AECRNet, dict[str, Any]]:
         raise UserError(f"model {path} is damaged or half written: {first_line(error)}") from error
 
 
-def _check_arrays(arrays: dict[str, np.ndarray]) -> None:
+def _check_arrays(arrays: Mapping[str, Any]) -> None:
     for name, array in arrays.items():
         check_weight(array, name)
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
@@ -155,10 +154,8 @@ def build_model(config: ModelConfig, arrays: Mapping[str, Any]) -> AECRNet:
     """The network in evaluation mode with the given arrays (as `get_arrays` names them).
 
     Raises:
-      ValueError: as `replace_arrays`, or an array has values that are not finite.
+      ValueError: as `replace_arrays`.
     """
-    if name := first_not_finite(arrays):
-        raise ValueError(f"tensor {name} has values that are not finite")
     graph, state = nnx.split(abstract_model(config))
     model = nnx.merge(graph, replace_arrays(state, {name: jnp.asarray(array) for name, array in arrays.items()}))
     model.eval()
@@ -195,11 +192,6 @@ def get_arrays(model: nnx.Module, kind: Any = nnx.Variable) -> dict[str, Array]:
     """The arrays of a model by dotted name, `{"down1.kernel": ...}`; `kind` narrows them to `nnx.Param` or `nnx.BatchStat`."""
     flat = nnx.to_flat_state(nnx.state(model, kind))
     return {".".join(map(str, path)): variable.get_value() for path, variable in zip(flat.paths, flat.leaves)}
-
-
-def first_not_finite(arrays: Mapping[str, Any]) -> str | None:
-    """The name of the first array that holds a NaN or an infinity."""
-    return next((name for name, array in arrays.items() if not np.isfinite(np.asarray(array)).all()), None)
 
 
 def replace_arrays(state: nnx.State, arrays: Mapping[str, Any]) -> nnx.State:

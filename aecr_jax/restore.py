@@ -12,7 +12,8 @@ from jax import Array
 
 from aecr_jax.compilation import bounded_jit
 from aecr_jax.errors import UserError
-from aecr_jax.model import AECRNet, first_not_finite, get_arrays, replace_arrays
+from aecr_jax.model import AECRNet, get_arrays, replace_arrays
+from aecr_jax.validation import check_weight
 
 
 class Restorer:
@@ -44,8 +45,11 @@ class Restorer:
         Raises:
           UserError: they are not finite.
         """
-        if name := first_not_finite(arrays):
-            raise UserError(f"the model's array {name} has values that are not finite")
+        for name, array in arrays.items():
+            try:
+                check_weight(array, name)
+            except ValueError as error:
+                raise UserError(f"the model cannot be used: {error}") from error
         local = {name: jnp.asarray(np.asarray(array)) for name, array in arrays.items()}  # off the mesh, onto one device
         self._state = replace_arrays(self._state, local)
 

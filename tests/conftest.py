@@ -1,5 +1,6 @@
 """Strict JAX settings for all tests: 8 simulated CPU devices, and no silent rank promotion."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -72,7 +73,15 @@ def nan_model(model_dir, tmp_path):
     arrays = load_file(folder / "model.safetensors")
     arrays["down1.kernel"][0, 0, 0, 0] = np.nan
     save_file(arrays, folder / "model.safetensors")
+    forget_checksum(folder)
     return folder
+
+
+def forget_checksum(folder):
+    """Make an exported model one of the time before checksums, so that changed weights are read."""
+    config = json.loads((folder / "config.json").read_text())
+    del config["sha256"]
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.fixture(scope="module")

@@ -96,6 +96,8 @@ def flip_one_bit(folder):
     raise AssertionError(f"five flipped bits of {file} were read without a word")
 
 
+# orbax leaves the other reads unfinished when one of them fails.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", [empty_all, flip_one_bit])
 def test_a_damaged_checkpoint_is_skipped(run, config_file, tmp_path, capsys, caplog, damage):
     workdir = tmp_path / "damaged"
