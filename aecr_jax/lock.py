@@ -26,8 +26,8 @@ class FolderLock:
     """Hold `folder/lock.json` while the `with` block runs; it names the host, the process and the time.
 
     The file is created in one atomic step. The lock of a process that has died is taken over: on the same machine at once, by the
-    process number and its start time; from another machine after watching the file for `3 * HEARTBEAT_SECONDS`, because a living
-    owner touches it.
+    process number and its start time since boot; from another machine after watching the file for `3 * HEARTBEAT_SECONDS`, because a
+    living owner touches it.
 
     Args:
       folder: an existing folder.
@@ -94,10 +94,15 @@ def _this_process() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "started": psutil.Process().create_time(),
+        "started": _started(psutil.Process()),
         "machine": _machine(),
         "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
+
+
+def _started(process: psutil.Process) -> float:
+    """The second after boot at which a process began: unlike the time of day, no change of the system clock moves it."""
+    return process.create_time() - psutil.boot_time()
 
 
 def _machine() -> str:
@@ -139,7 +144,10 @@ def _read(path: Path) -> dict[str, Any] | None:
 def _is_alive(owner: dict[str, Any], path: Path, say: Callable[[str], None]) -> bool:
     if owner.get("machine") == _machine():
         try:
-            return abs(psutil.Process(int(owner["pid"])).create_time() - float(owner["started"])) < 1
+            process = psutil.Process(int(owner["pid"]))
+            # A killed process keeps its number until its parent asks for its exit status, which some parents never do.
+            ended = process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+            return not ended and abs(_started(process) - float(owner["started"])) < 1
         except (psutil.Error, KeyError, TypeError, ValueError):
             return False
     say(f"{path} names another machine ({owner.get('host')}): watching for {3 * HEARTBEAT_SECONDS:.0f} s whether its run is alive")

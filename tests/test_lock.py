@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from test_commands import fails
 
@@ -81,6 +82,26 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
         process.wait()
         with FolderLock(tmp_path):
             pass
+
+
+def test_the_lock_of_a_killed_process_is_taken_over_before_its_parent_asks_for_its_exit_status(tmp_path):
+    """A container's first process may never ask, and the killed process stays in the table of processes."""
+    with holders(tmp_path, 1) as (process,):
+        assert process.stdout.readline() == "held\n"
+        process.kill()
+        assert process.stdout.read() == ""  # waits for the end of the process, and not for its status
+        with FolderLock(tmp_path):
+            pass
+
+
+def test_a_change_of_the_system_clock_makes_no_owner_dead(tmp_path, monkeypatch):
+    """psutil gives times of day: the second of the boot, which moves with the clock, and the ticks since."""
+    clock = psutil._psplatform
+    booted = clock.boot_time()
+    with FolderLock(tmp_path):
+        monkeypatch.setattr(clock, "boot_time", lambda: booted + 3600)
+        with pytest.raises(UserError, match="is in use"):
+            FolderLock(tmp_path).__enter__()
 
 
 def test_a_process_number_that_was_given_again_is_no_owner(tmp_path):
