@@ -21,11 +21,16 @@ from aecr_jax.errors import Stopped, UserError, first_line
 
 
 class _StoreOnce(argparse.Action):
-    """Store a value, as argparse's own default action, but refuse to replace one that was given before."""
+    """Store a value, as argparse's own default action, but refuse an empty one, and to replace one that was given before.
+
+    An empty value is most often a shell variable that is not set. As a path it would mean the current folder.
+    """
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None
     ) -> None:
+        if "" in (values if isinstance(values, list) else [values]):
+            raise argparse.ArgumentError(self, "must not be empty")
         seen: set[str] = vars(namespace).setdefault("_given", set())
         if option_string is not None and self.dest in seen:
             parser.error(f"{option_string} is given twice")
@@ -114,13 +119,6 @@ def _has_no_reader(stream: Any) -> bool:
         return False
 
 
-def _path(text: str) -> str:
-    """An argument that names a file or folder; an empty one would mean the current folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("must not be empty")
-    return text
-
-
 def _explain(error: BaseException) -> str | None:
     """Say in one line what is wrong, if an error of JAX's is one that the user can mend; None for any other."""
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
@@ -146,12 +144,9 @@ def _make_parser() -> argparse.ArgumentParser:
     train.add_argument("--config", metavar="FILE", help="Python file that sets `config`, such as configs/its.py")
 
     evaluate = commands.add_parser("eval", help="score a checkpoint", allow_abbrev=False)
-    evaluate.add_argument(
-        "--checkpoint", type=_path, metavar="DIR", help="work directory of a run, or a converted model (default: the shipped model)"
-    )
+    evaluate.add_argument("--checkpoint", metavar="DIR", help="work directory of a run, or a converted model (default: the shipped model)")
     evaluate.add_argument(
         "--data",
-        type=_path,
         required=True,
         metavar="DIR",
         help='folder with hazy/ and clear/ (or rgb/ and depth/), a built data set, or "scenes"',
@@ -160,18 +155,16 @@ def _make_parser() -> argparse.ArgumentParser:
         "--split", default="", metavar="NAME/PART", help="score on that part of a named split, such as nh_haze_45_5_5/test"
     )
     evaluate.add_argument("--data-dir", default="", metavar="DIR", help="where prepare-data wrote (default: ~/tensorflow_datasets)")
-    evaluate.add_argument("--output", type=_path, metavar="DIR", help="write per_image.csv, summary.json and panel.png there")
+    evaluate.add_argument("--output", metavar="DIR", help="write per_image.csv, summary.json and panel.png there")
     evaluate.add_argument("--save-images", action="store_true", help="write hazy/, restored/ and clear/ into --output too")
 
     dehaze = commands.add_parser("dehaze", help="dehaze photographs", allow_abbrev=False)
-    dehaze.add_argument("input", type=_path, nargs="+", metavar="INPUT", help="image files and folders")
-    dehaze.add_argument("--output", type=_path, required=True, metavar="DIR", help="folder for the results, NAME.png each")
+    dehaze.add_argument("input", nargs="+", metavar="INPUT", help="image files and folders")
+    dehaze.add_argument("--output", required=True, metavar="DIR", help="folder for the results, NAME.png each")
     existing = dehaze.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace results that exist")
     existing.add_argument("--skip-existing", action="store_true", help="restore only the images whose results do not exist")
-    dehaze.add_argument(
-        "--checkpoint", type=_path, metavar="DIR", help="work directory of a run, or a converted model (default: the shipped model)"
-    )
+    dehaze.add_argument("--checkpoint", metavar="DIR", help="work directory of a run, or a converted model (default: the shipped model)")
     dehaze.add_argument(
         "--tile",
         type=int,
@@ -309,8 +302,6 @@ def _check_data(options: argparse.Namespace, rest: list[str]) -> int:
         raise UserError("--test and --data-dir go with --data; with --config use --data.eval_dataset, --data.eval_hazy or --data.data_dir")
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit (={options.limit}) must be at least 1")
-    if not options.output:
-        raise UserError("--output is empty: name the picture to write, such as check-data.png")
     refuse_existing(options.output, overwrite=options.overwrite)
     problems: list[str] = []
     if options.config:

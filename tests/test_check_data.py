@@ -249,4 +249,4 @@ def test_the_picture_does_not_replace_a_file(tmp_path, capsys):
     assert f"{output} already exists" in line and "--overwrite" in line and output.read_text() == "mine"
     main(["check-data", "--data", str(root), "--limit", "2", "--output", str(output), "--overwrite"])
     assert read_image(output).shape[1] > 240
-    assert "--output is empty" in fails(capsys, "check-data", "--data", root, "--output", "")
+    assert "argument --output: must not be empty" in fails(capsys, "check-data", "--data", root, "--output", "")

@@ -180,7 +180,8 @@ def test_an_empty_output_is_refused(tmp_path, capsys, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     save_file(small_vgg(), "x.safetensors")
     assert main([command, "x.safetensors", "--output", ""]) == 2
-    assert capsys.readouterr().err == "aecr_jax: --output is empty: name what to write\n"
+    see = f"see python -m aecr_jax {command} --help"
+    assert capsys.readouterr().err == f"aecr_jax: argument --output: must not be empty; {see}\n"
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
 

@@ -23,6 +23,29 @@ def test_an_option_given_twice_is_refused(config_file, capsys):
     assert "--data is given twice" in fails(capsys, "eval", "--data", "a", "--data", "b")
 
 
+@pytest.mark.parametrize(
+    ("command", "argument"),
+    [
+        ("train --config ?", "--config"),
+        ("eval --data d --split ?", "--split"),
+        ("eval --data d --data-dir ?", "--data-dir"),
+        ("dehaze a ? b --output o", "INPUT"),
+        ("prepare-data nh_haze --source ?", "--source"),
+        ("prepare-data nh_haze --source s --data-dir ?", "--data-dir"),
+        ("check-data --data d --test ?", "--test"),
+        ("report ?", "WORKDIR"),
+        ("convert-vgg ? --output o", "FILE"),
+        ("benchmark op --output ?", "--output"),
+    ],
+)
+def test_an_empty_argument_is_refused(tmp_path, capsys, monkeypatch, command, argument):
+    """Of a shell variable that is not set; it would mean the current folder, the home folder, or no test data at all."""
+    monkeypatch.chdir(tmp_path)
+    line = fails(capsys, *("" if word == "?" else word for word in command.split()))
+    assert f"argument {argument}: must not be empty" in line
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("platform", ["cuda", "nonsense"])
 def test_a_platform_that_is_not_there_is_one_line(tmp_path, platform):
     command = [sys.executable, "-m", "aecr_jax", "eval", "--data", "scenes"]
