@@ -63,18 +63,23 @@ class Checkpoints:
     """The checkpoints that a training run writes to `workdir/checkpoints`: the last two and the best by validation PSNR are kept.
 
     A checkpoint whose metrics cannot be read is moved aside at once, with a warning.
+
+    Raises:
+      UserError: that is so of all of them.
     """
 
     def __init__(self, workdir: str | Path):
         self.folder = Path(workdir).resolve() / _CHECKPOINTS
         # Before orbax reads the metrics of every checkpoint, and raises at the first that is damaged.
-        failed = []
-        for step in list_steps(self.folder):
+        failed, steps = [], list_steps(self.folder)
+        for step in steps:
             try:
                 _read_psnr(self.folder / str(step))
             except Exception as error:
                 self._warn(step, error)
                 failed.append(step)
+        if failed == steps != []:  # without them the run would begin anew, and cut its log
+            raise self._none_is_whole()
         if jax.process_count() > 1:  # all have looked before one of them renames
             multihost_utils.sync_global_devices("metrics of checkpoints read")
         self._rename(failed)
@@ -152,8 +157,11 @@ class Checkpoints:
             ema = (state.ema or jax.tree.map(jnp.copy, state.params)) if config.train.ema else {}
             return Restored(dataclasses.replace(state, ema=ema), position, _changes(saved, dataclasses.asdict(config)))
         if failed:
-            raise UserError(f"no checkpoint in {self.folder} can be read: delete the folder to begin anew, or name another train.workdir")
+            raise self._none_is_whole()
         return None
+
+    def _none_is_whole(self) -> UserError:
+        return UserError(f"no checkpoint in {self.folder} can be read: delete the folder to begin anew, or name another train.workdir")
 
     def _load_state(self, step: int, like: TrainState, sharding: NamedSharding, *, ema: bool) -> TrainState:
         like = dataclasses.replace(like, ema=like.params if ema else {})
@@ -164,7 +172,7 @@ class Checkpoints:
         return TrainState(**{"ema": {}, **got["model"], **got["optimizer"]})
 
     def _warn(self, step: int, error: Exception) -> None:
-        log.warning("checkpoint %s cannot be read (%s), trying the one before", self.folder / str(step), first_line(error))
+        log.warning("checkpoint %s cannot be read (%s)", self.folder / str(step), first_line(error))
 
     def _move_aside(self, steps: list[int]) -> None:
         self._rename(steps)
@@ -262,7 +270,8 @@ def load_checkpoint_with_config(path: str | Path) -> tuple[AECRNet, dict[str, An
             f"{path} is no checkpoint: looked for {_WEIGHTS}, for a folder {_CHECKPOINTS}, and for a folder such as {_CHECKPOINTS}/1000"
         )
     folder = workdir / _CHECKPOINTS
-    step = _best_step(folder) if step is None else step
+    if step is None and (step := _best_step(folder)) is None and list_steps(folder):
+        raise UserError(f"no checkpoint in {folder} can be read")
     if step is None or step not in list_steps(folder):
         raise UserError(f"{path} has no whole checkpoint: a run writes its first at its first evaluation (train.eval_every)")
     try:

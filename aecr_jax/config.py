@@ -276,8 +276,11 @@ def override(config: Config, arguments: Sequence[str]) -> Config:
         text = " ".join(re.sub(r"[^\x20-\x7e]+", " ", re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue())).split())
         text = re.split(r" -+ |Argument helptext|For full helptext", text)[0].strip()
         # The first words are the title of the box, which the sentence after it repeats.
-        text = re.sub(r"^(Missing argument (?=Missing)|Invalid choice (?=invalid))", "", text)
-        raise UserError(re.sub(r"^Value error Error parsing (\w+): ", r"\1.", text) or "bad settings") from None
+        text = re.sub(r"^(Missing argument|Invalid choice|Value error|Unrecognized options) ", "", text)
+        if number := re.fullmatch(r"Error parsing --(\S+): (invalid literal for int|could not convert string).*?: (.*)", text):
+            kind = "an integer" if "int" in number[2] else "a number"
+            raise UserError(f"{number[1]} (={number[3]}) must be {kind}") from None
+        raise UserError(re.sub(r"^Error parsing (\w+): ", r"\1.", text) or "bad settings") from None
     except ValueError as error:
         raise UserError(str(error)) from error
     config.validate()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 _WORDS = {bool: "True or False", int: "an integer", float: "a finite number", str: "a string"}
@@ -30,7 +30,8 @@ def _fits(value: Any, kind: Any) -> bool:
         kinds = get_args(kind)
         return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
     if kind is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        # An integer may be too large for a float.
+        return type(value) in (int, float) and -sys.float_info.max <= value <= sys.float_info.max
     return type(value) is kind
 
 

@@ -129,6 +129,19 @@ def test_damaged_metrics_are_a_damaged_checkpoint(run, config_file, tmp_path, ca
     assert (workdir / "damaged-checkpoint-4").is_dir() and load_checkpoint_with_config(workdir / "checkpoints" / "4")[1]["step"] == 4
 
 
+def test_a_run_does_not_begin_anew_if_all_metrics_are_damaged(run, config_file, tmp_path, capsys):
+    """It would cut its log and count as continued."""
+    workdir = shutil.copytree(run, tmp_path / "damaged")
+    for file in (workdir / "checkpoints").glob("*/metrics/metrics"):
+        file.write_bytes(b"")
+    before = sorted(path.relative_to(workdir) for path in workdir.rglob("*"))
+    log = (workdir / "metrics.jsonl").read_text()
+    for command in (["train", "--config", config_file, "--train.workdir", workdir], ["eval", "--checkpoint", workdir, "--data", "scenes"]):
+        assert f"no checkpoint in {workdir / 'checkpoints'} can be read" in fails(capsys, *command)
+    assert sorted(path.relative_to(workdir) for path in workdir.rglob("*")) == before
+    assert (workdir / "metrics.jsonl").read_text() == log
+
+
 @pytest.mark.parametrize(("item", "before", "after"), [("input", '"images":32', '"images":33'), ("config", '"width":4', '"width":5')])
 def test_an_edited_part_of_a_checkpoint_is_found(run, config_file, tmp_path, capsys, caplog, item, before, after):
     """A position one image off would go on with other batches and say nothing."""
