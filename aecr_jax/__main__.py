@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from aecr_jax import __version__
-from aecr_jax.errors import Stopped, UserError, first_line
+from aecr_jax.errors import Stopped, UserError, complaint, first_line
 
 
 class _StoreOnce(argparse.Action):
@@ -68,17 +68,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             _flush(sys.stdout)  # not at the interpreter's exit, which would report a failure in its own way
     except UserError as error:
-        print(f"aecr_jax: {error}", file=sys.stderr, flush=True)
+        print(complaint(error), file=sys.stderr, flush=True)
         if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
             os._exit(2)  # an ordinary exit would wait for the other processes, which wait for this one
         return 2
     except Stopped as stopped:
-        print(f"aecr_jax: {stopped}", file=sys.stderr)
+        print(complaint(stopped), file=sys.stderr)
         return stopped.status
     except (RuntimeError, AssertionError, MemoryError) as error:
         if (explanation := _explain(error)) is None:
             raise
-        print(f"aecr_jax: {explanation}", file=sys.stderr)
+        print(complaint(explanation), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("aecr_jax: interrupted", file=sys.stderr)
@@ -90,6 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for stream in closed:
             _discard(stream)
         return 141
+    except OSError as error:
+        if (explanation := _explain_output(error)) is None:
+            raise
+        print(complaint(explanation), file=sys.stderr)
+        return 2
 
 
 def _flush(stream: Any) -> None:
@@ -101,7 +106,23 @@ def _flush(stream: Any) -> None:
         raise
     except OSError as error:
         _discard(stream)
-        raise UserError(f"standard output cannot be written: {error.strerror}") from error
+        raise UserError(_unwritable(error)) from error
+
+
+def _unwritable(error: OSError) -> str:
+    return f"standard output cannot be written: {error.strerror}"
+
+
+def _explain_output(error: OSError) -> str | None:
+    """Say that standard output cannot be written, if an error of the system is from there; None for any other."""
+    if error.filename is not None or sys.stdout is None:
+        return None
+    try:
+        print(flush=True)
+    except OSError as again:
+        _discard(sys.stdout)
+        return _unwritable(again)
+    return None
 
 
 def _discard(stream: Any) -> None:

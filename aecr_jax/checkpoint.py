@@ -220,6 +220,18 @@ class Checkpoints:
             raise UserError(f"the last checkpoint cannot be written to {self.folder}: {first_line(error)}") from error
 
 
+def check_folder_name(folder: str | Path) -> None:
+    """Refuse a folder whose full name is not UTF-8: orbax can neither write nor read checkpoints there.
+
+    Raises:
+      UserError: so it is.
+    """
+    try:
+        str(Path(folder).resolve()).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{folder} cannot hold checkpoints: its name, with those of the folders above, must be UTF-8") from error
+
+
 def list_steps(folder: str | Path) -> list[int]:
     """The steps that have a complete checkpoint in a run's `checkpoints` folder, ascending."""
     folder = Path(folder)
@@ -270,6 +282,8 @@ def load_checkpoint_with_config(path: str | Path) -> tuple[AECRNet, dict[str, An
             f"{path} is no checkpoint: looked for {_WEIGHTS}, for a folder {_CHECKPOINTS}, and for a folder such as {_CHECKPOINTS}/1000"
         )
     folder = workdir / _CHECKPOINTS
+    check_folder_name(workdir)
+    jax.local_devices()  # here, and not where an error is taken for the checkpoint's
     if step is None and (step := _best_step(folder)) is None and list_steps(folder):
         raise UserError(f"no checkpoint in {folder} can be read")
     if step is None or step not in list_steps(folder):

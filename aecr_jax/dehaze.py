@@ -16,7 +16,7 @@ from tqdm import tqdm
 from aecr_jax.checkpoint import DEFAULT_MODEL, load_checkpoint_with_config
 from aecr_jax.compilation import NotEnoughMemory
 from aecr_jax.data.images import EXTENSIONS, list_images, read_image, unique_names, write_image
-from aecr_jax.errors import UserError
+from aecr_jax.errors import UserError, complaint
 from aecr_jax.files import make_folder
 from aecr_jax.restore import Restorer, restore_tiled
 
@@ -172,4 +172,4 @@ def _unsearched(folder: Path, output: Path) -> str:
 
 
 def _complain(message: str) -> None:
-    tqdm.write(f"aecr_jax: {message}", file=sys.stderr)
+    tqdm.write(complaint(message), file=sys.stderr)

@@ -10,6 +10,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
+def complaint(message: object) -> str:
+    """The line `aecr_jax: ...` about something that is wrong. What cannot be printed is escaped: file names may hold line breaks."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(message))
+    return f"aecr_jax: {text}"
+
+
 class Stopped(Exception):
     """A run was asked to stop and has saved its state: the same command goes on. `status` is what the program exits with."""
 

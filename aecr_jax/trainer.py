@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from aecr_jax.checkpoint import Checkpoints, Position, has_checkpoint, load_checkpoint_with_config, model_changes
+from aecr_jax.checkpoint import Checkpoints, Position, check_folder_name, has_checkpoint, load_checkpoint_with_config, model_changes
 from aecr_jax.config import Config
 from aecr_jax.data.fingerprint import check_same_data, fingerprint, read_fingerprint, record_damaged
 from aecr_jax.data.pipeline import DamagedSample, cache_bytes, check_samples, eval_images, split_samples, train_batches
@@ -61,6 +61,7 @@ def train(config: Config, *, say: Callable[[str], None] = tqdm.write) -> dict[st
       Stopped: SIGTERM or Ctrl-C; the state is saved.
     """
     config.validate()
+    check_folder_name(config.train.workdir)
     initialize(config.train)
     if not is_main():
         say = _be_silent

@@ -299,3 +299,10 @@ def test_a_restorer_takes_the_arrays_of_a_mesh(model_dir):
     np.testing.assert_array_equal(restorer(hazy), expected)
     restorer.set_arrays(get_arrays(model))
     np.testing.assert_array_equal(restorer(hazy), expected)
+
+
+def test_a_line_break_in_a_name_makes_no_second_line(tmp_path, capsys, model_dir):
+    (tmp_path / "a\nb.jpg").write_text("no picture")
+    arguments = ["dehaze", tmp_path / "a\nb.jpg", "--output", tmp_path / "out", "--checkpoint", model_dir]
+    assert rf"{tmp_path}/a\nb.jpg is not an image file" in fails(capsys, *arguments)
+    assert rf"there is no file or folder {tmp_path}/c\nd" in fails(capsys, "dehaze", tmp_path / "c\nd", *arguments[2:])

@@ -46,13 +46,24 @@ def test_an_empty_argument_is_refused(tmp_path, capsys, monkeypatch, command, ar
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("model", ["shipped", "of a run"])
 @pytest.mark.parametrize("platform", ["cuda", "nonsense"])
-def test_a_platform_that_is_not_there_is_one_line(tmp_path, platform):
-    command = [sys.executable, "-m", "aecr_jax", "eval", "--data", "scenes"]
+def test_a_platform_that_is_not_there_is_one_line(tmp_path, run, model, platform):
+    command = [sys.executable, "-m", "aecr_jax", "eval", "--data", "scenes", *(["--checkpoint", run] if model == "of a run" else [])]
     environment = os.environ | {"JAX_PLATFORMS": platform}
     done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert f"aecr_jax: JAX finds no device of JAX_PLATFORMS (='{platform}')" in done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_output_to_a_full_disk_is_one_line(monkeypatch, capsys):
+    """Where Python buffers nothing, or the buffer is full, the error comes while the command runs."""
+    monkeypatch.setitem(sys.modules["aecr_jax.__main__"]._RUN, "report", lambda *_: print("written", flush=True))
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["report", "x"]) == 2
+    assert capsys.readouterr().err == "aecr_jax: standard output cannot be written: No space left on device\n"
 
 
 def test_memory_that_runs_out_is_one_line(monkeypatch, capsys):

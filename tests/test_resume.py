@@ -1,6 +1,7 @@
 """A run called again, in process: what it goes on from, what it refuses. (Killed and stopped processes: `test_survival.py`.)"""
 
 import json
+import os
 import shutil
 import zlib
 
@@ -171,6 +172,16 @@ def test_a_run_of_version_0_1_0_goes_on(run, config_file, tmp_path, capsys):
     assert "continuing from step 4" in capsys.readouterr().out
     position = json.loads((workdir / "checkpoints" / "5" / "input" / "metadata").read_text())
     assert position["images"] == 40 and position["data"].startswith("4 images (names ")
+
+
+def test_a_folder_whose_name_is_not_utf_8_is_refused(run, config_file, tmp_path, capsys):
+    """orbax can write no checkpoint there, and would say so after the first training."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    message = r"caf\udce9/w cannot hold checkpoints: its name, with those of the folders above, must be UTF-8"
+    assert message in fails(capsys, "train", "--config", config_file, "--train.workdir", folder / "w")
+    assert not folder.exists()
+    shutil.copytree(run, folder / "w")
+    assert message in fails(capsys, "eval", "--checkpoint", folder / "w", "--data", "scenes")
 
 
 @pytest.mark.parametrize("line", ['["a list"]}', '{"kind": "train"}', '{"step": "first"}', "{}}"])
