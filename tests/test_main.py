@@ -1,5 +1,6 @@
 """What all commands have in common: options, exit status, and what JAX's own errors become."""
 
+import io
 import os
 import subprocess
 import sys
@@ -58,9 +59,9 @@ def test_a_platform_that_is_not_there_is_one_line(tmp_path, run, model, platform
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 def test_output_to_a_full_disk_is_one_line(monkeypatch, capsys):
-    """Where Python buffers nothing, or the buffer is full, the error comes while the command runs."""
-    monkeypatch.setitem(sys.modules["aecr_jax.__main__"]._RUN, "report", lambda *_: print("written", flush=True))
-    with open("/dev/full", "w") as full:
+    """Where Python buffers nothing, or the buffer is full, the error comes while the command runs, and nothing is left to flush."""
+    monkeypatch.setitem(sys.modules["aecr_jax.__main__"]._RUN, "report", lambda *_: print("written"))
+    with open("/dev/full", "wb", buffering=0) as device, io.TextIOWrapper(device, write_through=True) as full:
         monkeypatch.setattr(sys, "stdout", full)
         assert main(["report", "x"]) == 2
     assert capsys.readouterr().err == "aecr_jax: standard output cannot be written: No space left on device\n"
