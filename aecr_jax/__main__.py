@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import io
 import logging
+import math
 import os
 import select
 import sys
@@ -347,8 +348,8 @@ def _benchmark(options: argparse.Namespace, rest: list[str]) -> int:
     from aecr_jax.config import load_config
     from aecr_jax.data.pipeline import split_samples
 
-    if options.seconds <= 0 or options.steps_per_second <= 0 or min(options.workers) < 0:
-        raise UserError("--seconds and --steps-per-second must be positive, --workers at least 0")
+    if not (0 < options.seconds < math.inf and 0 < options.steps_per_second < math.inf) or min(options.workers) < 0:
+        raise UserError("--seconds and --steps-per-second must be positive and finite, --workers at least 0")
     config = load_config(options.config, rest)
     benchmark_data(
         split_samples(config.data).train,

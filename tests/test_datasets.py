@@ -366,4 +366,5 @@ def test_benchmark_data(tmp_path, config_file, capsys):
     assert [row["stage"] for row in figures["stages"]] == ["read files", "read and decode", "augment", "batch"]
     assert all(row["ms"] > 0 for row in figures["stages"]) and figures["pipelines"][0]["images_per_second"] > 0
     assert 0 <= figures["pipelines"][0]["waiting"] <= 1 and "images a second take" in capsys.readouterr().out
-    assert "must be positive" in fails(capsys, "benchmark", "data", "--config", config_file, "--seconds", "0")
+    for seconds in ("0", "nan", "inf"):  # the last would measure for ever
+        assert "must be positive and finite" in fails(capsys, "benchmark", "data", "--config", config_file, "--seconds", seconds)
