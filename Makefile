@@ -1,9 +1,10 @@
-# The two commands of the README. Each sets up what it needs and does not install again.
+# The two commands of the README, `make demo` and `make test`; `make test-all` adds what is slow. Each sets up what it needs, once.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: demo test
+.PHONY: demo test test-all docs
 demo: $(VENV)/installed
 	$(BIN)/python train.py --config configs/demo.py
 	$(BIN)/python eval.py --checkpoint runs/demo --data scenes --output runs/demo/eval --save-images
@@ -13,14 +14,23 @@ test: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: test
+	$(BIN)/python -m pytest -m slow
+
+docs: $(VENV)/installed-test
+	$(BIN)/python docs/architecture.py
+	$(BIN)/mkdocs build --quiet --strict
 
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than Python 3.11: use make PYTHON=python3.11" >&2; exit 2; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	touch $@
+	@echo "installing into $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) -r requirements.txt
+	@touch $@
 
 $(VENV)/installed-test: requirements-test.txt $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
-	touch $@
+	@echo "installing what the tests need into $(VENV)"
+	@$(PIP) -r requirements-test.txt
+	@touch $@

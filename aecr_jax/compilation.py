@@ -1,4 +1,4 @@
-"""How XLA compiles: flags that make CPUs faster, and which compiled programs are kept, on disk and in memory."""
+"""XLA compilation: flags that make programs faster on CPUs, and limits on the compiled programs kept on disk and in memory."""
 
 from __future__ import annotations
 
@@ -19,30 +19,31 @@ from filelock import FileLock
 
 from aecr_jax.errors import UserError
 
-# XLA's CPU backend takes a library for single convolutions that is slow for many of this network's: without it a train step takes
-# 0.6 of the time (see the README). XLA ends the process at a flag that it does not know, so only measured releases get it.
+# For single convolutions, XLA's CPU backend uses a library that is slow for many of this network's convolutions; without it, a
+# training step takes 0.6 of the time (see docs/speed.md). XLA ends the process if it does not know a flag, so the flag is set only
+# for releases with which it was measured.
 _CPU_FLAG, _CPU_VALUE = "--xla_cpu_experimental_ynn_fusion_type", "-individual_convolution"
 _MEASURED = ("0.10.2",)
 
 CACHE_BYTES = 2 * 2**30
-# JAX looks at each of them when it writes one.
+# The number is limited because JAX examines every entry whenever it writes one.
 CACHE_ENTRIES = 2000
-# Programs of one function that `bounded_jit` keeps in memory, about 10 MB each.
+# Number of programs of one function that `bounded_jit` keeps in memory; each takes about 10 MB.
 PROGRAMS = 8
-# Where Linux shows a container its own limit (control groups, version 2).
+# The folder in which Linux shows a container's own limits (control groups, version 2).
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 def set_up() -> None:
-    """Sets XLA's flags and the persistent compilation cache. To be called before the first computation.
+    """Set XLA's flags and the persistent compilation cache. Call this function before the first computation.
 
-    What the user has set stays: the same flag in `XLA_FLAGS`, or JAX's settings of the cache (`JAX_COMPILATION_CACHE_DIR`,
-    `JAX_ENABLE_COMPILATION_CACHE`). The cache is in `$XDG_CACHE_HOME/aecr_jax` (or `~/.cache/aecr_jax`), a folder for each kind of
-    processor of at most `CACHE_BYTES` and `CACHE_ENTRIES`; where it cannot be written there is none.
+    Settings of the user take precedence: the same flag in `XLA_FLAGS`, or JAX's settings of the cache (`JAX_COMPILATION_CACHE_DIR`,
+    `JAX_ENABLE_COMPILATION_CACHE`). The cache is in `$XDG_CACHE_HOME/aecr_jax` (or `~/.cache/aecr_jax`). It has one folder for each
+    kind of processor, limited to `CACHE_BYTES` and `CACHE_ENTRIES`. If the folder cannot be written, there is no cache.
     """
     flags = os.environ.get("XLA_FLAGS", "").strip()
     on_cpu = "cpu" in os.environ.get("JAX_PLATFORMS", "cpu")
-    # XLA reads a value that does not begin with a dash as the name of a file of flags.
+    # XLA interprets a value that does not begin with a dash as the name of a file that contains flags.
     extensible = not flags or flags.startswith("-")
     if on_cpu and extensible and _CPU_FLAG not in flags and platform.machine() in ("x86_64", "AMD64") and version("jaxlib") in _MEASURED:
         os.environ["XLA_FLAGS"] = f"{flags} {_CPU_FLAG}={_CPU_VALUE}".strip()
@@ -50,25 +51,25 @@ def set_up() -> None:
         return
     try:
         home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        # A home may be shared by machines whose processors differ, and programs for one crash on the other.
+        # Machines with different processors may share a home directory, and programs compiled for one may crash on another.
         folder = Path(home).expanduser() / "aecr_jax" / _processor()
         folder.mkdir(parents=True, exist_ok=True)
         tidy(folder)
-    except (OSError, RuntimeError):  # no home, no right to write, no locks on this file system, or another process that holds it long
+    except (OSError, RuntimeError):  # no home, no write permission, no locks on this file system, or lock held too long
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
-    # The many small programs around the large one take seconds together.
+    # Together, the many small programs around the large one take seconds to compile, so they are cached too.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def tidy(folder: Path) -> None:
-    """Deletes from JAX's cache what a killed process or a full disk left half-written, and the entries that went unused the longest.
+    """Delete incomplete entries from JAX's cache, left by a killed process or a full disk, and the least recently used entries.
 
-    JAX would warn of a torn entry forever and not replace it. An entry is two files; the second, `-atime`, is written when the first is
-    whole, and again at each use.
+    JAX would warn about an incomplete entry at each use and never replace it. An entry consists of two files; the second, `-atime`, is
+    written when the first is complete, and again at each use.
     """
-    with FileLock(folder / ".lockfile", timeout=1):  # the one that JAX takes
+    with FileLock(folder / ".lockfile", timeout=1):  # the lock that JAX itself uses
         used: list[tuple[float, Path, Path]] = []
         for entry in folder.glob("*-cache"):
             stamp = entry.with_name(entry.name.removesuffix("-cache") + "-atime")
@@ -90,7 +91,7 @@ def _processor() -> str:
 
 
 class NotEnoughMemory(UserError):
-    """A program needs more memory than there is. `needed` and `available` are in bytes; the latter is None if it is not known."""
+    """A program needs more memory than is available. `needed` and `available` are in bytes; `available` is None if it is not known."""
 
     def __init__(self, needed: int, available: int | None):
         there = "less is available" if available is None else f"{available / 1e9:.3g} GB are available"
@@ -99,23 +100,24 @@ class NotEnoughMemory(UserError):
 
 
 def bounded_jit(function: Callable[..., jax.Array]) -> Callable[..., np.ndarray]:
-    """Compile a function of arrays like `jax.jit`, for inputs of ever new sizes.
+    """Compile a function of arrays like `jax.jit`, for inputs of many different sizes.
 
-    Only the programs of the `PROGRAMS` combinations of shapes that were used last are kept, where `jax.jit` keeps all of them. On a CPU,
-    the memory that XLA planned is compared with what is available before a program runs: without that, the system ends the process.
+    Only the programs for the `PROGRAMS` most recently used combinations of shapes are kept, whereas `jax.jit` keeps all of them. On a
+    CPU, the memory that XLA has planned is compared with the available memory before a program runs; without this check, the operating
+    system would end the process.
 
     Returns:
       A function that takes pytrees of arrays on one device, or of NumPy arrays, and returns a NumPy array.
 
     Raises:
-      NotEnoughMemory: by the returned function, if the program does not fit into memory.
+      NotEnoughMemory: raised by the returned function if the program does not fit into memory.
     """
 
     @functools.lru_cache(PROGRAMS)
     def compile_for(tree: Any, leaves: tuple[tuple[tuple[int, ...], Any], ...]) -> tuple[jax.stages.Compiled, int]:
         arguments = tree.unflatten([jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
 
-        # A new function each time: JAX's caches hold what was traced for as long as the traced function is there.
+        # A new function is defined each time, because JAX's caches hold a traced program for as long as the traced function exists.
         @functools.wraps(function)
         def traced(*arrays: Any) -> jax.Array:
             return function(*arrays)
@@ -131,7 +133,7 @@ def bounded_jit(function: Callable[..., jax.Array]) -> Callable[..., np.ndarray]
             program, needed = compile_for(tree, tuple((leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype)) for leaf in leaves))
             if jax.default_backend() == "cpu" and needed > (available := available_memory()):
                 raise NotEnoughMemory(needed, available)
-            return np.asarray(program(*arguments))  # waits for it: errors of a computation come late
+            return np.asarray(program(*arguments))  # waits for the result, because a computation raises its errors late
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -141,15 +143,15 @@ def bounded_jit(function: Callable[..., jax.Array]) -> Callable[..., np.ndarray]
 
 
 def available_memory() -> int:
-    """The bytes that this process can still take: the machine's, its container's and its own limit (`ulimit -v`)."""
+    """Return how many bytes this process can still allocate, given the machine's, the container's and its own limit (`ulimit -v`)."""
     available = [psutil.virtual_memory().available]
     with contextlib.suppress(ImportError):  # Windows has no such limits
         import resource
 
         if (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
             available.append(limit - psutil.Process().memory_info().vms)
-    with contextlib.suppress(OSError, ValueError, KeyError):  # no such file, or no limit, which is written as "max"
+    with contextlib.suppress(OSError, ValueError, KeyError):  # there is no such file, or the limit is "max" (none)
         statistics = dict(line.split() for line in (_CONTROL_GROUP / "memory.stat").read_text().splitlines())
-        # Not what the files in use say: they count the file cache, which gives way.
+        # Only anonymous memory is subtracted: the total usage (memory.current) includes the file cache, which can be reclaimed.
         available.append(int((_CONTROL_GROUP / "memory.max").read_text()) - int(statistics["anon"]))
     return min(available)

@@ -1,4 +1,4 @@
-"""Folders and files: written completely or not at all, and never over something that the user did not offer."""
+"""Output folders and files: written completely or not at all, and never replacing a file without the user's consent."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from aecr_jax.errors import UserError
 
 
 def make_folder(folder: str | Path) -> Path:
-    """Make a folder to write into, and its parents.
+    """Create an output folder and its parents if they do not exist, and return its path.
 
     Raises:
-      UserError: it cannot be written.
+      UserError: the folder cannot be created or written.
     """
     folder = Path(folder)
     try:
@@ -28,16 +28,16 @@ def make_folder(folder: str | Path) -> Path:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` to write to; at the end it becomes `path` in one step.
+    """Yield a temporary path beside `path` to write to; at the end of the body it is renamed to `path` in one step.
 
-    If the body raises, or the machine stops, `path` is what it was before. Missing parent folders are made.
+    If the body raises or the machine stops, `path` is unchanged. Missing parent folders are created.
 
     Raises:
-      UserError: the file cannot be written (an OSError of the body included).
+      UserError: the file cannot be written, or the body raises an OSError.
     """
     path = Path(path)
     make_folder(path.parent)
-    # The process id keeps two writers apart. The name stays short: file systems allow 255 bytes, and a character takes up to 4.
+    # The process id separates concurrent writers. The name is cut because file systems allow 255 bytes, and a character takes up to 4.
     partial = path.with_name(f".{path.name[:60]}.{os.getpid()}.part")
     try:
         yield partial
@@ -50,10 +50,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def refuse_existing(path: str | Path, *, overwrite: bool = False) -> None:
-    """Refuse to replace a file that is already there, unless `overwrite` is set.
+    """Raise an error if the output file already exists, unless `overwrite` is set.
 
     Raises:
-      UserError: `path` exists.
+      UserError: `path` exists and `overwrite` is not set.
     """
     if not overwrite and os.path.lexists(path):
         raise UserError(f"{path} already exists: name another output, or add --overwrite to replace it")

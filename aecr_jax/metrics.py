@@ -1,15 +1,16 @@
 """Image quality: PSNR and SSIM as the official code measures them.
 
-Each function takes two batches of images `[N, H, W, C]`, the prediction first, and returns one number per image, `[N]`, in at
-least float32. All follow one rule about types and ranges:
+Each metric takes two batches of images `[N, H, W, C]`, the prediction first, and returns one number per image, `[N]`, in at
+least float32. The same rules about types and ranges apply to all of them:
 
-- Floating point images are in [0, 1]. Values outside are clipped, as in the official code. Outside `jit`, values below -2 or above
-  3 raise a ValueError, because such an image has another range (0 to 255, for instance); inside `jit`, values are not known.
+- Floating point images are in [0, 1]. Values outside this range are clipped, as in the official code. Outside `jit`, values below
+  -2 or above 3 raise a ValueError, because such an image has another range (0 to 255, for instance); inside `jit`, values are not known.
 - uint8 and uint16 images are divided by 255 and 65535. Other types (bool, signed integers, ...) raise a ValueError.
-- An image with a NaN scores NaN. A batch of no images gives no scores; images of different shapes or without pixels raise a ValueError.
+- An image that contains NaN scores NaN. An empty batch gives an empty result. Images of different shapes or without pixels raise a
+  ValueError.
 
-Scores from other definitions are not comparable: PSNR on luma reads 2 to 5 dB higher than on RGB, and SSIM without padding differs
-in the third digit. So each other definition has a name of its own.
+Scores from other definitions are not comparable: PSNR on luma is 2 to 5 dB higher than on RGB, and SSIM without padding differs
+in the third digit. Each other definition therefore has its own name.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from jax.typing import ArrayLike
 
 from aecr_jax.validation import as_array
 
-# What a network gives lies in this range or near it; images in another range (0 to 255, standardized) do not.
+# The values of a network's output lie in or near this range; those of images in another range (0 to 255, standardized) do not.
 _LEAST, _GREATEST = -2, 3
 
 
 def psnr(prediction: ArrayLike, target: ArrayLike) -> Array:
-    """Peak signal-to-noise ratio in dB, `-10 log10(mean squared error over all channels)`; 100 for equal images.
+    """Return the peak signal-to-noise ratio in dB, `-10 log10(mean squared error over all channels)`, or 100 for equal images.
 
-    The official definition. Its 100 in place of infinity keeps a mean over images finite.
+    This is the definition of the official code. The value 100 in place of infinity keeps a mean over images finite.
 
     Args:
       prediction: `[N, H, W, C]`, floating point in [0, 1] (clipped), uint8 or uint16.
@@ -41,7 +42,7 @@ def psnr(prediction: ArrayLike, target: ArrayLike) -> Array:
       `[N]`.
 
     Raises:
-      ValueError: shapes differ, or an image has another type or, outside `jit`, values below -2 or above 3.
+      ValueError: shapes differ, or an image has no pixels, another type or, outside `jit`, values below -2 or above 3.
     """
     return _psnr(*_prepare(prediction, target))
 
@@ -52,36 +53,38 @@ def _psnr(prediction: Array, target: Array) -> Array:
 
 
 def ssim(prediction: ArrayLike, target: ArrayLike) -> Array:
-    """Structural similarity, at most 1: 11x11 Gaussian window, sigma 1.5, zero padding, mean over pixels and RGB.
+    """Return the structural similarity, at most 1: 11x11 Gaussian window, sigma 1.5, zero padding, mean over pixels and RGB.
 
-    The official definition. Arguments, result and errors as in `psnr`: `[N, H, W, C]` in [0, 1], uint8 or uint16 -> `[N]`.
+    This is the definition of the official code. Arguments, result and errors are as in `psnr`: `[N, H, W, C]` in [0, 1], uint8 or
+    uint16 -> `[N]`.
     """
     prediction, target = _prepare(prediction, target)
     return jnp.mean(_ssim_map(prediction, target, padding=5), (1, 2, 3))
 
 
 def psnr_uint8(prediction: ArrayLike, target: ArrayLike) -> Array:
-    """`psnr` after rounding both images to 8 bit, as if they had been written to files and read back.
+    """Return `psnr` after rounding both images to 8 bits, as if they had been written to files and read back.
 
-    Arguments, result and errors as in `psnr`: `[N, H, W, C]` in [0, 1], uint8 or uint16 -> `[N]`. (8-bit images need no
+    Arguments, result and errors are as in `psnr`: `[N, H, W, C]` in [0, 1], uint8 or uint16 -> `[N]`. (8-bit images need no
     rounding, so `psnr` gives the same for them.)
     """
     return _psnr(*(jnp.round(image * 255) / 255 for image in _prepare(prediction, target)))
 
 
 def psnr_y(prediction: ArrayLike, target: ArrayLike) -> Array:
-    """`psnr` of the luma alone (ITU-R BT.601, 16 to 235), as super-resolution reports it.
+    """Return `psnr` of the luma only (ITU-R BT.601, 16 to 235), as is customary in super-resolution.
 
-    Arguments, result and errors as in `psnr`, with 3 channels: `[N, H, W, 3]` in [0, 1], uint8 or uint16 -> `[N]`.
+    Arguments, result and errors are as in `psnr`, but with 3 channels: `[N, H, W, 3]` in [0, 1], uint8 or uint16 -> `[N]`.
     """
     prediction, target = _prepare(prediction, target)
     return _psnr(_luma(prediction, "prediction"), _luma(target, "target"))
 
 
 def ssim_valid(prediction: ArrayLike, target: ArrayLike) -> Array:
-    """`ssim` without padding: the mean over windows that lie inside the image (Wang et al., 2004).
+    """Return `ssim` without padding: the mean over the windows that lie inside the image (Wang et al., 2004).
 
-    Arguments, result and errors as in `psnr`, with at least 11x11 pixels: `[N, H, W, C]` in [0, 1], uint8 or uint16 -> `[N]`.
+    Arguments, result and errors are as in `psnr`: `[N, H, W, C]` in [0, 1], uint8 or uint16 -> `[N]`. In addition, images must have at
+    least 11x11 pixels.
     """
     prediction, target = _prepare(prediction, target)
     if min(prediction.shape[1:3]) < 11:
@@ -90,9 +93,9 @@ def ssim_valid(prediction: ArrayLike, target: ArrayLike) -> Array:
 
 
 def luma(image: ArrayLike) -> Array:
-    """RGB `[N, H, W, 3]` in [0, 1] (not clipped), uint8 or uint16 -> Y of BT.601, `[N, H, W, 1]` in [16 / 255, 235 / 255].
+    """Convert RGB `[N, H, W, 3]` in [0, 1] (not clipped), uint8 or uint16 to Y of BT.601, `[N, H, W, 1]` in [16 / 255, 235 / 255].
 
-    Types and errors as in `psnr`.
+    Types and errors are as in `psnr`.
     """
     array = _as_images(image, "image")
     return _luma(_scale(array, jnp.promote_types(array.dtype, jnp.float32)), "image")
@@ -116,16 +119,17 @@ def _prepare(prediction: ArrayLike, target: ArrayLike) -> tuple[Array, Array]:
 
 
 def _scale(images: Array, dtype: Any) -> Array:
-    """Images in `dtype`, unsigned integers divided by the greatest of their type."""
+    """Convert images to `dtype`; unsigned integers are divided by the greatest value of their type."""
     if jnp.issubdtype(images.dtype, jnp.floating):
         return images.astype(dtype)
-    # From a table: XLA multiplies by the rounded reciprocal of 255, so that 8-bit images would differ from NumPy's quotients.
+    # The quotients come from a table, because XLA would multiply by the rounded reciprocal of 255, and the results for 8-bit images
+    # would differ from NumPy's.
     greatest = jnp.iinfo(images.dtype).max
     return jnp.asarray(np.arange(greatest + 1) / greatest, dtype).at[images].get(mode="promise_in_bounds")
 
 
 def _as_images(images: ArrayLike, name: str) -> Array:
-    """An array of a type and range that the module's docstring allows."""
+    """Convert images to an array, and check that it has a type and range that the module's docstring allows."""
     array = as_array(images, name)
     if array.dtype in (jnp.uint8, jnp.uint16):
         return array
@@ -133,7 +137,7 @@ def _as_images(images: ArrayLike, name: str) -> Array:
         given = getattr(images, "dtype", array.dtype)  # JAX narrows 64-bit types
         raise ValueError(f"{name} has type {given} and must be floating point in [0, 1], uint8 or uint16")
     if array.size and not isinstance(array, jax.core.Tracer):
-        # A NaN goes on, into the score of its image: a comparison with it is false.
+        # NaN is not an error here: it makes the score of its image NaN. If all values are NaN, both comparisons are false.
         least, greatest = float(jnp.nanmin(array)), float(jnp.nanmax(array))
         if least < _LEAST or greatest > _GREATEST:
             raise ValueError(
@@ -152,7 +156,7 @@ def _ssim_map(x: Array, y: Array, *, padding: int) -> Array:
 
 
 def _blur(x: Array, padding: int) -> Array:
-    """Gaussian window of 11 pixels, sigma 1.5, each channel by itself, rows and columns apart."""
+    """Blur each channel with a Gaussian window of 11 pixels, sigma 1.5, first vertically and then horizontally."""
     window = np.exp(-0.5 * (np.arange(11) - 5.0) ** 2 / 1.5**2)
     window /= window.sum()
     n, h, w, c = x.shape

@@ -1,26 +1,60 @@
-"""Checks the values of settings against the annotations of their dataclass, which Python itself does not do."""
+"""Settings as dataclass fields with bounds, and a check of their types and values, which dataclasses do not do themselves."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import sys
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 _WORDS = {bool: "True or False", int: "an integer", float: "a finite number", str: "a string"}
 
 
-def check_types(settings: Any) -> None:
-    """Check that each field of a dataclass has a value of its annotated type.
+def bounded(default: Any, least: float = -math.inf, most: float = math.inf) -> Any:
+    """Return a dataclass field with a default; its value (for a tuple, each element) must lie in [least, most]."""
+    return dataclasses.field(default=default, metadata={"least": least, "most": most})
 
-    Fields may be `bool`, `int`, `float` (finite; integers count too), `str`, a `Literal`, or a tuple of these. No value is converted:
-    the string "False" is true in Python, so it must not pass for a bool.
+
+def check_settings(settings: Any) -> None:
+    """Check that each field of a dataclass has a value of its annotated type, within its bounds.
+
+    Fields may be `bool`, `int`, `float` (finite; integers count too), `str`, a `Literal`, or a tuple of these. Values are not
+    converted: the string "False" is true in Python, so it must not be accepted as a bool.
 
     Raises:
-      ValueError: a value has another type; the message names the field, the value and what would be right.
+      ValueError: a value is wrong; the message names the field, its value and what is allowed.
     """
-    for name, kind in get_type_hints(type(settings)).items():
-        value = getattr(settings, name)
-        if not _fits(value, kind):
-            raise ValueError(f"{name} (={value!r}) must be {_describe(kind)}")
+    kinds = get_type_hints(type(settings))
+    for field in dataclasses.fields(settings):
+        name, value = field.name, getattr(settings, field.name)
+        if not _fits(value, kinds[name]):
+            raise ValueError(f"{name} (={value!r}) must be {_describe(kinds[name])}")
+        for number in value if isinstance(value, tuple) else (value,):
+            if number < (least := field.metadata.get("least", number)):
+                raise ValueError(f"{name} (={value}) must be at least {least}")
+            if number > (most := field.metadata.get("most", number)):
+                raise ValueError(f"{name} (={value}) must be at most {most}")
+
+
+def parse_value(text: str, kind: Any, name: str) -> Any:
+    """Parse the value of a setting from the command line.
+
+    Args:
+      text: the value as given.
+      kind: the setting's annotation, as for `check_settings`.
+      name: what to call the setting in an error.
+
+    Raises:
+      ValueError: the text is not a value of that type.
+    """
+    try:
+        if kind is bool:
+            return {"True": True, "False": False}[text]
+        if get_origin(kind) is Literal:
+            return {str(choice): choice for choice in get_args(kind)}[text]
+        return kind(text)
+    except (KeyError, ValueError):
+        raise ValueError(f"{name} (={text!r}) must be {_describe(kind)}") from None
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Checks that public functions share. Each raises a ValueError that names the argument or tensor, its value and what is right."""
+"""Checks that public functions share. Each error is a ValueError that names the argument or tensor and describes the problem."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ def as_array(value: Any, name: str) -> Array:
 
 
 def as_floating(value: Any, name: str, wanted: str = "") -> Array:
-    """Convert an argument to a JAX array of floating point numbers, and refuse every other type.
+    """Convert an argument to a JAX array of floating point numbers, and reject every other type.
 
-    Integers would go through casts to the input's type, by which weights and results become zero.
+    With an integer input, later casts to the input's type would turn weights and results into zeros.
 
     Args:
       value: the argument.
       name: its name.
-      wanted: what the error's text says after "must be floating point".
+      wanted: text that follows "must be floating point" in the error message.
     """
     array = as_array(value, name)
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        # The value's own type: JAX narrows 64-bit types.
+        # The message gives the value's own type, because JAX converts 64-bit types to 32 bits.
         raise ValueError(f"{name} has type {getattr(value, 'dtype', array.dtype)} and must be floating point{wanted}")
     return array
 
 
 def as_int(value: Any) -> int | None:
-    """Convert an integer of any library to an int; None for everything else, booleans included."""
+    """Convert an integer of any library to an int, and return None for everything else, including booleans."""
     if isinstance(value, bool):
         return None
     try:
@@ -48,13 +48,13 @@ def as_int(value: Any) -> int | None:
 
 
 def check_type(array: Any, name: str) -> None:
-    """Refuse a tensor that is not floating point."""
-    if not jnp.issubdtype(array.dtype, jnp.floating):  # NumPy's own function does not know bfloat16
+    """Reject a tensor that is not floating point."""
+    if not jnp.issubdtype(array.dtype, jnp.floating):  # np.issubdtype does not know bfloat16
         raise ValueError(f"tensor {name} has type {array.dtype} and must be floating point")
 
 
 def check_weight(array: Any, name: str, *, kernel: bool = False) -> None:
-    """Refuse a tensor that cannot be a trained one: not floating point, not finite, or (a `kernel`) one value throughout."""
+    """Reject a tensor that cannot be a trained weight: not floating point, not finite or, for a `kernel`, with all values equal."""
     check_type(array, name)
     array = np.asarray(array)
     if not np.isfinite(array).all():

@@ -6,16 +6,15 @@ Time: under 3 minutes
 Expected score: at least 6 dB PSNR above the hazy input on the held-out scenes.
 """
 
-from aecr_jax.config import Config, DataConfig, LossConfig, TrainConfig
-from aecr_jax.model import ModelConfig
+from aecr_jax.networks.aecr_net import AECRNetConfig
+from aecr_jax.training.config import Config, DataConfig, LossConfig, OptimConfig, RunConfig
 
 config = Config(
-    model=ModelConfig(width=16),
-    data=DataConfig(scenes=150, scene_size=(144, 192), crop=96, threads=2),
+    model=AECRNetConfig(width=16),
+    data=DataConfig(train="scenes:150:192x144", crop=96, threads=2),
     # No trained VGG-19 can be shipped, so the regularization compares features of a random one.
     loss=LossConfig(features="random"),
-    train=TrainConfig(
-        workdir="runs/demo",
+    optim=OptimConfig(
         steps=1000,
         batch=4,
         # Ten times the paper's, for a run so short; without the next three lines the offsets run away.
@@ -23,8 +22,6 @@ config = Config(
         warmup=50,
         offset_rate=0.1,
         clip_norm=1.0,
-        log_every=50,
-        eval_every=250,
-        eval_images=8,
     ),
+    run=RunConfig(workdir="runs/demo", log_every=50, eval_every=250, eval_images=8),
 )

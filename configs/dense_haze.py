@@ -4,18 +4,35 @@ Command: `python train.py --config configs/dense_haze.py --loss.features vgg19.s
 Hardware: made for one accelerator with 40 GB or more, or several (the batch must divide by their number).
 Time: not measured by this project yet.
 Expected score: 15.80 dB, 0.4660 (paper, Table 1); not reproduced by this project yet.
-The split of the paper is not public. This is 50 images for training and the last 5 for evaluation, `dense_haze_50_5`;
-`--data.split dense_haze_45_5_5` chooses the best checkpoint on 5 others, and `eval.py --split dense_haze_45_5_5/test` then scores it
-on images that chose nothing.
 
-On a laptop, the same with less: `--model.width 16 --model.dtype float32 --data.crop 128 --train.batch 4 --train.steps 5000`.
+The split of the paper is not public. This is 50 images for training and the last 5 for evaluation, `dense_haze_50_5`. To choose the best
+checkpoint on 5 images and to score it on 5 others, take the split `dense_haze_45_5_5`: train with
+`--data.train data/Dense_Haze_NTIRE19@dense_haze_45_5_5/train --data.eval data/Dense_Haze_NTIRE19@dense_haze_45_5_5/validation`,
+then score with `eval.py --data data/Dense_Haze_NTIRE19@dense_haze_45_5_5/test`.
+
+On a laptop, with a narrow network and less of everything:
+`python train.py --config configs/dense_haze.py:laptop --loss.features vgg19.safetensors`
 """
 
-from aecr_jax.config import Config, DataConfig, TrainConfig
-from aecr_jax.model import ModelConfig
+import dataclasses
 
-config = Config(
-    model=ModelConfig(dtype="bfloat16"),
-    data=DataConfig(hazy="data/Dense_Haze_NTIRE19/hazy", clear="data/Dense_Haze_NTIRE19/GT", split="dense_haze_50_5"),
-    train=TrainConfig(workdir="runs/dense_haze", steps=100_000, eval_every=1000),
+from aecr_jax.networks.aecr_net import AECRNetConfig
+from aecr_jax.training.config import Config, DataConfig, OptimConfig, RunConfig
+
+paper = Config(
+    model=AECRNetConfig(dtype="bfloat16"),
+    data=DataConfig(train="data/Dense_Haze_NTIRE19@dense_haze_50_5/train", eval="data/Dense_Haze_NTIRE19@dense_haze_50_5/test"),
+    optim=OptimConfig(steps=100_000),
+    run=RunConfig(workdir="runs/dense_haze", eval_every=1000),
 )
+
+configs = {
+    "paper": paper,
+    "laptop": dataclasses.replace(
+        paper,
+        model=AECRNetConfig(width=16),
+        data=dataclasses.replace(paper.data, crop=128),
+        optim=OptimConfig(batch=4, steps=5000),
+        run=RunConfig(workdir="runs/dense_haze_laptop", eval_every=1000),
+    ),
+}

@@ -5,14 +5,27 @@ Hardware: made for one accelerator with 40 GB or more, or several (the batch mus
 Time: not measured by this project yet.
 Expected score: 37.17 dB, 0.9901 (paper, Table 1); not reproduced by this project yet.
 
-On a laptop, the same with less: `--model.width 16 --model.dtype float32 --data.crop 128 --train.batch 4 --train.steps 5000`.
+On a laptop: `python train.py --config configs/its.py:laptop --loss.features vgg19.safetensors`, a narrow network with less of everything.
 """
 
-from aecr_jax.config import Config, DataConfig, TrainConfig
-from aecr_jax.model import ModelConfig
+import dataclasses
 
-config = Config(
-    model=ModelConfig(dtype="bfloat16"),
-    data=DataConfig(hazy="data/ITS/hazy", clear="data/ITS/clear", eval_hazy="data/SOTS/indoor/hazy", eval_clear="data/SOTS/indoor/clear"),
-    train=TrainConfig(workdir="runs/its"),
+from aecr_jax.networks.aecr_net import AECRNetConfig
+from aecr_jax.training.config import Config, DataConfig, OptimConfig, RunConfig
+
+paper = Config(
+    model=AECRNetConfig(dtype="bfloat16"),
+    data=DataConfig(train="data/ITS/hazy,data/ITS/clear", eval="data/SOTS/indoor/hazy,data/SOTS/indoor/clear"),
+    run=RunConfig(workdir="runs/its"),
 )
+
+configs = {
+    "paper": paper,
+    "laptop": dataclasses.replace(
+        paper,
+        model=AECRNetConfig(width=16),
+        data=dataclasses.replace(paper.data, crop=128),
+        optim=OptimConfig(batch=4, steps=5000),
+        run=RunConfig(workdir="runs/its_laptop", eval_every=1000),
+    ),
+}

@@ -1,21 +1,34 @@
 """AECR-Net on NYU Depth v2 with haze made on the fly: the full network where RESIDE's training set cannot be had.
 
-Command: `python train.py --config configs/nyu.py --data.clear NYU/rgb --data.depth NYU/depth --loss.features vgg19.safetensors`
+Command: `python train.py --config configs/nyu.py --data.train NYU --loss.features vgg19.safetensors` (NYU has `rgb/` and `depth/`)
 Hardware: made for one accelerator with 40 GB or more, or several (the batch must divide by their number); 2.8 GB of memory more for the
 decoded images (`--data.cache False`: none).
 Time: not measured by this project yet.
 Expected score: not measured by this project yet. RESIDE's ITS is made from the same indoor photographs, and the paper's 37.17 dB,
 0.9901 on SOTS indoor is of a training on that. Evaluated on the last 50 images by name, which are not trained on.
 
-On a laptop, the same with less: `--model.width 16 --model.dtype float32 --data.crop 128 --train.batch 4 --train.steps 5000`, or
-`configs/nyu_tiny.py`.
+On a laptop, with a narrow network and less of everything:
+`python train.py --config configs/nyu.py:laptop --data.train NYU --loss.features vgg19.safetensors`; or see `configs/nyu_narrow.py`.
 """
 
-from aecr_jax.config import Config, DataConfig, TrainConfig
-from aecr_jax.model import ModelConfig
+import dataclasses
 
-config = Config(
-    model=ModelConfig(dtype="bfloat16"),
-    data=DataConfig(clear="data/nyu_depth_v2/rgb", depth="data/nyu_depth_v2/depth", holdout=50, cache=True),
-    train=TrainConfig(workdir="runs/nyu"),
+from aecr_jax.networks.aecr_net import AECRNetConfig
+from aecr_jax.training.config import Config, DataConfig, OptimConfig, RunConfig
+
+paper = Config(
+    model=AECRNetConfig(dtype="bfloat16"),
+    data=DataConfig(train="data/nyu_depth_v2", holdout=50, cache=True),
+    run=RunConfig(workdir="runs/nyu"),
 )
+
+configs = {
+    "paper": paper,
+    "laptop": dataclasses.replace(
+        paper,
+        model=AECRNetConfig(width=16),
+        data=dataclasses.replace(paper.data, crop=128),
+        optim=OptimConfig(batch=4, steps=5000),
+        run=RunConfig(workdir="runs/nyu_laptop", eval_every=1000),
+    ),
+}

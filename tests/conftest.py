@@ -9,8 +9,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # Fast compilation instead of fast code: the tests compile much and compute little. One test runs others with other flags.
 os.environ["XLA_FLAGS"] = os.environ.get("TEST_XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
 
-# What one test compiled the next one reads, in other processes too.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="aecr_jax-compiled-")
+# What one test compiled the next one reads, in other processes too: pytest's workers inherit the folder from the process that starts them.
+_CACHE = "" if "PYTEST_XDIST_WORKER" in os.environ else tempfile.mkdtemp(prefix="aecr_jax-compiled-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE or os.environ["JAX_COMPILATION_CACHE_DIR"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
@@ -19,8 +20,17 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+# Files that take minutes, so that they do not begin when the other worker has nothing left to do.
+_LONG_FILES = ("test_survival", "test_commands", "test_resume", "test_benchmark", "test_step", "test_compilation", "test_networks")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: _LONG_FILES.index(item.path.stem) if item.path.stem in _LONG_FILES else len(_LONG_FILES))
+
+
 def pytest_unconfigure():
-    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+    if _CACHE:
+        shutil.rmtree(_CACHE, ignore_errors=True)
 
 
 @pytest.fixture
@@ -32,13 +42,15 @@ def x64():
 
 
 _TINY = """
-from aecr_jax.config import Config, DataConfig, LossConfig, TrainConfig
-from aecr_jax.model import ModelConfig
+from aecr_jax.training.config import Config, LossConfig, OptimConfig, RunConfig
+from aecr_jax.data.sources import DataConfig
+from aecr_jax.networks.aecr_net import AECRNetConfig
 config = Config(
-    model=ModelConfig(width=4, blocks=1),
-    data=DataConfig(scenes=4, scene_size=(24, 32), crop=16, threads=1),
+    model=AECRNetConfig(width=4, blocks=1),
+    data=DataConfig(train="scenes:4:32x24", crop=16, threads=1),
     loss=LossConfig(features="random"),
-    train=TrainConfig(steps=4, batch=8, log_every=1, eval_every=2, eval_images=3),
+    optim=OptimConfig(steps=4, batch=8),
+    run=RunConfig(log_every=1, eval_every=2, eval_images=3),
 )
 """
 
@@ -55,11 +67,11 @@ def model_dir(tmp_path_factory):
     """A small exported model."""
     from flax import nnx
 
-    from aecr_jax.checkpoint import export_model
-    from aecr_jax.model import AECRNet, ModelConfig
+    from aecr_jax.inference.weights import save_checkpoint
+    from aecr_jax.networks.aecr_net import AECRNet, AECRNetConfig
 
     path = tmp_path_factory.mktemp("models") / "small"
-    export_model(AECRNet(ModelConfig(width=2, blocks=1), rngs=nnx.Rngs(0)), path)
+    save_checkpoint(AECRNet(AECRNetConfig(width=2, blocks=1), rngs=nnx.Rngs(0)), path)
     return path
 
 
@@ -90,5 +102,5 @@ def run(tmp_path_factory, config_file):
     from aecr_jax.__main__ import main
 
     workdir = tmp_path_factory.mktemp("runs") / "tiny"
-    assert main(["train", "--config", config_file, "--train.workdir", str(workdir)]) == 0
+    assert main(["train", "--config", config_file, "--run.workdir", str(workdir)]) == 0
     return workdir

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from aecr_jax.vgg import CONVOLUTIONS, VGG19Features
+from aecr_jax.losses.vgg import CONVOLUTIONS, VGG19Features
 
 GOLDEN = Path(__file__).parent / "golden"
 

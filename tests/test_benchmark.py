@@ -15,7 +15,7 @@ from aecr_jax.benchmark.growth import _draw
 from aecr_jax.benchmark.work import Work, count_macs, prepare
 from aecr_jax.errors import UserError
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[1] / "aecr_jax" / "benchmark"
 
 
 @pytest.fixture
@@ -237,6 +237,7 @@ def test_growth_plot(tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_growth_of_area_and_batch(tmp_path, capsys, monkeypatch):
     """Temporaries grow with the pixels; what does not fit is listed and not run."""
     monkeypatch.setattr("aecr_jax.benchmark.growth._available", lambda: 2_000_000)

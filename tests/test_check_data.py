@@ -10,11 +10,13 @@ from test_datasets import haze_folder, mistakes, write_pairs
 from aecr_jax import UserError
 from aecr_jax.__main__ import main
 from aecr_jax.data.check import check_data
-from aecr_jax.data.folders import Pair, find_dataset, find_pairs
+from aecr_jax.data.folders import find_dataset, find_pairs
 from aecr_jax.data.haze import add_haze
 from aecr_jax.data.images import read_depth, read_image, write_image
 from aecr_jax.data.layouts import recognise_data_set
-from aecr_jax.data.pipeline import draw_scenes, to_pair
+from aecr_jax.data.reader import to_pair
+from aecr_jax.data.samples import Pair
+from aecr_jax.data.sources import draw_scenes
 
 GENUINE = ("sots_indoor_subset", "sots_outdoor_subset", "nh_haze_samples", "dense_haze_samples", "its_samples")
 
@@ -119,8 +121,8 @@ def test_bad_depth_is_refused_by_name(tmp_path, config_file, capsys, kind):
         write_depth(root, ramp(), str(i))
     line = fails(
         capsys,
-        *("train", "--config", config_file, "--data.clear", root / "rgb", "--data.depth", root / "depth", "--data.crop", "4"),
-        *("--data.holdout", "1", "--loss.cr", "0", "--train.workdir", tmp_path / "run"),
+        *("train", "--config", config_file, "--data.train", root, "--data.crop", "4"),
+        *("--data.holdout", "1", "--loss.cr", "0", "--run.workdir", tmp_path / "run"),
     )
     assert f"{root / 'depth' / '1.tif'} is no depth map: " in line and said in line and "learning_rate" not in line
     (found,) = mistakes(check_data(find_dataset(root)))
@@ -164,8 +166,8 @@ def photos(root):
 
 def test_names_that_are_not_numbers_share_no_clear_image(tmp_path, config_file, capsys):
     root = photos(tmp_path)
-    folders = "--data.hazy", root / "hazy", "--data.clear", root / "clear"
-    for command in (("eval", "--data", root), ("train", "--config", config_file, *folders, "--train.workdir", tmp_path / "run")):
+    folders = "--data.train", f"{root / 'hazy'},{root / 'clear'}"
+    for command in (("eval", "--data", root), ("train", "--config", config_file, *folders, "--run.workdir", tmp_path / "run")):
         line = fails(capsys, *command)
         assert f"4 of 4 hazy images have no clear one, first {root / 'hazy' / 'photo_1.png'}; photo_2.png; photo_3.png; photo_4.png" in line
         assert "for photo_1 with any image extension" in line and "1400_1 with 1400" in line

@@ -12,10 +12,10 @@ from test_data import picture
 
 from aecr_jax import load_checkpoint
 from aecr_jax.__main__ import main
-from aecr_jax.checkpoint import load_checkpoint_with_config
-from aecr_jax.data.folders import Pair
 from aecr_jax.data.images import read_image
-from aecr_jax.model import get_arrays
+from aecr_jax.data.samples import Pair
+from aecr_jax.inference.weights import load_with_info
+from aecr_jax.networks.arrays import get_arrays
 
 
 def fails(capsys, *arguments):
@@ -44,8 +44,8 @@ def test_train_writes_its_work_directory(run):
 
 
 def test_fine_tuning_begins_with_the_parameters_of_a_checkpoint(run, config_file, tmp_path, capsys):
-    options = ["--train.init_from", run / "checkpoints" / "4", "--train.learning_rate", "1e-12", "--train.steps", "1"]
-    arguments = ["train", "--config", config_file, "--train.workdir", tmp_path / "w", *options]
+    options = ["--run.init_from", run / "checkpoints" / "4", "--optim.learning_rate", "1e-12", "--optim.steps", "1"]
+    arguments = ["train", "--config", config_file, "--run.workdir", tmp_path / "w", *options]
     assert main(list(map(str, arguments))) == 0
     assert f"beginning with the parameters of {run}" in capsys.readouterr().out
     ours, theirs = (get_arrays(load_checkpoint(folder), nnx.Param) for folder in (tmp_path / "w", run / "checkpoints" / "4"))
@@ -53,76 +53,76 @@ def test_fine_tuning_begins_with_the_parameters_of_a_checkpoint(run, config_file
         np.testing.assert_allclose(ours[name], array, atol=1e-9)
     assert lines(tmp_path / "w", "train")[0]["step"] == 1
     # A wider network takes over what a narrower one does: the same scores where nothing is learned.
-    wider = [*arguments, "--train.workdir", tmp_path / "wider", "--model.width", "6"]
+    wider = [*arguments, "--run.workdir", tmp_path / "wider", "--model.width", "6"]
     assert main(list(map(str, wider))) == 0
     assert "from 4 to 6" in capsys.readouterr().out
     assert load_checkpoint(tmp_path / "wider").config.width == 6
     before, after = (lines(tmp_path / name, "eval")[0]["psnr"] for name in ("w", "wider"))
     assert after == pytest.approx(before, abs=0.01)
-    said = fails(capsys, *arguments, "--train.workdir", tmp_path / "v", "--model.width", "2")
-    assert "train.init_from" in said and "model.width is 4 there and 2 here" in said
+    said = fails(capsys, *arguments, "--run.workdir", tmp_path / "v", "--model.width", "2")
+    assert "run.init_from" in said and "model.width is 4 there and 2 here" in said
 
 
 def test_the_moving_average_is_evaluated_saved_and_loaded(config_file, tmp_path, capsys):
     workdir = tmp_path / "w"
-    arguments = ["train", "--config", config_file, "--train.workdir", str(workdir), "--loss.cr", "0", "--train.ema", "0.5"]
+    arguments = ["train", "--config", config_file, "--run.workdir", str(workdir), "--loss.cr", "0", "--optim.ema", "0.5"]
     assert main(arguments) == 0
     assert {entry["weights"] for entry in lines(workdir, "eval")} == {"ema"}
-    _, config = load_checkpoint_with_config(workdir / "checkpoints" / "4")
+    _, config = load_with_info(workdir / "checkpoints" / "4")
     assert config["weights"] == "ema"
     assert main(["eval", "--checkpoint", str(workdir / "checkpoints" / "4"), "--data", "scenes", "--output", str(tmp_path / "out")]) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["weights"] == "ema" and summary["step"] == 4
     # It can be given up and taken up again.
-    assert main([*arguments, "--train.ema", "0", "--train.steps", "5"]) == 0
+    assert main([*arguments, "--optim.ema", "0", "--optim.steps", "5"]) == 0
     assert lines(workdir, "eval")[-1]["weights"] == "params"
-    assert main([*arguments, "--train.steps", "6"]) == 0
+    assert main([*arguments, "--optim.steps", "6"]) == 0
     said = capsys.readouterr().out
-    assert "train.ema: 0.5 -> 0.0" in said and "train.ema: 0.0 -> 0.5" in said
+    assert "optim.ema: 0.5 -> 0.0" in said and "optim.ema: 0.0 -> 0.5" in said
 
 
 def test_checkpoints_between_evaluations_are_not_the_best(config_file, tmp_path):
-    options = ["--train.save_every", "1", "--train.eval_every", "3", "--train.steps", "5", "--loss.cr", "0"]
-    assert main(["train", "--config", config_file, "--train.workdir", str(tmp_path / "w"), *options]) == 0
+    options = ["--run.save_every", "1", "--run.eval_every", "3", "--optim.steps", "5", "--loss.cr", "0"]
+    assert main(["train", "--config", config_file, "--run.workdir", str(tmp_path / "w"), *options]) == 0
     kept = {int(p.name) for p in (tmp_path / "w" / "checkpoints").iterdir() if p.name.isdigit()}
     scores = {entry["step"]: entry["psnr"] for entry in lines(tmp_path / "w", "eval")}
     best = max(scores, key=scores.get)
     assert set(scores) == {3, 5} and kept == {4, 5, best}
-    assert load_checkpoint_with_config(tmp_path / "w")[1]["step"] == best
+    assert load_with_info(tmp_path / "w")[1]["step"] == best
 
 
 def test_a_full_disk_is_one_line(config_file, tmp_path, capsys, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    said = fails(capsys, "train", "--config", config_file, "--train.workdir", tmp_path / "w", "--loss.cr", "0")
+    said = fails(capsys, "train", "--config", config_file, "--run.workdir", tmp_path / "w", "--loss.cr", "0")
     # 1.1 times the arrays and a megabyte
     assert "no checkpoint can be written to" in said and "1.2 MB must be free and the disk has 0.0 MB" in said
 
 
 def test_tensorboard_gets_scalars_and_panels(config_file, tmp_path):
     workdir = tmp_path / "w"
-    assert main(["train", "--config", config_file, "--train.workdir", str(workdir), "--loss.cr", "0", "--train.tensorboard", "True"]) == 0
+    assert main(["train", "--config", config_file, "--run.workdir", str(workdir), "--loss.cr", "0", "--run.tensorboard", "True"]) == 0
     (events,) = (workdir / "tensorboard").iterdir()
     data = events.read_bytes()
     assert all(tag in data for tag in (b"train/l1", b"train/offset_max", b"eval/psnr", b"hazy_restored_clear"))
 
 
 def test_offsets_that_run_away_are_told(config_file, tmp_path, capsys):
-    options = ["--train.learning_rate", "300", "--train.steps", "3", "--loss.cr", "0", "--train.eval_every", "9"]
-    main(["train", "--config", config_file, "--train.workdir", str(tmp_path / "w"), *options])
+    options = ["--optim.learning_rate", "300", "--optim.steps", "3", "--loss.cr", "0", "--run.eval_every", "9"]
+    main(["train", "--config", config_file, "--run.workdir", str(tmp_path / "w"), *options])
     assert "the deformable layers look" in (said := capsys.readouterr().out) and "out of the crop of 16" in said
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(config_file, tmp_path, capsys):
     workdir = tmp_path / "w"
     options = [
-        "--train.workdir",
+        "--run.workdir",
         workdir,
-        "--train.learning_rate",
+        "--optim.learning_rate",
         "1e30",
-        "--train.log_every",
+        "--run.log_every",
         "10",
-        "--train.eval_every",
+        "--run.eval_every",
         "1",
         "--loss.cr",
         "0",
@@ -156,12 +156,12 @@ def test_a_damaged_training_image_stops_the_run_and_loses_no_step(config_file, t
         monkeypatch.setattr(Pair, "read", read_late)
     workdir, held = tmp_path / "w", tmp_path / "held"
     picture(held / "hazy" / "a.png", (16, 16)), picture(held / "clear" / "a.png", (16, 16))
-    options = ["--train.workdir", workdir, "--train.eval_every", "9", "--loss.cr", "0", "--data.hazy", tmp_path / "hazy"]
-    options += ["--data.clear", tmp_path / "clear", "--data.eval_hazy", held / "hazy", "--data.eval_clear", held / "clear"]
+    options = ["--run.workdir", workdir, "--run.eval_every", "9", "--loss.cr", "0"]
+    options += ["--data.train", f"{tmp_path / 'hazy'},{tmp_path / 'clear'}", "--data.eval", held]
     arguments = ["train", "--config", config_file, *map(str, options)]
     said = fails(capsys, *arguments)
     assert (f"there is no file {damaged}" if gone else f"{damaged.name} cannot be read") in said
-    assert f"the state after step 2 is saved in {workdir}, and the same command continues from it" in said
+    assert f"the state after step 2 is saved in {workdir}, and the same command resumes from it" in said
     monkeypatch.undo()
     assert [p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()] == ["2"]
     damaged.write_bytes(whole)
@@ -175,26 +175,26 @@ def test_a_damaged_evaluation_image_is_found_before_training(config_file, tmp_pa
         for i in range(3):
             picture(tmp_path / side / f"{i}.png", (20, 20))
     (tmp_path / "hazy" / "1.png").write_bytes(b"")
-    folders = ["--data.eval_hazy", tmp_path / "hazy", "--data.eval_clear", tmp_path / "clear"]
-    assert "1.png is not an image file" in fails(capsys, "train", "--config", config_file, "--train.workdir", tmp_path / "w", *folders)
+    folders = ["--data.eval", f"{tmp_path / 'hazy'},{tmp_path / 'clear'}"]
+    assert "1.png is not an image file" in fails(capsys, "train", "--config", config_file, "--run.workdir", tmp_path / "w", *folders)
     assert not (tmp_path / "w").exists()
 
 
 def test_train_refuses_bad_input(config_file, tmp_path, capsys):
     def train(*arguments):
-        return fails(capsys, "train", "--config", config_file, "--train.workdir", tmp_path / "w", *arguments)
+        return fails(capsys, "train", "--config", config_file, "--run.workdir", tmp_path / "w", *arguments)
 
-    assert "unknown setting --train.setps; nearest: --train.steps" in train("--train.setps", "5")
-    assert train("--train.batch", "6").endswith("train.batch (=6) must divide by the 8 devices, such as 8")
+    assert "unknown setting --train.setps; nearest: --optim.steps" in train("--train.setps", "5")
+    assert train("--optim.batch", "6").endswith("optim.batch (=6) must divide by the 8 devices, such as 8")
     assert "there is no VGG-19 file none.safetensors" in train("--loss.features", "none.safetensors")
     assert "smaller than a crop: data.crop (=32) must be at most 24" in train("--data.crop", "32")
     (tmp_path / "empty").mkdir()
-    assert "no pairs in" in train("--data.hazy", tmp_path / "empty", "--data.clear", tmp_path / "empty")
+    assert "no pairs in" in train("--data.train", tmp_path / "empty")
     picture(tmp_path / "h" / "1_1.png", (20, 20)), picture(tmp_path / "c" / "1.png", (20, 20))
-    assert "nothing to evaluate on" in train("--data.hazy", tmp_path / "h", "--data.clear", tmp_path / "c")
+    assert "nothing to evaluate on" in train("--data.train", f"{tmp_path / 'h'},{tmp_path / 'c'}")
     assert not (tmp_path / "w").exists()
     (tmp_path / "file").write_text("")
-    assert "cannot be written" in fails(capsys, "train", "--config", config_file, "--train.workdir", tmp_path / "file")
+    assert "cannot be written" in fails(capsys, "train", "--config", config_file, "--run.workdir", tmp_path / "file")
     assert "--config FILE is missing" in fails(capsys, "train")
 
 
@@ -283,7 +283,7 @@ def test_dehaze_refuses_bad_input_and_keeps_the_inputs(model_dir, tmp_path, caps
 
 
 def test_tiles_are_near_the_whole(model_dir):
-    from aecr_jax.restore import Restorer, restore_tiled
+    from aecr_jax.inference.restore import Restorer, restore_tiled
 
     restorer = Restorer(load_checkpoint(model_dir))
     y, x = np.mgrid[0:90, 0:130].astype(np.float32)
@@ -295,7 +295,7 @@ def test_tiles_are_near_the_whole(model_dir):
 
 def test_tiling_blends_to_one(model_dir):
     """With an identity in place of the model, tiles that overlap give the image back."""
-    from aecr_jax.restore import restore_tiled
+    from aecr_jax.inference.restore import restore_tiled
 
     image = np.random.default_rng(0).random((70, 101, 3), np.float32)
     np.testing.assert_allclose(restore_tiled(lambda tile: tile, image, tile=32, overlap=8), image, atol=1e-6)
@@ -320,13 +320,13 @@ def test_report_is_one_page_with_everything(run, tmp_path, capsys):
     last = lines(run, "eval")[-1]
     assert f"<td>{last['psnr']:.2f}</td><td>{last['ssim']:.4f}</td>" in page
     assert page.count("<svg") == 13 and page.count("data:image/jpeg;base64,") == 2
-    assert "d_ap_5" in page and "learning_rate" in page and "jaxlib" in page and "scene_size" in page
+    assert "d_ap_5" in page and "learning_rate" in page and "jaxlib" in page and "scenes:4:32x24" in page
     assert "http" not in page.replace("<meta http-equiv=", "") and "src='data:" in page  # nothing from elsewhere
     assert "is no work directory of a run" in fails(capsys, "report", tmp_path)
 
 
 def test_ticks_are_round_and_enclose():
-    from aecr_jax.report import _log_ticks, _ticks
+    from aecr_jax.training.report import _log_ticks, _ticks
 
     assert _ticks(0.0, 9.7) == [0, 2, 4, 6, 8, 10]
     assert _ticks(5.0, 5.0)[0] <= 5 <= _ticks(5.0, 5.0)[-1]

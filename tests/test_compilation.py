@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from aecr_jax import compilation
 from aecr_jax.compilation import tidy
 
@@ -24,9 +26,10 @@ def environment(tmp_path):
     return mine | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
 
 
+@pytest.mark.slow
 def test_a_second_start_compiles_nothing(tmp_path, config_file):
     def start(workdir):
-        command = ["train", "--config", config_file, "--train.workdir", str(tmp_path / workdir), "--train.steps", "2"]
+        command = ["train", "--config", config_file, "--run.workdir", str(tmp_path / workdir), "--optim.steps", "2"]
         done = subprocess.run(
             [sys.executable, "-c", _COUNT, *command], env=environment(tmp_path), capture_output=True, text=True, check=True
         )
@@ -100,6 +103,7 @@ def test_a_folder_that_cannot_be_written_is_no_cache(tmp_path):
     assert done.stdout.startswith("None")
 
 
+@pytest.mark.slow
 def test_numbers_of_the_official_code_with_the_flags_of_the_commands():
     """The comparisons with PyTorch once more, as users run: optimized, and with the CPU flag. (The tests compile without optimization.)"""
     flags = "--xla_force_host_platform_device_count=8"

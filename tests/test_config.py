@@ -1,74 +1,82 @@
+import dataclasses
 import runpy
 from pathlib import Path
 
 import pytest
 
 from aecr_jax import UserError
-from aecr_jax.config import Config, TrainConfig, load_config, override
+from aecr_jax.data.sources import DataConfig
+from aecr_jax.renamed import migrate
+from aecr_jax.training.config import Config, OptimConfig, load_config, override
 
+IMPORTS = "from aecr_jax.networks.aecr_net import AECRNetConfig\nfrom aecr_jax.training.config import *\n"
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
 
 def test_overrides_are_typed():
     arguments = [
-        "--train.steps",
+        "--optim.steps",
         "7",
         "--model.fast_deconv",
         "False",
         "--model.mixup=sum",
-        "--data.scene_size",
-        "48",
-        "64",
+        "--data.train",
+        "scenes:4:64x48",
         "--loss.cr",
         "0",
     ]
     config = override(Config(), arguments)
-    assert config.train.steps == 7 and config.model.fast_deconv is False and config.model.mixup == "sum"
-    assert config.data.scene_size == (48, 64) and config.loss.cr == 0.0
+    assert config.optim.steps == 7 and config.model.fast_deconv is False and config.model.mixup == "sum"
+    assert config.data.train == "scenes:4:64x48" and config.loss.cr == 0.0
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--train.stps", "5"], r"unknown setting --train.stps; nearest: --train.steps"),
-        (["--steps", "5"], r"unknown setting --steps; nearest: --train.steps"),
+        (["--optim.stps", "5"], r"unknown setting --optim.stps; nearest: --optim.steps"),
+        (["--steps", "5"], r"unknown setting --steps; nearest: --optim.steps"),
         (["--zebra", "5"], r"unknown setting --zebra; --help lists them"),
-        (["--train.steps", "many"], r"train.steps.*'many'"),
-        (["--model.mixup", "mean"], r"'mean'.*model.mixup.*'adaptive', 'sum', 'none'"),
-        (["--train.steps"], r"^Missing value for argument '--train.steps'"),
-        (["--data.cache"], r"^Missing value for argument '--data.cache'"),
+        (["--optim.steps", "many"], r"optim.steps.*'many'"),
+        (["--model.mixup", "mean"], r"model.mixup \(='mean'\) must be one of 'adaptive', 'sum', 'none'"),
+        (["--optim.steps"], r"^--optim.steps has no value"),
+        (["--data.cache"], r"^--data.cache has no value"),
+        (["--data.cache", "--optim.steps", "5"], r"^--data.cache has no value"),
+        (["--data.cache", "yes"], r"data.cache \(='yes'\) must be True or False"),
         (["stray"], r"stray"),
-        (["--train.seed", "-1"], r"train.seed \(=-1\) must be at least 0"),
-        (["--data.scene_size", "0", "0"], r"data.scene_size \(=0\) must be at least 8"),
+        (["--run.seed", "-1"], r"run.seed \(=-1\) must be at least 0"),
+        (["--data.crop", "3"], r"data.crop \(=3\) must be at least 4"),
         (["--model.dtype", "float64"], r"float64 needs the environment variable JAX_ENABLE_X64=1"),
-        (["--train.batch", "0"], r"train.batch \(=0\) must be at least 1"),
-        (["--model.width", "0"], r"width \(=0\) must be at least 1"),
-        (["--train.learning_rate", "-1"], r"train.learning_rate \(=-1.0\) must be positive"),
-        (["--loss.negatives", "17"], r"loss.negatives \(=17\) must be at most train.batch / train.accumulate \(=16\)"),
-        (["--data.hazy", "x"], r"data.clear is not set"),
-        (["--train.workdir", "gs://bucket/run"], r"train.workdir \(=gs://bucket/run\) must be a folder"),
-        (["--train.processes", "2"], r"train.coordinator \(=''\) must be HOST:PORT"),
-        (["--train.freeze_stats_after", "-2"], r"train.freeze_stats_after \(=-2\) must be at least -1"),
-        (["--train.freeze_stats_after", "0"], r"train.freeze_stats_after \(=0\) needs train.init_from"),
-        (["--train.ema", "1"], r"train.ema \(=1.0\) must be less than 1"),
-        (["--data.clear", "x"], r"data.clear is set without data.hazy or data.depth"),
-        (["--data.eval_hazy", "x"], r"data.eval_hazy and data.eval_clear go together"),
-        (["--train.workdir", ""], r"train.workdir \(=''\) must name a folder"),
-        (["--train.learning_rate", "inf"], r"train.learning_rate \(=inf\) must be a finite number"),
-        (["--train.offset_rate", "inf"], r"train.offset_rate \(=inf\) must be a finite number"),
+        (["--optim.batch", "0"], r"optim.batch \(=0\) must be at least 1"),
+        (["--model.width", "0"], r"^model.width \(=0\) must be at least 1"),
+        (["--optim.learning_rate", "-1"], r"optim.learning_rate \(=-1.0\) must be positive"),
+        (["--loss.negatives", "17"], r"loss.negatives \(=17\) must be at most optim.batch / optim.accumulate \(=16\)"),
+        (["--data.hazy", "x"], r"unknown setting --data.hazy; it is --data.train HAZY,CLEAR now"),
+        (["--train.steps", "5"], r"unknown setting --train.steps; it is --optim.steps now"),
+        (["--train.workdir=x"], r"unknown setting --train.workdir; it is --run.workdir now"),
+        (["--model.name", "aecr"], r"model.name \(='aecr'\) must be one of the networks, such as aecr_net"),
+        (["--run.workdir", "gs://bucket/run"], r"run.workdir \(=gs://bucket/run\) must be a folder"),
+        (["--run.processes", "2"], r"run.coordinator \(=''\) must be HOST:PORT"),
+        (["--optim.freeze_stats_after", "-2"], r"optim.freeze_stats_after \(=-2\) must be at least -1"),
+        (["--optim.freeze_stats_after", "0"], r"optim.freeze_stats_after \(=0\) needs run.init_from"),
+        (["--optim.ema", "1"], r"optim.ema \(=1.0\) must be less than 1"),
+        (["--data.train", ""], r"data.train is empty: name a folder, HAZY,CLEAR"),
+        (["--data.eval", "x", "--data.holdout", "5"], r"data.holdout \(=5\) and data.eval \(=x\) both say what to evaluate on"),
+        (["--run.workdir", ""], r"run.workdir \(=''\) must name a folder"),
+        (["--optim.learning_rate", "inf"], r"optim.learning_rate \(=inf\) must be a finite number"),
+        (["--optim.offset_rate", "inf"], r"optim.offset_rate \(=inf\) must be a finite number"),
         (["--loss.cr", "nan"], r"loss.cr \(=nan\) must be a finite number"),
-        (["--train.coordinator", "x"], r"train.coordinator \(='x'\) must be HOST:PORT"),
-        (["--train.coordinator", "localhost:abc"], r"train.coordinator \(='localhost:abc'\) must be HOST:PORT"),
-        (["--train.coordinator", "localhost:99999"], r"train.coordinator \(='localhost:99999'\) must be HOST:PORT"),
-        (["--train.seed", str(2**63)], r"train.seed \(=9223372036854775808\) must be at most 9223372036854775807"),
-        (["--train.steps", str(2**64)], r"train.steps \(=18446744073709551616\) must be at most 2147483647"),
+        (["--run.coordinator", "x"], r"run.coordinator \(='x'\) must be HOST:PORT"),
+        (["--run.coordinator", "localhost:abc"], r"run.coordinator \(='localhost:abc'\) must be HOST:PORT"),
+        (["--run.coordinator", "localhost:99999"], r"run.coordinator \(='localhost:99999'\) must be HOST:PORT"),
+        (["--run.seed", str(2**63)], r"run.seed \(=9223372036854775808\) must be at most 9223372036854775807"),
+        (["--optim.steps", str(2**64)], r"optim.steps \(=18446744073709551616\) must be at most 2147483647"),
         (["--data.threads", "100000"], r"data.threads \(=100000\) must be at most 256"),
-        (["--train.learning_rate", "1" + 400 * "0"], r"^train.learning_rate \(=inf\) must be a finite number"),
-        (["--train.steps", "x"], r"^train.steps \(='x'\) must be an integer$"),
-        (["--train.steps", ""], r"^train.steps \(=''\) must be an integer$"),
-        (["--loss.cr", "a: b"], r"^loss.cr \(='a: b'\) must be a number$"),
-        (["extra"], r"^Unrecognized options: extra$"),
-        (["--model.width", "1000000"], r"^model.width \(=1000000\) must be at least 1 and at most 4096"),
+        (["--model.width", "1000000"], r"^model.width \(=1000000\) must be at most 4096"),
+        (["--optim.learning_rate", "1" + 400 * "0"], r"^optim.learning_rate \(=inf\) must be a finite number"),
+        (["--optim.steps", "x"], r"^optim.steps \(='x'\) must be an integer$"),
+        (["--optim.steps", ""], r"^optim.steps \(=''\) must be an integer$"),
+        (["--loss.cr", "a: b"], r"^loss.cr \(='a: b'\) must be a finite number$"),
+        (["extra"], r"^unexpected argument extra: settings are given as"),
     ],
 )
 def test_a_wrong_setting_is_one_clear_line(arguments, message):
@@ -78,34 +86,90 @@ def test_a_wrong_setting_is_one_clear_line(arguments, message):
 
 
 def test_a_config_file_with_an_unknown_optimizer():
-    with pytest.raises(UserError, match=r"train.optimizer \(='Muon'\) must be one of 'adam', 'muon'"):
-        Config(train=TrainConfig(optimizer="Muon")).validate()
+    with pytest.raises(UserError, match=r"optim.optimizer \(='Muon'\) must be one of 'adam', 'muon'"):
+        Config(optim=OptimConfig(optimizer="Muon")).validate()
+
+
+def variants(path):
+    found = runpy.run_path(str(path))
+    return [f"{path}:{name}" for name in found["configs"]] if "configs" in found else [str(path)]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_config_loads_and_says_how_to_run_it(path):
-    load_config(path).validate()
+    for variant in variants(path):
+        load_config(variant).validate()
     text = runpy.run_path(str(path))["__doc__"]
     assert f"python train.py --config configs/{path.name}" in text
     assert all(word in text for word in ("Command:", "Hardware:", "Time:", "Expected score:"))
 
 
-def test_one_config_for_each_row_of_table_2():
-    switches = {path.stem: load_config(path) for path in CONFIGS}
-    rows = {
-        name: (c.model.dfe, c.model.mixup, c.loss.cr, c.loss.negatives)
-        for name, c in switches.items()
-        if name.startswith("table2") or name == "its"
-    }
+def test_one_config_for_each_row_of_table_2_and_each_rate_of_table_4():
+    rows = {}
+    for variant in (v for name in ("its", "table2", "table4") for v in variants(CONFIGS[0].parent / f"{name}.py")):
+        c = load_config(variant)
+        rows[Path(variant).name] = (c.model.dfe, c.model.mixup, c.loss.cr, c.loss.positives, c.loss.negatives)
     assert rows == {
-        "table2_base": ("none", "none", 0, 1),
-        "table2_base_mixup": ("none", "adaptive", 0, 1),
-        "table2_base_dfe": ("after", "none", 0, 1),
-        "table2_base_dfe_sc": ("after", "sum", 0, 1),
-        "table2_base_dfe_mixup": ("after", "adaptive", 0, 1),
-        "table2_cr_positive": ("after", "adaptive", 0.1, 0),
-        "its": ("after", "adaptive", 0.1, 1),
+        "table2.py:base": ("none", "none", 0, 1, 1),
+        "table2.py:base_mixup": ("none", "adaptive", 0, 1, 1),
+        "table2.py:base_dfe": ("after", "none", 0, 1, 1),
+        "table2.py:base_dfe_sc": ("after", "sum", 0, 1, 1),
+        "table2.py:base_dfe_mixup": ("after", "adaptive", 0, 1, 1),
+        "table2.py:cr_positive": ("after", "adaptive", 0.1, 1, 0),
+        "its.py:paper": ("after", "adaptive", 0.1, 1, 1),
+        "its.py:laptop": ("after", "adaptive", 0.1, 1, 1),
+        "table4.py:1:10": ("after", "adaptive", 0.1, 1, 10),
+        "table4.py:10:1": ("after", "adaptive", 0.1, 10, 1),
+        "table4.py:10:10": ("after", "adaptive", 0.1, 10, 10),
     }
+
+
+def test_a_config_file_with_several_configs(tmp_path):
+    path = tmp_path / "two.py"
+    one, two = (f"Config(optim=OptimConfig(steps={n}))" for n in (1, 2))
+    path.write_text(f"from aecr_jax.training.config import *\nconfigs = {{'a': {one}, 'b:c': {two}}}\n")
+    assert [load_config(f"{path}{name}").optim.steps for name in ("", ":a", ":b:c")] == [1, 1, 2]
+    with pytest.raises(UserError, match=r"two.py has no config 'b'; it has a, b:c"):
+        load_config(f"{path}:b")
+
+
+def test_a_config_file_of_version_0_1_0_is_told_the_new_names(tmp_path):
+    (tmp_path / "old.py").write_text("from aecr_jax.training.config import Config, TrainConfig\n")
+    with pytest.raises(UserError, match="TrainConfig is OptimConfig and RunConfig now"):
+        load_config(tmp_path / "old.py")
+    (tmp_path / "hazy.py").write_text("from aecr_jax.training.config import *\nconfig = Config(data=DataConfig(hazy='x', clear='y'))\n")
+    with pytest.raises(UserError, match=r"unknown setting data.hazy; it is --data.train HAZY,CLEAR now"):
+        load_config(tmp_path / "hazy.py")
+
+
+def test_saved_configs_of_version_0_1_0_are_migrated():
+    """The config.json of the first runs, with each way that they had to name images."""
+    train = {"workdir": "runs/x", "steps": 7, "batch": 2, "ema": 0.9, "seed": 3, "log_every": 5}
+    data = {"dataset": "", "eval_dataset": "", "data_dir": "d", "split": "", "hazy": "", "clear": "", "depth": "", "eval_hazy": ""}
+    data |= {
+        "eval_clear": "",
+        "holdout": 0,
+        "scenes": 150,
+        "scene_size": [144, 192],
+        "crop": 96,
+        "threads": 2,
+        "workers": 0,
+        "cache": False,
+    }
+    old = {"model": {"width": 16}, "data": data, "loss": {"cr": 0.1}, "train": train}
+    new = migrate(old)
+    assert new["optim"] == {"steps": 7, "batch": 2, "ema": 0.9} and new["run"] == {"workdir": "runs/x", "seed": 3, "log_every": 5}
+    assert new["data"]["train"] == "scenes:150:192x144" and new["data"]["eval"] == "" and new["data"]["crop"] == 96
+    assert set(new["data"]) == {field.name for field in dataclasses.fields(DataConfig)}
+    for changes, source, evaluation in [
+        ({"hazy": "h", "clear": "c", "eval_hazy": "a", "eval_clear": "b"}, "h,c", "a,b"),
+        ({"clear": "c", "depth": "d", "holdout": 5}, "clear=c,depth=d", ""),
+        ({"dataset": "reside/its", "eval_dataset": "reside/sots_indoor"}, "reside/its", "reside/sots_indoor"),
+        ({"dataset": "nh_haze", "split": "nh_haze_50_5"}, "nh_haze@nh_haze_50_5/train", "nh_haze@nh_haze_50_5/test"),
+    ]:
+        migrated = migrate(old | {"data": data | changes})["data"]
+        assert (migrated["train"], migrated["eval"]) == (source, evaluation)
+    assert migrate(new) == new
 
 
 def test_bad_config_files(tmp_path):
@@ -114,8 +178,8 @@ def test_bad_config_files(tmp_path):
     (tmp_path / "empty.py").write_text("x = 1\n")
     with pytest.raises(UserError, match=r"must set `config = Config\(...\)`, not NoneType"):
         load_config(tmp_path / "empty.py")
-    (tmp_path / "typo.py").write_text("from aecr_jax.config import *\nconfig = Config(train=TrainConfig(stesp=3))\n")
-    with pytest.raises(UserError, match=r"unknown setting stesp; nearest: --train\.steps"):
+    (tmp_path / "typo.py").write_text("from aecr_jax.training.config import *\nconfig = Config(optim=OptimConfig(stesp=3))\n")
+    with pytest.raises(UserError, match=r"unknown setting optim.stesp; nearest: --optim\.steps"):
         load_config(tmp_path / "typo.py")
     (tmp_path / "quits.py").write_text("import sys\nsys.exit(0)\n")
     with pytest.raises(UserError, match="fails: SystemExit: 0"):
@@ -128,31 +192,29 @@ def test_bad_config_files(tmp_path):
 @pytest.mark.parametrize(
     ("section", "setting", "message"),
     [
-        ("model=ModelConfig", 'shared="False"', r"shared \(='False'\) must be True or False"),
-        ("model=ModelConfig", "width=16.0", r"width \(=16.0\) must be an integer"),
-        ("data=DataConfig", "scene_size=64", r"data.scene_size \(=64\) must be \(an integer, an integer\)"),
-        ("data=DataConfig", "scene_size=(64, 64, 3)", r"data.scene_size \(=\(64, 64, 3\)\) must be \(an integer, an integer\)"),
-        ("data=DataConfig", "hazy=None", r"data.hazy \(=None\) must be a string"),
+        ("model=AECRNetConfig", 'shared="False"', r"shared \(='False'\) must be True or False"),
+        ("model=AECRNetConfig", "width=16.0", r"width \(=16.0\) must be an integer"),
+        ("data=DataConfig", "train=None", r"data.train \(=None\) must be a string"),
         ("data=DataConfig", "cache=1", r"data.cache \(=1\) must be True or False"),
         ("loss=LossConfig", "cr=True", r"loss.cr \(=True\) must be a finite number"),
-        ("train=TrainConfig", "eval_every=2.5", r"train.eval_every \(=2.5\) must be an integer"),
-        ("train=TrainConfig", 'steps="3"', r"train.steps \(='3'\) must be an integer"),
-        ("train=TrainConfig", 'learning_rate="1e-3"', r"train.learning_rate \(='1e-3'\) must be a finite number"),
-        ("train=TrainConfig", "learning_rate=10**400", r"train.learning_rate \(=10+\) must be a finite number"),
-        ("train=TrainConfig", "ema=None", r"train.ema \(=None\) must be a finite number"),
-        ("train=TrainConfig", "schedule=None", r"train.schedule \(=None\) must be one of 'cosine', 'constant'"),
-        ("train=LossConfig", "cr=0.1", r"train \(=LossConfig\(.*\) must be a TrainConfig"),
+        ("run=RunConfig", "eval_every=2.5", r"run.eval_every \(=2.5\) must be an integer"),
+        ("optim=OptimConfig", 'steps="3"', r"optim.steps \(='3'\) must be an integer"),
+        ("optim=OptimConfig", 'learning_rate="1e-3"', r"optim.learning_rate \(='1e-3'\) must be a finite number"),
+        ("optim=OptimConfig", "learning_rate=10**400", r"optim.learning_rate \(=10+\) must be a finite number"),
+        ("optim=OptimConfig", "ema=None", r"optim.ema \(=None\) must be a finite number"),
+        ("optim=OptimConfig", "schedule=None", r"optim.schedule \(=None\) must be one of 'cosine', 'constant'"),
+        ("optim=LossConfig", "cr=0.1", r"optim \(=LossConfig\(.*\) must be a OptimConfig"),
     ],
 )
 def test_the_values_of_a_config_file_have_the_annotated_types(tmp_path, section, setting, message):
     """Python checks no annotations: "False" would be true, and 2.5 would divide no step."""
     path = tmp_path / "wrong.py"
-    path.write_text(f"from aecr_jax.config import *\nconfig = Config({section}({setting}))\n")
+    path.write_text(f"{IMPORTS}config = Config({section}({setting}))\n")
     with pytest.raises(UserError, match=message) as error:
         load_config(path)
     assert "\n" not in str(error.value) and str(path) in str(error.value)
 
 
 def test_integers_are_numbers_too(tmp_path):
-    (tmp_path / "right.py").write_text("from aecr_jax.config import *\nconfig = Config(loss=LossConfig(cr=0), train=TrainConfig(ema=0))\n")
+    (tmp_path / "right.py").write_text(f"{IMPORTS}config = Config(loss=LossConfig(cr=0), optim=OptimConfig(ema=0))\n")
     assert load_config(tmp_path / "right.py").loss.cr == 0

@@ -1,4 +1,3 @@
-import json
 import sys
 from pathlib import Path
 
@@ -11,12 +10,13 @@ from reference import load, nhwc, official_weights, vgg19, vgg19_tensors
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from aecr_jax import ModelConfig, UserError, VGG19Features, load_checkpoint, load_vgg19
+from aecr_jax import AECRNetConfig, UserError, VGG19Features, load_checkpoint, load_vgg19
 from aecr_jax.__main__ import main
-from aecr_jax.checkpoint import export_model
-from aecr_jax.convert import convert_aecr, convert_vgg
-from aecr_jax.model import AECRNet, get_arrays
-from aecr_jax.official import NAMES, official_arrays, our_arrays
+from aecr_jax.convert.aecr_net import NAMES, convert_aecr, official_arrays, our_arrays
+from aecr_jax.convert.vgg import convert_vgg
+from aecr_jax.inference.weights import save_checkpoint
+from aecr_jax.networks.aecr_net import AECRNet
+from aecr_jax.networks.arrays import get_arrays
 
 GENUINE = Path(__file__).parents[2] / "shared" / "weights" / "vgg19_caffe_to_conv5_1.safetensors"
 INDICES = (0, 2, 5, 7, 10, 12, 14, 16, 19, 21, 23, 25, 28)
@@ -39,27 +39,20 @@ def test_safetensors_of_torchvision_or_timm(tmp_path):
         tensors |= {f"features.{index}.weight": weight, f"features.{index}.bias": bias}
     save_file(tensors, tmp_path / "timm.safetensors")
     said = convert_vgg(tmp_path / "timm.safetensors", tmp_path / "ours.safetensors")
-    assert "5 of 5 levels, zeros padding" in said
+    assert "5 of 5 levels, input RGB in [0, 1]" in said
     x = jnp.ones((1, 16, 16, 3)) * jnp.linspace(0, 1, 16).reshape(1, 1, 16, 1)
     for ours, expected in zip(load_vgg19(tmp_path / "ours.safetensors")(x), vgg19(seed)(x)):
         np.testing.assert_array_equal(ours, expected)
     with safe_open(tmp_path / "ours.safetensors", "np") as file:
         metadata = file.metadata()
-    assert {"source", "sha256", "licence", "convention"} <= set(metadata) and len(metadata["sha256"]) == 64
-    assert json.loads(metadata["convention"]) == {"padding": "zeros", "input": "rgb01"}
+    assert {"source", "sha256", "licence"} <= set(metadata) and len(metadata["sha256"]) == 64
 
 
-def test_npz_with_reflection_and_aux_layers(tmp_path):
-    rng = np.random.default_rng(0)
-    arrays = {"conv0_w": np.ones((3, 3, 1, 1), np.float32), "conv1_1_w": np.full((2, 3, 3, 3), 9, np.float32)}
-    for name, shape in {"conv1_1_rgb01": (2, 3, 3, 3), "aux1_1": (5, 2, 1, 1), "conv1_2": (2, 2, 3, 3), "conv2_1": (4, 2, 3, 3)}.items():
-        arrays |= {f"{name}_w": rng.standard_normal(shape).astype(np.float32), f"{name}_b": np.ones(shape[0], np.float32)}
-    np.savez(tmp_path / "narrow.npz", **arrays)
-    assert "2 of 5 levels, reflect padding" in convert_vgg(tmp_path / "narrow.npz", tmp_path / "ours.safetensors")
-    features = load_vgg19(tmp_path / "ours.safetensors")(jnp.full((1, 4, 4, 3), 0.5))
-    first = np.maximum(arrays["conv1_1_rgb01_w"].sum((1, 2, 3)) * 0.5 + 1, 0)  # by hand: a flat image under reflection
-    np.testing.assert_allclose(features[0][0, 0, 0], arrays["aux1_1_w"][:, :, 0, 0] @ first + 1, rtol=1e-5)
-    assert [f.shape[-1] for f in features] == [5, 4]
+def test_a_network_that_ends_early_serves_fewer_levels(tmp_path):
+    tensors = {name: tensor for name, tensor in small_vgg().items() if int(name.split(".")[1]) <= 7}
+    np.savez(tmp_path / "early.npz", **tensors)
+    assert "2 of 5 levels" in convert_vgg(tmp_path / "early.npz", tmp_path / "ours.safetensors")
+    assert load_vgg19(tmp_path / "ours.safetensors").levels == 2
 
 
 @pytest.mark.parametrize(
@@ -137,7 +130,7 @@ def test_outputs_replace_no_inputs(tmp_path):
         convert_vgg(tmp_path / "x.safetensors", tmp_path / "x.safetensors")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match="holds a training run"):
-        export_model(AECRNet(ModelConfig(width=1, blocks=1, dfe="none"), rngs=nnx.Rngs(0)), tmp_path / "run")
+        save_checkpoint(AECRNet(AECRNetConfig(width=1, blocks=1, dfe="none"), rngs=nnx.Rngs(0)), tmp_path / "run")
 
 
 def test_existing_outputs_are_refused_before_the_conversion(tmp_path, capsys, monkeypatch):
@@ -287,7 +280,7 @@ def test_a_failed_way_back_leaves_the_file_that_was_there(tmp_path, monkeypatch)
 
 def test_other_networks_have_no_way_back(tmp_path):
     pytest.importorskip("torch", reason="writing .pth files needs PyTorch")
-    export_model(AECRNet(ModelConfig(width=2, mixup="sum"), rngs=nnx.Rngs(0)), tmp_path / "ours")
+    save_checkpoint(AECRNet(AECRNetConfig(width=2, mixup="sum"), rngs=nnx.Rngs(0)), tmp_path / "ours")
     with pytest.raises(UserError, match="is not the official network"):
         convert_aecr(tmp_path / "ours", tmp_path / "x.pth")
 

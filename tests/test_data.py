@@ -6,12 +6,15 @@ import pytest
 from PIL import Image
 
 from aecr_jax import UserError
-from aecr_jax.config import Config, DataConfig, TrainConfig
-from aecr_jax.data.folders import DepthScene, Pair, clear_names, find_dataset, find_depth_scenes, find_pairs
+from aecr_jax.data.folders import clear_names, find_dataset, find_depth_scenes, find_pairs
 from aecr_jax.data.haze import add_haze, draw_haze
 from aecr_jax.data.images import list_images, panel, read_depth, read_image, write_image
-from aecr_jax.data.pipeline import cache_bytes, eval_images, split_samples, train_batches
+from aecr_jax.data.pipeline import cache_bytes, train_batches
+from aecr_jax.data.reader import eval_images
+from aecr_jax.data.samples import DepthScene, Pair
 from aecr_jax.data.scenes import render_scene
+from aecr_jax.data.sources import DataConfig, split_samples
+from aecr_jax.training.config import Config, OptimConfig, RunConfig
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the research images, which are not in the repository")
@@ -126,8 +129,8 @@ def test_two_files_of_one_name_are_refused(tmp_path):
 
 def test_worker_processes_give_the_same_batches(tmp_path):
     samples = pair_samples(tmp_path)
-    expected = train_batches(samples, small_config())
-    one, three = (train_batches(samples, small_config(workers=n)) for n in (1, 3))
+    expected = batches_of(samples, small_config())
+    one, three = (batches_of(samples, small_config(workers=n)) for n in (1, 3))
     for _ in range(4):
         batch = next(expected)["clear"]
         np.testing.assert_array_equal(next(one)["clear"], batch)
@@ -227,50 +230,54 @@ def pair_samples(tmp_path, count=5, size=(20, 16)):
 
 
 def small_config(**data):
-    return Config(data=DataConfig(crop=8, threads=2, **data), train=TrainConfig(batch=4))
+    return Config(data=DataConfig(crop=8, threads=2, **data), optim=OptimConfig(batch=4))
+
+
+def batches_of(samples, config, **options):
+    return train_batches(samples, config.data, batch=config.optim.batch, seed=config.run.seed, **options)
 
 
 def test_batches_are_aligned_crops_and_fixed_by_the_seed(tmp_path):
     samples, config = pair_samples(tmp_path), small_config()
-    first, second = (train_batches(samples, config) for _ in range(2))
+    first, second = (batches_of(samples, config) for _ in range(2))
     for _ in range(3):
         batch, again = next(first), next(second)
         assert batch["hazy"].shape == (4, 8, 8, 3) and batch["hazy"].dtype == np.float32
         np.testing.assert_allclose(batch["hazy"], 1 - batch["clear"], atol=1e-6)
         np.testing.assert_array_equal(batch["clear"], again["clear"])
-    other = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=1))
-    assert not np.array_equal(next(train_batches(samples, other))["clear"], next(train_batches(samples, config))["clear"])
+    other = dataclasses.replace(config, run=RunConfig(seed=1))
+    assert not np.array_equal(next(batches_of(samples, other))["clear"], next(batches_of(samples, config))["clear"])
 
 
 def test_a_run_goes_on_where_it_stood(tmp_path):
     samples, config = pair_samples(tmp_path), small_config()
-    batches = train_batches(samples, config)
+    batches = batches_of(samples, config)
     next(batches), next(batches)
     expected = next(batches)
     for options in ({}, {"workers": 1}):
-        resumed = train_batches(samples, small_config(**options), start=8)  # two batches of four
+        resumed = batches_of(samples, small_config(**options), start=8)  # two batches of four
         np.testing.assert_array_equal(next(resumed)["clear"], expected["clear"])
-    wider = dataclasses.replace(config, train=TrainConfig(batch=2))  # the position is counted in images
-    np.testing.assert_array_equal(next(train_batches(samples, wider, start=8))["clear"], expected["clear"][:2])
+    wider = dataclasses.replace(config, optim=OptimConfig(batch=2))  # the position is counted in images
+    np.testing.assert_array_equal(next(batches_of(samples, wider, start=8))["clear"], expected["clear"][:2])
 
 
 def test_processes_share_an_epoch_without_overlap(tmp_path):
     """Of 7 one-valued images, two processes that read 14 together see each twice, in two epochs, whoever reads it."""
     for i in range(7):
         picture(tmp_path / "clear" / f"{i}.png", value=i / 10), picture(tmp_path / "hazy" / f"{i}.png", value=i / 10)
-    config = dataclasses.replace(small_config(), train=TrainConfig(batch=2), data=DataConfig(crop=4))
-    parts = [train_batches(find_dataset(tmp_path), config, process_index=i, process_count=2) for i in range(2)]
+    config = dataclasses.replace(small_config(), optim=OptimConfig(batch=2), data=DataConfig(crop=4))
+    parts = [batches_of(find_dataset(tmp_path), config, process_index=i, process_count=2) for i in range(2)]
     seen = [round(float(next(part)["clear"][0, 0, 0, 0]) * 10) for _ in range(7) for part in parts]
     assert sorted(seen[:7]) == sorted(seen[7:]) == list(range(7)) and seen[:7] != seen[7:]
-    with pytest.raises(UserError, match=r"train.batch \(=2\) must divide by the 4 processes"):
-        train_batches(find_dataset(tmp_path), config, process_count=4)
+    with pytest.raises(UserError, match=r"optim.batch \(=2\) must divide by the 4 processes"):
+        batches_of(find_dataset(tmp_path), config, process_count=4)
 
 
 def test_processes_read_together_what_one_reads_alone(tmp_path):
     """The same images, crops and turns, so that a run may go on with another number of processes."""
     samples, config = pair_samples(tmp_path), small_config()
-    alone = train_batches(samples, config)
-    parts = [train_batches(samples, config, process_index=i, process_count=2) for i in range(2)]
+    alone = batches_of(samples, config)
+    parts = [batches_of(samples, config, process_index=i, process_count=2) for i in range(2)]
     for _ in range(4):
         expected, dealt = next(alone)["clear"], [next(part)["clear"] for part in parts]
         np.testing.assert_array_equal(np.concatenate(dealt), expected)
@@ -278,7 +285,7 @@ def test_processes_read_together_what_one_reads_alone(tmp_path):
 
 def test_cached_images_give_the_same_batches(tmp_path):
     samples = pair_samples(tmp_path)
-    plain, cached = (train_batches(samples, small_config(cache=cache)) for cache in (False, True))
+    plain, cached = (batches_of(samples, small_config(cache=cache)) for cache in (False, True))
     for _ in range(5):
         first, second = next(plain), next(cached)
         np.testing.assert_array_equal(first["hazy"], second["hazy"])
@@ -296,7 +303,7 @@ def test_haze_on_the_fly_is_new_in_each_epoch(tmp_path):
     """One grey scene at depth 1 (or 254.5 / 255): the hazy value is A + (J - A) exp(-beta), new every time, within RESIDE's ranges."""
     picture(tmp_path / "rgb" / "0.png", (12, 12), value=0.2)
     write_image(tmp_path / "depth" / "0.png", np.full((12, 12, 3), 1.0) - np.eye(12)[..., None] / 255)
-    batches = train_batches(find_dataset(tmp_path), small_config())
+    batches = batches_of(find_dataset(tmp_path), small_config())
     values = np.concatenate([next(batches)["hazy"][:, 0, 0, 0] for _ in range(5)])
     assert len(set(values.tolist())) > 12
     low, high = 0.7 + (0.2 - 0.7) * np.exp(-0.6), 1.0 + (0.2 - 1.0) * np.exp(-1.8)
@@ -315,7 +322,7 @@ def test_holdout_keeps_all_versions_of_a_scene_together(tmp_path):
         picture(tmp_path / "clear" / f"{scene}.png")
         for version in range(3):
             picture(tmp_path / "hazy" / f"{scene}_{version}.png")
-    data = DataConfig(hazy=str(tmp_path / "hazy"), clear=str(tmp_path / "clear"), holdout=1)
+    data = DataConfig(train=str(tmp_path), holdout=1)
     train, held, _ = split_samples(data)
     assert len(train) == 9 and {pair.clear.name for pair in held} == {"3.png"} and len(held) == 3
     with pytest.raises(UserError, match=r"data.holdout \(=4\) must be less than the 4 clear images"):
@@ -325,10 +332,10 @@ def test_holdout_keeps_all_versions_of_a_scene_together(tmp_path):
 def test_an_image_smaller_than_a_crop_is_named(tmp_path):
     samples = pair_samples(tmp_path)
     with pytest.raises(UserError, match=r"0_1.png is 20x16, smaller than a crop: data.crop \(=17\) must be at most 16"):
-        train_batches(samples, dataclasses.replace(small_config(), data=DataConfig(crop=17)))
+        batches_of(samples, dataclasses.replace(small_config(), data=DataConfig(crop=17)))
     picture(tmp_path / "clear" / "9.png", (6, 6)), picture(tmp_path / "hazy" / "9_1.png", (6, 6))
     with pytest.raises(UserError, match=r"9_1.png is 6x6, smaller than a crop"):
-        batches = train_batches(find_dataset(tmp_path), small_config())
+        batches = batches_of(find_dataset(tmp_path), small_config())
         for _ in range(4):
             next(batches)
 
@@ -337,7 +344,7 @@ def test_a_damaged_training_file_stops_the_batches(tmp_path):
     samples = pair_samples(tmp_path)
     samples[2].hazy.write_bytes(samples[2].hazy.read_bytes()[:200])
     with pytest.raises(UserError, match=r"2_1\.png"):
-        batches = train_batches(samples, small_config())
+        batches = batches_of(samples, small_config())
         for _ in range(4):
             next(batches)
 

@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from reference import load, nhwc
 
 from aecr_jax import deform_conv2d
-from aecr_jax.step import make_mesh
+from aecr_jax.training.mesh import make_mesh
 
 CASES = ["unit", "far", "zero", "stride2_dil2", "groups2", "unmodulated", "k5"]
 

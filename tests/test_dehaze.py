@@ -16,8 +16,9 @@ from test_data import picture
 
 from aecr_jax import UserError, compilation, load_checkpoint
 from aecr_jax.__main__ import main
-from aecr_jax.model import AECRNet, ModelConfig, get_arrays
-from aecr_jax.restore import Restorer
+from aecr_jax.inference.restore import Restorer
+from aecr_jax.networks.aecr_net import AECRNet, AECRNetConfig
+from aecr_jax.networks.arrays import get_arrays
 
 
 def messages(capsys):
@@ -271,7 +272,7 @@ def test_programs_of_many_sizes_do_not_stay(monkeypatch):
         gc.collect()  # what other tests left behind
         return jax.devices()[0].client.live_executables()
 
-    model = AECRNet(ModelConfig(width=2, blocks=1, deform_layers=1), rngs=nnx.Rngs(0))
+    model = AECRNet(AECRNetConfig(width=2, blocks=1, deform_layers=1), rngs=nnx.Rngs(0))
     restorer = Restorer(model)
     images = [np.random.default_rng(i).random((8, 8 + 4 * i, 3), np.float32) for i in range(5)]
     before = len(alive())
@@ -281,6 +282,7 @@ def test_programs_of_many_sizes_do_not_stay(monkeypatch):
     # Dropped and compiled anew, a program gives the same bits, and so does an ordinary jit.
     np.testing.assert_array_equal(restorer(images[0]), restored[0])
     assert len(alive()) - before == 2
+    model.eval()
     graph, state = nnx.split(model)
     np.testing.assert_array_equal(jax.jit(lambda s, x: nnx.merge(graph, s)(x[None])[0].clip(0, 1))(state, images[1]), restored[1])
     del restorer

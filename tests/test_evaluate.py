@@ -16,9 +16,9 @@ from test_data import picture
 import aecr_jax.__main__ as program
 from aecr_jax import UserError, compilation, load_checkpoint
 from aecr_jax.__main__ import main
-from aecr_jax.data.pipeline import EvalImage
-from aecr_jax.evaluate import Score, evaluate, write_results
-from aecr_jax.restore import Restorer
+from aecr_jax.data.reader import EvalImage
+from aecr_jax.inference.evaluate import Score, score_images, write_results
+from aecr_jax.inference.restore import Restorer
 
 
 def pairs(folder, *names, size=(20, 12)):
@@ -57,9 +57,9 @@ def test_a_score_that_is_not_finite_is_an_error_with_the_images_name(model_dir):
     bad = np.where(np.arange(16)[:, None] == 3, np.float32(np.nan), grey)
     restorer = Restorer(load_checkpoint(model_dir))
     with pytest.raises(UserError, match=r"^first: the hazy image has values that are not finite"):
-        list(evaluate(restorer, [EvalImage("first", bad, grey)]))
+        list(score_images(restorer, [EvalImage("first", bad, grey)]))
     with pytest.raises(UserError, match=r"^second: the score is not finite"):
-        list(evaluate(restorer, [EvalImage("second", grey, bad)]))
+        list(score_images(restorer, [EvalImage("second", grey, bad)]))
 
 
 def test_results_never_hold_a_bare_nan(tmp_path):

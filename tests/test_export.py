@@ -8,9 +8,9 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from aecr_jax import AECRNet, ModelConfig, UserError, load_checkpoint
-from aecr_jax.checkpoint import export_model
-from aecr_jax.model import get_arrays
+from aecr_jax import AECRNet, AECRNetConfig, UserError, load_checkpoint
+from aecr_jax.inference.weights import save_checkpoint
+from aecr_jax.networks.arrays import get_arrays
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -103,12 +103,12 @@ def test_models_without_checksum_load(folder):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_round_trip_is_bit_exact(tmp_path, dtype, x64):
-    model = AECRNet(ModelConfig(width=2, blocks=1, dtype=dtype, param_dtype=dtype), rngs=nnx.Rngs(5))
-    export_model(model, tmp_path, {"seed": 5})
+    model = AECRNet(AECRNetConfig(width=2, blocks=1, dtype=dtype, param_dtype=dtype), rngs=nnx.Rngs(5))
+    save_checkpoint(model, tmp_path, {"seed": 5})
     assert bits(load_checkpoint(tmp_path)) == bits(model)
     assert json.loads((tmp_path / CONFIG).read_text())["about"] == {"seed": 5}
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    export_model(load_checkpoint(tmp_path), tmp_path, {"seed": 5})
+    save_checkpoint(load_checkpoint(tmp_path), tmp_path, {"seed": 5})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -117,7 +117,7 @@ def test_weights_that_are_not_finite_are_neither_written_nor_read(tmp_path, fold
     model = load_checkpoint(folder)
     model.down2.bias[...] = model.down2.bias[...].at[1].set(value)
     with pytest.raises(UserError, match=r"model .*new is not written: tensor down2.bias has values that are not finite"):
-        export_model(model, tmp_path / "new")
+        save_checkpoint(model, tmp_path / "new")
     assert not (tmp_path / "new").exists()
     arrays = load_file(folder / WEIGHTS)
     arrays["down2.bias"] = np.asarray(model.down2.bias[...])
@@ -138,7 +138,7 @@ def test_a_failed_export_leaves_the_model_that_was_there(folder, monkeypatch):
 
     monkeypatch.setattr("pathlib.Path.write_text", full)
     with pytest.raises(UserError, match=r"config.json cannot be written: No space left on device"):
-        export_model(AECRNet(ModelConfig(width=1, blocks=1), rngs=nnx.Rngs(1)), folder)
+        save_checkpoint(AECRNet(AECRNetConfig(width=1, blocks=1), rngs=nnx.Rngs(1)), folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -151,7 +151,7 @@ def test_the_checksum_covers_names_types_and_shapes(folder):
         {"mix1.theta": arrays["mix1.theta"].astype(np.float64)},
         {"mix1.theta": arrays["mix1.theta"].view(np.int32)},
     ):
-        save_file(arrays | change, folder / WEIGHTS, metadata={"format": "aecr_jax.model"})
+        save_file(arrays | change, folder / WEIGHTS, metadata={"format": "aecr_jax.networks.aecr_net"})
         with pytest.raises(UserError, match="its weights or settings are not what was written"):
             load_checkpoint(folder)
 

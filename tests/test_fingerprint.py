@@ -77,8 +77,8 @@ def test_a_built_data_set_counts_by_its_record_files(tmp_path):
 
 def test_a_run_does_not_go_on_with_replaced_images(pairs, config_file, tmp_path, capsys):
     """All hazy and all clear images but the first replaced by others of the same names: version 0.1.0 went on."""
-    options = ["--data.hazy", pairs / "hazy", "--data.clear", pairs / "clear", "--data.holdout", "1", "--loss.cr", "0"]
-    arguments = ["train", "--config", config_file, "--train.workdir", tmp_path / "w", "--train.steps", "1", *options]
+    options = ["--data.train", pairs, "--data.holdout", "1", "--loss.cr", "0"]
+    arguments = ["train", "--config", config_file, "--run.workdir", tmp_path / "w", "--optim.steps", "1", *options]
     assert main(list(map(str, arguments))) == 0
     for i in range(3):
         picture(pairs / "hazy" / f"{i}.png", (24, 20), seed=i + 50)

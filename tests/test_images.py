@@ -15,8 +15,9 @@ from PIL import Image, ImageCms
 
 from aecr_jax import UserError
 from aecr_jax.data import decode
-from aecr_jax.data.folders import Pair, find_pairs
+from aecr_jax.data.folders import find_pairs
 from aecr_jax.data.images import list_images, read_depth, read_image, read_pixels, write_image
+from aecr_jax.data.samples import Pair
 
 # ---- files made by hand, so that no library's reader is tested with its own writer
 

@@ -5,7 +5,8 @@ import pytest
 from flax import nnx
 from jax import lax
 
-from aecr_jax.layers import FastDeconv, Mixup, UpConv, conv_few_inputs, conv_few_outputs, inverse_square_root
+from aecr_jax.networks.layers import DeformConv, FastDeconv, Mixup, UpConv, inverse_square_root
+from aecr_jax.ops.conv import conv_few_inputs, conv_few_outputs
 
 TYPES = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 
@@ -69,3 +70,25 @@ def test_mixup_starts_at_its_theta():
     """Eq. 2 with theta = -1: sigmoid(-1) = 0.268941 of the encoder's feature."""
     mixed = Mixup(-1.0, param_dtype=jnp.float32)(jnp.ones((1, 1, 1, 1)), jnp.zeros((1, 1, 1, 1)))
     np.testing.assert_allclose(mixed.item(), 0.26894142, rtol=1e-6)
+
+
+def test_deform_conv_begins_as_half_a_convolution():
+    """At the zero-initialised offsets and a mask of sigmoid(0) = 0.5; of any kernel, stride, padding and groups."""
+    options = {"strides": 2, "padding": (2, 1)}
+    layer = DeformConv(4, 6, (5, 3), offset_groups=2, **options, rngs=nnx.Rngs(0))
+    layer.bias[...] = jnp.arange(6.0)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9, 8, 4)), jnp.float32)
+    expected = lax.conv_general_dilated(x, 0.5 * layer.kernel[...], (2, 2), ((2, 2), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    np.testing.assert_allclose(layer(x), expected + jnp.arange(6.0)[None, None, None], atol=1e-5)
+    assert layer.offset_mask.kernel.shape == (5, 3, 4, 3 * 2 * 15)
+
+
+def test_deform_conv_moves_its_taps():
+    """An offset of one pixel downwards for every tap is the convolution of the image one row further down."""
+    layer = DeformConv(3, 3, 3, padding=1, rngs=nnx.Rngs(1))
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((1, 8, 8, 3)), jnp.float32)
+    still = layer(x)
+    bias = np.zeros(27, np.float32)
+    bias[:18:2] = 1  # dy of each tap
+    layer.offset_mask.bias[...] = jnp.asarray(bias)
+    np.testing.assert_allclose(layer(x)[:, :-2], still[:, 1:-1], atol=1e-5)

@@ -13,13 +13,14 @@ import psutil
 import pytest
 from test_commands import fails
 
-from aecr_jax import UserError, lock
-from aecr_jax.lock import FolderLock
+from aecr_jax import UserError
+from aecr_jax.training import lock
+from aecr_jax.training.lock import FolderLock
 
 _HOLD = """
 import sys
 from aecr_jax.errors import UserError
-from aecr_jax.lock import FolderLock
+from aecr_jax.training.lock import FolderLock
 print("ready", flush=True)
 sys.stdin.readline()
 try:
@@ -68,8 +69,8 @@ def test_a_second_owner_is_refused_and_told_who_the_first_is(tmp_path):
 
 def test_a_second_run_in_one_folder_is_refused(config_file, tmp_path, capsys):
     with FolderLock(tmp_path):
-        said = fails(capsys, "train", "--config", config_file, "--train.workdir", tmp_path, "--loss.cr", "0")
-    assert "is in use: process" in said and "name another train.workdir" in said
+        said = fails(capsys, "train", "--config", config_file, "--run.workdir", tmp_path, "--loss.cr", "0")
+    assert "is in use: process" in said and "name another run.workdir" in said
     assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "config.json").exists()
 
 
@@ -89,7 +90,8 @@ def test_the_lock_of_a_killed_process_is_taken_over_before_its_parent_asks_for_i
     with holders(tmp_path, 1) as (process,):
         assert process.stdout.readline() == "held\n"
         process.kill()
-        assert process.stdout.read() == ""  # waits for the end of the process, and not for its status
+        while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:  # which is what waits for its parent
+            time.sleep(0.01)
         with FolderLock(tmp_path):
             pass
 

@@ -28,7 +28,7 @@ def test_an_option_given_twice_is_refused(config_file, capsys):
     ("command", "argument"),
     [
         ("train --config ?", "--config"),
-        ("eval --data d --split ?", "--split"),
+        ("eval --data d --data-dir ?", "--data-dir"),
         ("eval --data d --data-dir ?", "--data-dir"),
         ("dehaze a ? b --output o", "INPUT"),
         ("prepare-data nh_haze --source ?", "--source"),
@@ -72,4 +72,4 @@ def test_memory_that_runs_out_is_one_line(monkeypatch, capsys):
         raise MemoryError("Unable to allocate 7 GiB")
 
     monkeypatch.setitem(sys.modules["aecr_jax.__main__"]._RUN, "report", run)
-    assert "out of memory: Unable to allocate 7 GiB; a smaller train.batch" in fails(capsys, "report", "x")
+    assert "out of memory: Unable to allocate 7 GiB; a smaller optim.batch" in fails(capsys, "report", "x")

@@ -8,11 +8,12 @@ import pytest
 from flax import nnx
 from reference import load, nhwc, official_weights
 
-from aecr_jax import AECRNet, ModelConfig
-from aecr_jax.model import abstract_model, build_model, count_parameters, get_arrays, widen
-from aecr_jax.official import our_arrays
+from aecr_jax import AECRNet, AECRNetConfig
+from aecr_jax.convert.aecr_net import our_arrays
+from aecr_jax.networks.arrays import count_parameters, get_arrays
+from aecr_jax.networks.registry import abstract_network, build_network
 
-TINY = ModelConfig(width=4)
+TINY = AECRNetConfig(width=4)
 
 # The paper's 2.61M, exactly, and with each switch of Table 2. FA block 1,205,089; deformable layer 652,315; FastDeconv 84.
 COUNTS = [
@@ -29,13 +30,13 @@ COUNTS = [
 
 @pytest.mark.parametrize(("switches", "count"), COUNTS)
 def test_parameters(switches, count):
-    assert count_parameters(abstract_model(ModelConfig(**switches))) == count
+    assert count_parameters(abstract_network(AECRNetConfig(**switches))) == count
 
 
 def test_official_forward():
     """Output and feature maps of the official PyTorch network with the same weights (tests/golden), in float32."""
     d = load("official_forward")
-    model = build_model(ModelConfig(), our_arrays(official_weights(d["weight_seed"])))
+    model = build_network(AECRNetConfig(), our_arrays(official_weights(d["weight_seed"])))
     x = jnp.array(nhwc(d["x"]))
     np.testing.assert_allclose(model(x), nhwc(d["y"]), atol=2e-5)
     whitened = model.fast_deconv(x)
@@ -54,9 +55,9 @@ def test_official_forward():
 
 def test_float64_is_float64_throughout(x64):
     d = load("official_forward")
-    config = ModelConfig(width=64, dtype="float64", param_dtype="float64")
+    config = AECRNetConfig(width=64, dtype="float64", param_dtype="float64")
     arrays = {k: v.astype(np.float64) for k, v in our_arrays(official_weights(d["weight_seed"])).items()}
-    y = build_model(config, arrays)(jnp.array(nhwc(d["x"])[:1], jnp.float64))
+    y = build_network(config, arrays)(jnp.array(nhwc(d["x"])[:1], jnp.float64))
     assert y.dtype == jnp.float64
     np.testing.assert_allclose(y, nhwc(d["y"])[:1], atol=2e-5)
 
@@ -96,7 +97,7 @@ def test_every_switch_changes_the_function(switches):
 def test_bfloat16_is_near_float32():
     x = jax.random.uniform(jax.random.key(0), (1, 16, 16, 3))
     arrays = get_arrays(AECRNet(TINY, rngs=nnx.Rngs(0)))
-    full, half = (build_model(dataclasses.replace(TINY, dtype=dtype), arrays)(x) for dtype in ("float32", "bfloat16"))
+    full, half = (build_network(dataclasses.replace(TINY, dtype=dtype), arrays)(x) for dtype in ("float32", "bfloat16"))
     assert half.dtype == jnp.float32
     np.testing.assert_allclose(half, full, atol=0.03)
 
@@ -104,18 +105,18 @@ def test_bfloat16_is_near_float32():
 def test_build_model_names_the_wrong_tensor():
     arrays = get_arrays(AECRNet(TINY, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match=r"tensor down1.kernel has shape \(1, 3, 7, 4\) and must have \(7, 7, 3, 4\)"):
-        build_model(TINY, arrays | {"down1.kernel": jnp.zeros((1, 3, 7, 4))})
+        build_network(TINY, arrays | {"down1.kernel": jnp.zeros((1, 3, 7, 4))})
     with pytest.raises(ValueError, match=r"tensor mix1.theta of shape \(\) is missing"):
-        build_model(TINY, {k: v for k, v in arrays.items() if k != "mix1.theta"})
+        build_network(TINY, {k: v for k, v in arrays.items() if k != "mix1.theta"})
     with pytest.raises(ValueError, match="unknown tensor nonsense"):
-        build_model(TINY, arrays | {"nonsense": jnp.zeros(())})
+        build_network(TINY, arrays | {"nonsense": jnp.zeros(())})
 
 
 def test_refuses_wrong_settings_and_inputs():
     with pytest.raises(ValueError, match=r"mixup \(='mean'\) must be one of 'adaptive', 'sum', 'none'"):
-        ModelConfig(mixup="mean")
+        AECRNetConfig(mixup="mean")
     with pytest.raises(ValueError, match=r"width \(=0\) must be at least 1"):
-        ModelConfig(width=0)
+        AECRNetConfig(width=0)
     with pytest.raises(ValueError, match=r"hazy has shape \(8, 8, 3\) and must be \[N, H, W, 3\]"):
         AECRNet(TINY, rngs=nnx.Rngs(0))(jnp.zeros((8, 8, 3)))
 
@@ -173,8 +174,8 @@ def test_settings_have_types():
         ("dfe", None, "one of 'after', 'before', 'none'"),
     ]:
         with pytest.raises(ValueError, match=rf"{name} \(={value!r}\) must be {wanted}"):
-            ModelConfig(**{name: value})
-    with pytest.raises(ValueError, match=r"config \(=None\) must be a ModelConfig"):
+            AECRNetConfig(**{name: value})
+    with pytest.raises(ValueError, match=r"config \(=None\) must be an AECRNetConfig"):
         AECRNet(None, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"rngs \(=0\) must be an nnx.Rngs, such as nnx.Rngs\(0\)"):
         AECRNet(TINY, rngs=0)
@@ -184,15 +185,15 @@ def drawn(config):
     """A network with every parameter and statistic away from its initial value, offsets and masks among them."""
     random = np.random.default_rng(0)
     arrays = get_arrays(AECRNet(config, rngs=nnx.Rngs(0)))
-    return build_model(config, {name: a + random.normal(scale=0.05, size=a.shape).astype("f4") for name, a in arrays.items()})
+    return build_network(config, {name: a + random.normal(scale=0.05, size=a.shape).astype("f4") for name, a in arrays.items()})
 
 
 # 3 -> 5: the attentions' hidden channels are 12 // 8 and 20 // 8.
 @pytest.mark.parametrize(("width", "wider", "switches"), [(4, 6, {}), (3, 5, {"shared": False})])
 def test_a_wider_network_has_the_same_output(width, wider, switches):
     """The property of Net2Net (Chen et al., 2016), to rounding; and training can reach what is new."""
-    narrow = drawn(ModelConfig(width=width, blocks=2, **switches))
-    wide = widen(narrow, wider, rngs=nnx.Rngs(1))
+    narrow = drawn(AECRNetConfig(width=width, blocks=2, **switches))
+    wide = narrow.widen(dataclasses.replace(narrow.config, width=wider), rngs=nnx.Rngs(1))
     assert wide.config == dataclasses.replace(narrow.config, width=wider)
     image = jnp.array(np.random.default_rng(2).random((2, 20, 24, 3), "f4"))
     graph, params, rest = nnx.split(wide, nnx.Param, ...)
@@ -215,4 +216,4 @@ def test_a_wider_network_has_the_same_output(width, wider, switches):
 
 def test_a_network_cannot_be_made_narrower():
     with pytest.raises(ValueError, match=r"width \(=3\) must be at least the model's, 4"):
-        widen(drawn(TINY), 3, rngs=nnx.Rngs(0))
+        drawn(TINY).widen(dataclasses.replace(TINY, width=3), rngs=nnx.Rngs(0))

@@ -162,7 +162,7 @@ def test_damaged_files_of_a_built_data_set_are_named(tmp_path, built, config_fil
     for command in (
         ("eval", "--data", "nh_haze", "--data-dir", data_dir),
         ("check-data", "--data", "nh_haze", "--data-dir", data_dir, "--output", tmp_path / "s.png"),
-        ("train", "--config", config_file, "--data.dataset", "nh_haze", "--data.data_dir", data_dir, "--train.workdir", tmp_path / "run"),
+        ("train", "--config", config_file, "--data.train", "nh_haze", "--data.data_dir", data_dir, "--run.workdir", tmp_path / "run"),
     ):
         line = fails(capsys, *command)
         assert f"{built / file} is damaged or missing (" in line and "run prepare-data again" in line
@@ -177,12 +177,12 @@ def test_fewer_records_than_the_info_says_are_noticed(tmp_path, built):
         open_dataset("nh_haze", built.parents[1])
 
 
-def test_a_damaged_record_is_named_where_it_is_read(built):
-    """Bytes in the first third, where the records are: the index at the end is whole, so opening succeeds."""
+def test_a_damaged_record_is_named_where_it_is_read(built, tmp_path):
+    """Bytes of its hazy picture: the index at the end is whole, so opening succeeds."""
     file = built / "nh_haze-full.array_record-00000-of-00001"
     data = bytearray(file.read_bytes())
-    name = data.index(b"03_hazy")
-    data[name - 3000 : name - 2900] = bytes(100)
+    picture_at = data.index((tmp_path / "source" / "NH-HAZE" / "03_hazy.png").read_bytes())
+    data[picture_at + 1000 : picture_at + 1100] = bytes(100)
     file.write_bytes(data)
     records, _ = open_dataset("nh_haze", built.parents[1])
     records[5].read()

@@ -6,23 +6,24 @@ import numpy as np
 import pytest
 from test_data import SHARED, needs_shared
 
-from aecr_jax.checkpoint import DEFAULT_MODEL, load_checkpoint, load_checkpoint_with_config
 from aecr_jax.data.folders import find_dataset
-from aecr_jax.data.pipeline import eval_images, eval_scenes
-from aecr_jax.evaluate import evaluate
-from aecr_jax.model import count_parameters
-from aecr_jax.restore import Restorer
+from aecr_jax.data.reader import eval_images
+from aecr_jax.data.sources import open_samples
+from aecr_jax.inference.evaluate import score_images
+from aecr_jax.inference.restore import Restorer
+from aecr_jax.inference.weights import DEFAULT_MODEL, load_checkpoint, load_with_info
+from aecr_jax.networks.arrays import count_parameters
 
 CARD = (DEFAULT_MODEL / "README.md").read_text()
 
 
 def scores(samples, count):
-    return [score for score, _, _ in evaluate(Restorer(load_checkpoint()), eval_images(samples, limit=count))]
+    return [score for score, _, _ in score_images(Restorer(load_checkpoint()), eval_images(samples, limit=count))]
 
 
 def test_score_on_embedded_scenes():
     """Measured when the model was shipped; another platform's rounding moves it by less than 0.01 dB."""
-    found = scores(eval_scenes((240, 320)), 4)
+    found = scores(open_samples("scenes")[0], 4)
     np.testing.assert_allclose([score.input_psnr for score in found], [12.0155, 13.0001, 13.6923, 13.6736], atol=0.01)
     np.testing.assert_allclose([score.psnr for score in found], [20.9336, 18.6832, 16.4216, 18.0624], atol=0.02)
     np.testing.assert_allclose([score.ssim for score in found], [0.8398, 0.7785, 0.6133, 0.8465], atol=0.001)
@@ -39,7 +40,7 @@ def test_score_on_sots():
 
 def test_the_card_tells_the_model():
     """Size, parameters and score stand in the card as in the files."""
-    model, config = load_checkpoint_with_config(DEFAULT_MODEL)
+    model, config = load_with_info(DEFAULT_MODEL)
     about = config["about"]
     assert count_parameters(model) == about["parameters"]
     assert f"{about['parameters']:,} parameters" in CARD

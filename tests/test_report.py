@@ -21,8 +21,8 @@ import pytest
 from PIL import Image
 
 from aecr_jax.__main__ import main
-from aecr_jax.config import Config, config_to_json
-from aecr_jax.report import write_report
+from aecr_jax.training.config import Config, config_to_dict
+from aecr_jax.training.report import write_report
 
 HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "'><svg onload=alert(1)>", "javascript:alert(1)")
 VOID = {"meta", "img", "br", "hr", "link", "input", "base", "line", "circle", "polyline"}
@@ -86,8 +86,8 @@ def workdir(tmp_path):
     """The files of a healthy run of 40 steps."""
     workdir = tmp_path / "its"
     (workdir / "panels").mkdir(parents=True)
-    config = json.loads(config_to_json(Config()))
-    config["train"]["steps"] = 40
+    config = json.loads(json.dumps(config_to_dict(Config())))
+    config["optim"]["steps"] = 40
     (workdir / "config.json").write_text(json.dumps(config))
     versions = {"python": "3.11.7", "devices": "8 TPU v4", "processes": 2, "packages": {"jax": "0.10.2"}}
     (workdir / "versions.json").write_text(json.dumps(versions))
@@ -131,7 +131,7 @@ def test_healthy_run(workdir, capsys):
     assert "psnr 22.5" in page.text and "l1 0.025" in page.text  # the last values: 22.5, and 1 / 40
     assert [img["alt"] for img in page.all("img")] == ["panel of step 40", "panel of step 20"]
     assert ["batch", "16"] in page.rows and ["steps", "40"] in page.rows
-    assert len(page.all("details")) == 4  # model, data, loss, train
+    assert len(page.all("details")) == 5  # model, data, loss, optim, run
     assert ["devices", "8 TPU v4"] in page.rows and ["jax", "0.10.2"] in page.rows and not any(row[0] == "packages" for row in page.rows)
 
 
@@ -254,13 +254,13 @@ def test_halves_of_surrogate_pairs(workdir, capsys):
         ("", "config.json is empty"),
         ("\0" * 100, "config.json: it is not JSON"),
         ('{"train": {"steps": %s}}' % ("9" * 5000), "config.json: it is not JSON"),
-        ('{"model": {}}', "config.json: `train.steps` is missing"),
-        ('{"train": {}}', "config.json: `train.steps` is missing"),
-        ('{"train": {"steps": null}}', "config.json: `train.steps` is not a whole number"),
-        ('{"train": {"steps": "40"}}', "config.json: `train.steps` is not a whole number"),
-        ('{"train": {"steps": true}}', "config.json: `train.steps` is not a whole number"),
-        ('{"train": {"steps": [40]}}', "config.json: `train.steps` is not a whole number"),
-        ('{"train": {"steps": NaN}}', "config.json: `train.steps` is not a whole number"),
+        ('{"model": {}}', "config.json: `optim.steps` is missing"),
+        ('{"train": {}}', "config.json: `optim.steps` is missing"),
+        ('{"train": {"steps": null}}', "config.json: `optim.steps` is not a whole number"),
+        ('{"train": {"steps": "40"}}', "config.json: `optim.steps` is not a whole number"),
+        ('{"train": {"steps": true}}', "config.json: `optim.steps` is not a whole number"),
+        ('{"train": {"steps": [40]}}', "config.json: `optim.steps` is not a whole number"),
+        ('{"train": {"steps": NaN}}', "config.json: `optim.steps` is not a whole number"),
     ],
 )
 def test_odd_config(workdir, capsys, text, note):
@@ -516,7 +516,7 @@ def test_page_is_replaced_whole_or_not_at_all(workdir, monkeypatch):
 def test_wheel_has_the_template(tmp_path):
     root = Path(__file__).parents[1]
     package = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert "*.jinja" in package["package-data"]["aecr_jax"]
+    assert "*.jinja" in package["package-data"]["aecr_jax.training"]
     pytest.importorskip("setuptools", minversion="77", reason="pyproject.toml needs this version to build")
     source = tmp_path / "source"
     source.mkdir()
@@ -528,4 +528,4 @@ def test_wheel_has_the_template(tmp_path):
     assert not done.returncode, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     names = subprocess.run([sys.executable, "-m", "zipfile", "-l", str(wheel)], capture_output=True, text=True).stdout
-    assert "aecr_jax/report.html.jinja" in names
+    assert "aecr_jax/training/report.html.jinja" in names

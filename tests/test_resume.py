@@ -11,9 +11,9 @@ from test_commands import fails, lines
 
 from aecr_jax import UserError, load_checkpoint
 from aecr_jax.__main__ import main
-from aecr_jax.checkpoint import load_checkpoint_with_config
-from aecr_jax.data.pipeline import draw_scenes
-from aecr_jax.model import get_arrays
+from aecr_jax.data.sources import draw_scenes
+from aecr_jax.inference.weights import load_with_info
+from aecr_jax.networks.arrays import get_arrays
 
 
 def test_the_same_command_again_continues(run, config_file, tmp_path, capsys):
@@ -21,7 +21,7 @@ def test_the_same_command_again_continues(run, config_file, tmp_path, capsys):
     workdir = tmp_path / "stopped"
     shutil.copytree(run, workdir)
     shutil.rmtree(workdir / "checkpoints" / "4")
-    assert main(["train", "--config", config_file, "--train.workdir", str(workdir)]) == 0
+    assert main(["train", "--config", config_file, "--run.workdir", str(workdir)]) == 0
     assert "continuing from step 2" in capsys.readouterr().out
     x = np.random.default_rng(0).random((1, 8, 8, 3), np.float32)
     ours, expected = (load_checkpoint(folder / "checkpoints" / "4")(x) for folder in (workdir, run))
@@ -30,7 +30,7 @@ def test_the_same_command_again_continues(run, config_file, tmp_path, capsys):
 
 def test_statistics_freeze_after_a_step(run, config_file, tmp_path):
     """Frozen after 2 of 4 steps, they end as they were after 2 steps of the run that was left alone."""
-    arguments = ["--train.workdir", str(tmp_path / "frozen"), "--train.freeze_stats_after", "2"]
+    arguments = ["--run.workdir", str(tmp_path / "frozen"), "--optim.freeze_stats_after", "2"]
     assert main(["train", "--config", config_file, *arguments]) == 0
     checkpoints = (tmp_path / "frozen" / "checkpoints" / "4", run / "checkpoints" / "2", run / "checkpoints" / "4")
     frozen, at_two, at_four = (get_arrays(load_checkpoint(path)) for path in checkpoints)
@@ -49,24 +49,24 @@ def test_a_checkpoint_from_before_a_setting(run, config_file, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "old")
     (file,) = (tmp_path / "old" / "checkpoints" / "4" / "config").rglob("metadata")
     config = json.loads(file.read_text())
-    del config["train"]["optimizer"], config["train"]["freeze_stats_after"]
+    del config["optim"]["optimizer"], config["optim"]["freeze_stats_after"]
     file.write_text(json.dumps(config))
     shutil.rmtree(tmp_path / "old" / "checkpoints" / "4" / "json_checksums")  # which came later still
-    train = ["train", "--config", config_file, "--train.workdir", str(tmp_path / "old")]
+    train = ["train", "--config", config_file, "--run.workdir", str(tmp_path / "old")]
     assert main(train) == 0
     assert "continuing from step 4" in (said := capsys.readouterr().out) and "setting changed" not in said
-    assert "train.optimizer is adam there and muon here" in fails(capsys, *train, "--train.optimizer", "muon")
+    assert "optim.optimizer is adam there and muon here" in fails(capsys, *train, "--optim.optimizer", "muon")
 
 
 def test_a_run_with_muon_continues_too(config_file, tmp_path, capsys):
     """As above; and Adam, which has another state, does not take over."""
-    whole, stopped = ["--train.workdir", str(tmp_path / "whole")], ["--train.workdir", str(tmp_path / "stopped")]
-    train = ["train", "--config", config_file, "--loss.cr", "0", "--train.optimizer", "muon", "--train.steps", "4"]
+    whole, stopped = ["--run.workdir", str(tmp_path / "whole")], ["--run.workdir", str(tmp_path / "stopped")]
+    train = ["train", "--config", config_file, "--loss.cr", "0", "--optim.optimizer", "muon", "--optim.steps", "4"]
     assert main([*train, *whole]) == 0
     shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
     shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "4")
-    assert main([*train, *stopped, "--train.optimizer", "adam"]) == 2
-    assert "train.optimizer is muon there and adam here" in capsys.readouterr().err
+    assert main([*train, *stopped, "--optim.optimizer", "adam"]) == 2
+    assert "optim.optimizer is muon there and adam here" in capsys.readouterr().err
     assert main([*train, *stopped]) == 0
     x = np.random.default_rng(0).random((1, 8, 8, 3), np.float32)
     ours, expected = (load_checkpoint(tmp_path / name / "checkpoints" / "4")(x) for name in ("stopped", "whole"))
@@ -106,13 +106,13 @@ def test_a_damaged_checkpoint_is_skipped(run, config_file, tmp_path, capsys, cap
     damage(workdir / "checkpoints" / "4" / "model")
     with pytest.raises(UserError, match="is damaged or half written"):
         load_checkpoint(workdir / "checkpoints" / "4")
-    assert main(["train", "--config", config_file, "--train.workdir", str(workdir)]) == 0
+    assert main(["train", "--config", config_file, "--run.workdir", str(workdir)]) == 0
     assert "checkpoints/4 cannot be read" in caplog.text
     assert "continuing from step 2" in capsys.readouterr().out
     load_checkpoint(workdir / "checkpoints" / "4")  # written anew
     assert (workdir / "damaged-checkpoint-4").is_dir()
     damage(workdir / "checkpoints" / "4" / "model")  # and once more
-    assert main(["train", "--config", config_file, "--train.workdir", str(workdir)]) == 0
+    assert main(["train", "--config", config_file, "--run.workdir", str(workdir)]) == 0
     assert (workdir / "damaged-checkpoint-4-2").is_dir()
     assert [entry["step"] for entry in lines(workdir, "train")] == [1, 2, 3, 4]
 
@@ -123,11 +123,11 @@ def test_damaged_metrics_are_a_damaged_checkpoint(run, config_file, tmp_path, ca
     workdir = tmp_path / "damaged"
     shutil.copytree(run, workdir)
     (workdir / "checkpoints" / "4" / "metrics" / "metrics").write_bytes(content)
-    assert load_checkpoint_with_config(workdir)[1]["step"] == 2
+    assert load_with_info(workdir)[1]["step"] == 2
     assert "checkpoints/4 is left out" in caplog.text
-    assert main(["train", "--config", config_file, "--train.workdir", str(workdir)]) == 0
+    assert main(["train", "--config", config_file, "--run.workdir", str(workdir)]) == 0
     assert "continuing from step 2" in capsys.readouterr().out and "checkpoints/4 cannot be read" in caplog.text
-    assert (workdir / "damaged-checkpoint-4").is_dir() and load_checkpoint_with_config(workdir / "checkpoints" / "4")[1]["step"] == 4
+    assert (workdir / "damaged-checkpoint-4").is_dir() and load_with_info(workdir / "checkpoints" / "4")[1]["step"] == 4
 
 
 def test_a_run_does_not_begin_anew_if_all_metrics_are_damaged(run, config_file, tmp_path, capsys):
@@ -137,7 +137,7 @@ def test_a_run_does_not_begin_anew_if_all_metrics_are_damaged(run, config_file, 
         file.write_bytes(b"")
     before = sorted(path.relative_to(workdir) for path in workdir.rglob("*"))
     log = (workdir / "metrics.jsonl").read_text()
-    for command in (["train", "--config", config_file, "--train.workdir", workdir], ["eval", "--checkpoint", workdir, "--data", "scenes"]):
+    for command in (["train", "--config", config_file, "--run.workdir", workdir], ["eval", "--checkpoint", workdir, "--data", "scenes"]):
         assert f"no checkpoint in {workdir / 'checkpoints'} can be read" in fails(capsys, *command)
     assert sorted(path.relative_to(workdir) for path in workdir.rglob("*")) == before
     assert (workdir / "metrics.jsonl").read_text() == log
@@ -152,7 +152,7 @@ def test_an_edited_part_of_a_checkpoint_is_found(run, config_file, tmp_path, cap
     text = file.read_text().replace(": ", ":")
     assert before in text
     file.write_text(text.replace(before, after))
-    assert main(["train", "--config", config_file, "--train.workdir", str(workdir)]) == 0
+    assert main(["train", "--config", config_file, "--run.workdir", str(workdir)]) == 0
     assert f"checkpoints/4 cannot be read ({item} is not what was written)" in caplog.text
     assert "continuing from step 2" in capsys.readouterr().out
 
@@ -168,7 +168,7 @@ def test_a_run_of_version_0_1_0_goes_on(run, config_file, tmp_path, capsys):
         shutil.rmtree(folder / "json_checksums")
         data = f"4 images (checksum {zlib.crc32(first.tobytes(), zlib.crc32(names)):08x})"
         (folder / "input" / "metadata").write_text(json.dumps({"images": images, "data": data}))
-    assert main(["train", "--config", config_file, "--train.workdir", str(workdir), "--train.steps", "5"]) == 0
+    assert main(["train", "--config", config_file, "--run.workdir", str(workdir), "--optim.steps", "5"]) == 0
     assert "continuing from step 4" in capsys.readouterr().out
     position = json.loads((workdir / "checkpoints" / "5" / "input" / "metadata").read_text())
     assert position["images"] == 40 and position["data"].startswith("4 images (names ")
@@ -178,7 +178,7 @@ def test_a_folder_whose_name_is_not_utf_8_is_refused(run, config_file, tmp_path,
     """orbax can write no checkpoint there, and would say so after the first training."""
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     message = r"caf\udce9/w cannot hold checkpoints: its name, with those of the folders above, must be UTF-8"
-    assert message in fails(capsys, "train", "--config", config_file, "--train.workdir", folder / "w")
+    assert message in fails(capsys, "train", "--config", config_file, "--run.workdir", folder / "w")
     assert not folder.exists()
     shutil.copytree(run, folder / "w")
     assert message in fails(capsys, "eval", "--checkpoint", folder / "w", "--data", "scenes")
@@ -188,27 +188,25 @@ def test_a_folder_whose_name_is_not_utf_8_is_refused(run, config_file, tmp_path,
 def test_a_damaged_log_is_one_line(run, config_file, tmp_path, capsys, line):
     shutil.copytree(run, tmp_path / "w")
     (tmp_path / "w" / "metrics.jsonl").write_text(line + "\n")
-    said = fails(capsys, "train", "--config", config_file, "--train.workdir", tmp_path / "w")
-    assert "metrics.jsonl is damaged" in said and "move it away to go on" in said
+    said = fails(capsys, "train", "--config", config_file, "--run.workdir", tmp_path / "w")
+    assert "metrics.jsonl is damaged" in said and "move it away to continue" in said
 
 
 def test_another_network_does_not_continue_a_run(run, config_file, capsys):
     before = (run / "config.json").read_text()
-    said = fails(capsys, "train", "--config", config_file, "--train.workdir", run, "--model.width", "2")
-    assert "holds another run: model.width is 4 there and 2 here; name another train.workdir" in said
+    said = fails(capsys, "train", "--config", config_file, "--run.workdir", run, "--model.width", "2")
+    assert "holds another run: model.width is 4 there and 2 here; name another run.workdir" in said
     assert (run / "config.json").read_text() == before
 
 
 def test_a_complete_run_only_evaluates(run, config_file, capsys):
-    assert (
-        main(["train", "--config", config_file, "--train.workdir", str(run), "--train.clip_norm", "1", "--train.offset_rate", "0.5"]) == 0
-    )
+    assert main(["train", "--config", config_file, "--run.workdir", str(run), "--optim.clip_norm", "1", "--optim.offset_rate", "0.5"]) == 0
     assert "continuing from step 4" in (said := capsys.readouterr().out) and "done: step 4" in said
-    assert "setting changed since then: train.clip_norm: 0.0 -> 1.0" in said
+    assert "setting changed since then: optim.clip_norm: 0.0 -> 1.0" in said
 
 
 def test_other_data_or_another_seed_do_not_continue_a_run(run, config_file, capsys):
-    said = fails(capsys, "train", "--config", config_file, "--train.workdir", run, "--data.scenes", "5")
+    said = fails(capsys, "train", "--config", config_file, "--run.workdir", run, "--data.train", "scenes:5:32x24")
     assert "holds another run: it trains on 4 images (names" in said and "and now on 5 images" in said
-    said = fails(capsys, "train", "--config", config_file, "--train.workdir", run, "--train.seed", "1")
-    assert "train.seed is 0 there and 1 here" in said
+    said = fails(capsys, "train", "--config", config_file, "--run.workdir", run, "--run.seed", "1")
+    assert "run.seed is 0 there and 1 here" in said

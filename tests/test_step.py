@@ -10,24 +10,24 @@ from flax import nnx
 from jax.ad_checkpoint import print_saved_residuals
 from reference import load, nhwc, official_weights, vgg19
 
-from aecr_jax import ModelConfig, UserError, contrastive_regularization
-from aecr_jax.config import Config, LossConfig, TrainConfig
-from aecr_jax.contrastive import LAYER_WEIGHTS, combine_distances, contrastive_distances
-from aecr_jax.layers import FastDeconv
-from aecr_jax.model import build_model, get_arrays
-from aecr_jax.official import official_arrays, our_arrays
-from aecr_jax.step import (
-    check_batch,
-    init_state,
-    learning_rate,
-    make_mesh,
-    make_optimizer,
-    make_train_step,
-    replicate,
-    shard_batch,
-    state_to_model,
-)
-from aecr_jax.vgg import random_vgg19
+from aecr_jax import AECRNet, AECRNetConfig, UserError, contrastive_regularization
+from aecr_jax.convert.aecr_net import official_arrays, our_arrays
+from aecr_jax.losses.contrastive import LAYER_WEIGHTS, combine_distances, contrastive_distances
+from aecr_jax.losses.restoration import RestorationLoss
+from aecr_jax.losses.vgg import random_vgg19
+from aecr_jax.networks.arrays import get_arrays
+from aecr_jax.networks.layers import FastDeconv
+from aecr_jax.networks.registry import build_network
+from aecr_jax.training.config import Config, LossConfig, OptimConfig
+from aecr_jax.training.mesh import check_batch, make_mesh, replicate, shard_batch
+from aecr_jax.training.optimizer import learning_rate, make_optimizer
+from aecr_jax.training.step import init_state, make_train_step, state_to_model
+
+
+def loss_of(config):
+    rates = {"positives": config.loss.positives, "negatives": config.loss.negatives}
+    return RestorationLoss(random_vgg19(width=2), cr=config.loss.cr, dtype=config.model.dtype, **rates)
+
 
 FLOAT64 = {"dtype": "float64", "param_dtype": "float64"}
 
@@ -35,13 +35,13 @@ FLOAT64 = {"dtype": "float64", "param_dtype": "float64"}
 def test_five_steps_of_the_official_code(x64):
     """Losses and gradient norms before each of five Adam steps in float64, and the result, from PyTorch (tests/golden)."""
     d = load("train_trajectory")
-    train = TrainConfig(steps=int(d["total_steps"]), batch=2, learning_rate=2e-4)
-    config = Config(model=ModelConfig(**FLOAT64), train=train)
-    np.testing.assert_allclose([learning_rate(config)(i) for i in range(5)], d["lr"], rtol=1e-12)
+    optim = OptimConfig(steps=int(d["total_steps"]), batch=2, learning_rate=2e-4)
+    config = Config(model=AECRNetConfig(**FLOAT64), optim=optim)
+    np.testing.assert_allclose([learning_rate(optim)(i) for i in range(5)], d["lr"], rtol=1e-12)
     weights = {k: v.astype(np.float64) for k, v in our_arrays(official_weights(d["weight_seed"])).items()}
     mesh = make_mesh(jax.devices()[:1])
-    state = replicate(init_state(config, build_model(config.model, weights)), mesh)
-    step = make_train_step(config, vgg19(d["vgg_seed"], np.float64), mesh)
+    state = replicate(init_state(config, build_network(config.model, weights)), mesh)
+    step = make_train_step(config, RestorationLoss(vgg19(d["vgg_seed"], np.float64), cr=0.1, dtype="float64"), mesh)
     inputs = [shard_batch({k: nhwc(d[k][i]) for k in ("hazy", "clear")}, mesh) for i in range(5)]
     # The full network five times: here fast code is worth its compilation.
     compiled = step.func.lower(*step.args, state, inputs[0]).compile({"xla_backend_optimization_level": "3"})
@@ -60,10 +60,10 @@ def test_five_steps_of_the_official_code(x64):
 def test_first_step_of_the_official_code_in_float32():
     """As above, for what users compute in."""
     d = load("train_trajectory")
-    config = Config(train=TrainConfig(steps=int(d["total_steps"]), batch=2))
+    config = Config(optim=OptimConfig(steps=int(d["total_steps"]), batch=2))
     mesh = make_mesh(jax.devices()[:1])
-    model = build_model(config.model, our_arrays(official_weights(d["weight_seed"])))
-    step = make_train_step(config, vgg19(d["vgg_seed"]), mesh)
+    model = build_network(config.model, our_arrays(official_weights(d["weight_seed"])))
+    step = make_train_step(config, RestorationLoss(vgg19(d["vgg_seed"]), cr=0.1), mesh)
     batch = {k: nhwc(d[k][0]).astype(np.float32) for k in ("hazy", "clear")}
     _, measured = step(replicate(init_state(config, model), mesh), shard_batch(batch, mesh))
     for name in ("l1", "cr", "total", "grad_norm"):
@@ -73,7 +73,7 @@ def test_first_step_of_the_official_code_in_float32():
 def run(config, devices, batches, **options):
     mesh = make_mesh(jax.devices()[:devices])
     state = replicate(init_state(config), mesh)
-    step = make_train_step(config, random_vgg19(width=2) if config.loss.cr else None, mesh, **options)
+    step = make_train_step(config, loss_of(config), mesh, **options)
     for batch in batches:
         state, measured = step(state, shard_batch(batch, mesh))
     return jax.device_get((state, measured))
@@ -84,8 +84,8 @@ def batches(count, dtype=np.float64, n=8):
     return [{k: rng.random((n, 16, 16, 3)).astype(dtype) for k in ("hazy", "clear")} for _ in range(count)]
 
 
-SMALL = ModelConfig(width=4, blocks=1)
-SMALL64 = ModelConfig(width=4, blocks=1, **FLOAT64)
+SMALL = AECRNetConfig(width=4, blocks=1)
+SMALL64 = AECRNetConfig(width=4, blocks=1, **FLOAT64)
 
 
 def near(a, b, rtol, atol):
@@ -94,7 +94,7 @@ def near(a, b, rtol, atol):
 
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
 def test_one_device_and_eight_compute_the_same(x64, optimizer):
-    config = Config(model=SMALL64, train=TrainConfig(batch=8, steps=10, optimizer=optimizer))
+    config = Config(model=SMALL64, optim=OptimConfig(batch=8, steps=10, optimizer=optimizer))
     (one, one_measured), (eight, eight_measured) = (run(config, n, batches(2)) for n in (1, 8))
     near(one, eight, 1e-9, 1e-12)
     near(one_measured, eight_measured, 1e-9, 0)
@@ -102,7 +102,7 @@ def test_one_device_and_eight_compute_the_same(x64, optimizer):
 
 def test_one_device_and_eight_compute_the_same_in_float32():
     """One step; Adam's first is the sign of the gradient times the rate, so parameters are compared where the gradient is not about 0."""
-    config = Config(model=SMALL, train=TrainConfig(batch=8, steps=10))
+    config = Config(model=SMALL, optim=OptimConfig(batch=8, steps=10))
     (one, one_measured), (eight, eight_measured) = (run(config, n, batches(1, np.float32)) for n in (1, 8))
     near(one_measured, eight_measured, 1e-5, 1e-7)
     near(one.stats, eight.stats, 1e-5, 1e-5)
@@ -117,15 +117,15 @@ def test_one_device_and_eight_compute_the_same_in_float32():
 
 def test_the_step_is_the_pmap_of_a_step_per_device(x64, monkeypatch):
     """With the collectives that a step per device needs: FastDeconv's patches, the distances of the ratio, the gradient, L1."""
-    config = Config(model=SMALL64, train=TrainConfig(batch=8, steps=10))
+    config = Config(model=SMALL64, optim=OptimConfig(batch=8, steps=10))
     batch = batches(1)[0]
     expected, measured = run(config, 8, [batch])
-    state, features, optimizer = init_state(config), random_vgg19(width=2), make_optimizer(config)
+    state, features, optimizer = init_state(config), random_vgg19(width=2), make_optimizer(config.optim, AECRNet.predicts_offsets)
     patches = FastDeconv._patches
     monkeypatch.setattr(FastDeconv, "_patches", lambda self, x: jax.lax.all_gather(patches(self, x), "device", tiled=True))
 
     def loss(params, hazy, clear):
-        model = build_model(config.model, {**params, **state.stats})
+        model = build_network(config.model, {**params, **state.stats})
         model.train()
         restored = model(hazy)
         l1 = jax.lax.pmean(jnp.abs(restored - clear).mean(), "device")
@@ -148,14 +148,14 @@ def test_the_step_is_the_pmap_of_a_step_per_device(x64, monkeypatch):
 
 def compiled(config, devices=8):
     mesh = make_mesh(jax.devices()[:devices])
-    step = make_train_step(config, random_vgg19(width=2) if config.loss.cr else None, mesh)
+    step = make_train_step(config, loss_of(config), mesh)
     state = replicate(init_state(config), mesh)
-    return step.func.lower(*step.args, state, shard_batch(batches(1, np.float32, config.train.batch)[0], mesh)).compile()
+    return step.func.lower(*step.args, state, shard_batch(batches(1, np.float32, config.optim.batch)[0], mesh)).compile()
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_compiled_step_reduces_gradients_and_gathers_no_images(accumulate):
-    config = Config(model=SMALL, train=TrainConfig(batch=16, steps=10, accumulate=accumulate))
+    config = Config(model=SMALL, optim=OptimConfig(batch=16, steps=10, accumulate=accumulate))
     text = compiled(config).as_text()
     reduced = re.findall(r"= (.*) all-reduce(?:-start)?\(", text)
     # the gradient of the deformable kernel, [3, 3, 16, 16], in whatever layout and company
@@ -168,8 +168,8 @@ def test_the_compiled_step_reduces_gradients_and_gathers_no_images(accumulate):
 
 def test_accumulated_gradients_are_those_of_the_batch(x64):
     """Without what is of the whole batch (FastDeconv's statistics, the ratio), parts add up to the batch exactly."""
-    model = ModelConfig(width=4, blocks=1, fast_deconv=False, dfe="none", **FLOAT64)
-    configs = [Config(model=model, loss=LossConfig(cr=0), train=TrainConfig(batch=8, steps=10, accumulate=n)) for n in (1, 2)]
+    model = AECRNetConfig(width=4, blocks=1, fast_deconv=False, dfe="none", **FLOAT64)
+    configs = [Config(model=model, loss=LossConfig(cr=0), optim=OptimConfig(batch=8, steps=10, accumulate=n)) for n in (1, 2)]
     (whole, measured), (parts, measured_parts) = (run(config, 2, batches(2)) for config in configs)
     near(whole, parts, 1e-9, 1e-12)
     near(measured, measured_parts, 1e-9, 1e-12)
@@ -177,8 +177,8 @@ def test_accumulated_gradients_are_those_of_the_batch(x64):
 
 def test_moving_average_of_parameters():
     """Two steps by hand: decays min(0.9, 1/10) and min(0.9, 2/11) with the parameters after each step."""
-    model = ModelConfig(width=4, blocks=1, dfe="none")
-    config = Config(model=model, loss=LossConfig(cr=0), train=TrainConfig(batch=8, steps=10, ema=0.9))
+    model = AECRNetConfig(width=4, blocks=1, dfe="none")
+    config = Config(model=model, loss=LossConfig(cr=0), optim=OptimConfig(batch=8, steps=10, ema=0.9))
     start = jax.device_get(init_state(config).params)
     (first, _), (second, _) = (run(config, 1, batches(n, np.float32)) for n in (1, 2))
     for name, x in start.items():
@@ -186,13 +186,13 @@ def test_moving_average_of_parameters():
         np.testing.assert_allclose(first.ema[name], expected, rtol=1e-5, atol=1e-7)
         np.testing.assert_allclose(second.ema[name], 2 / 11 * expected + 9 / 11 * second.params[name], rtol=1e-5, atol=1e-7)
     output = state_to_model(config, second)(batches(1, np.float32)[0]["hazy"])
-    averaged = build_model(config.model, {**second.ema, **second.stats})(batches(1, np.float32)[0]["hazy"])
+    averaged = build_network(config.model, {**second.ema, **second.stats})(batches(1, np.float32)[0]["hazy"])
     np.testing.assert_array_equal(output, averaged)
 
 
 def test_frozen_statistics():
     """The loss is that of the network as evaluated, and the running averages stay."""
-    config = Config(model=SMALL, loss=LossConfig(cr=0), train=TrainConfig(batch=8, steps=10))
+    config = Config(model=SMALL, loss=LossConfig(cr=0), optim=OptimConfig(batch=8, steps=10))
     batch = batches(1, np.float32)[0]
     start = init_state(config)
     state, measured = run(config, 2, [batch], freeze_stats=True)
@@ -212,9 +212,9 @@ def kept_for_the_gradient(config, capsys):
 
 def test_rematerialization_keeps_less_and_changes_no_number(capsys):
     """(XLA's CPU backend computes nothing anew all the same, so the compiled program's memory shows nothing here.)"""
-    model = ModelConfig(width=4, blocks=2, shared=False)
+    model = AECRNetConfig(width=4, blocks=2, shared=False)
     configs = [
-        Config(model=dataclasses.replace(model, remat=remat), loss=LossConfig(cr=0), train=TrainConfig(batch=8, steps=10))
+        Config(model=dataclasses.replace(model, remat=remat), loss=LossConfig(cr=0), optim=OptimConfig(batch=8, steps=10))
         for remat in (False, True)
     ]
     (plain, measured), (again, measured_again) = (run(config, 1, batches(1, np.float32)) for config in configs)
@@ -228,7 +228,7 @@ def test_bfloat16_compute():
     """Parameters and their gradient stay float32; the loss is that of float32 to bfloat16's three digits."""
     losses = {}
     for dtype in ("float32", "bfloat16"):
-        config = Config(model=ModelConfig(width=4, blocks=1, dtype=dtype), train=TrainConfig(batch=8, steps=10))
+        config = Config(model=AECRNetConfig(width=4, blocks=1, dtype=dtype), optim=OptimConfig(batch=8, steps=10))
         state, losses[dtype] = run(config, 1, batches(1, np.float32))
         assert {x.dtype for x in jax.tree.leaves(state.params)} == {np.dtype("float32")}
     for name, tolerance in (("l1", 0.01), ("cr", 0.05), ("grad_norm", 0.3)):
@@ -236,8 +236,8 @@ def test_bfloat16_compute():
 
 
 def test_warmup_and_factor_for_offsets():
-    config = Config(model=SMALL, train=TrainConfig(batch=8, steps=10, warmup=4, offset_rate=0.1, schedule="constant", learning_rate=1e-3))
-    np.testing.assert_allclose([learning_rate(config)(i) for i in range(5)], [0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3], rtol=1e-6)
+    config = Config(model=SMALL, optim=OptimConfig(batch=8, steps=10, warmup=4, offset_rate=0.1, schedule="constant", learning_rate=1e-3))
+    np.testing.assert_allclose([learning_rate(config.optim)(i) for i in range(5)], [0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3], rtol=1e-6)
     before = jax.device_get(init_state(config).params)
     state, _ = run(config, 1, batches(1, np.float32))
     steps = {name: np.abs(state.params[name] - x).max() for name, x in before.items()}
@@ -249,8 +249,8 @@ def test_warmup_and_factor_for_offsets():
 def test_muon_takes_orthogonal_steps():
     """With the gradient's singular vectors by NumPy: a kernel's first step has the same length along each of them, but for the
     iteration's 0.7 to 1.2, and a root mean square of 0.2 rates; what is no wide kernel takes Nesterov Adam's 0.9 * 0.1 / 0.19 + 1."""
-    train = TrainConfig(batch=8, steps=10, schedule="constant", learning_rate=1e-3)
-    configs = [Config(model=SMALL, train=dataclasses.replace(train, optimizer=name)) for name in ("adam", "muon")]
+    optim = OptimConfig(batch=8, steps=10, schedule="constant", learning_rate=1e-3)
+    configs = [Config(model=SMALL, optim=dataclasses.replace(optim, optimizer=name)) for name in ("adam", "muon")]
     (adam, _), (muon, _) = (run(config, 1, batches(1, np.float32)) for config in configs)
     for name, before in jax.device_get(init_state(configs[0]).params).items():
         gradient, step = adam.opt_state[1][0].mu[name], muon.params[name] - before
@@ -267,7 +267,7 @@ def test_muon_takes_orthogonal_steps():
 
 def test_training_lowers_the_loss_without_regularization():
     config = Config(
-        model=ModelConfig(width=4, blocks=1), loss=LossConfig(cr=0), train=TrainConfig(batch=8, learning_rate=3e-3, schedule="constant")
+        model=AECRNetConfig(width=4, blocks=1), loss=LossConfig(cr=0), optim=OptimConfig(batch=8, learning_rate=3e-3, schedule="constant")
     )
     batch = batches(1, np.float32)[0] | {"clear": np.full((8, 16, 16, 3), 0.5, np.float32)}
     _, first = run(config, 1, [batch])
@@ -279,7 +279,7 @@ def test_training_lowers_the_loss_without_regularization():
 @pytest.mark.parametrize("rates", [{"positives": 3, "negatives": 2}, {"negatives": 0}])
 def test_the_step_uses_the_rates(rates):
     """Table 4's rates and CR*: what the step measures is the regularization of the network's output in training mode."""
-    config = Config(model=ModelConfig(width=4, blocks=1, dfe="none"), loss=LossConfig(**rates), train=TrainConfig(batch=8, steps=10))
+    config = Config(model=AECRNetConfig(width=4, blocks=1, dfe="none"), loss=LossConfig(**rates), optim=OptimConfig(batch=8, steps=10))
     batch = batches(1, np.float32)[0]
     batch = {k: v * np.linspace(0.1, 1, 8, dtype=np.float32).reshape(8, 1, 1, 1) for k, v in batch.items()}
     model = state_to_model(config, init_state(config))
@@ -289,10 +289,10 @@ def test_the_step_uses_the_rates(rates):
 
 
 def test_refuses_a_batch_that_does_not_divide():
-    with pytest.raises(UserError, match=r"train.batch \(=12\) must divide by the 8 devices, such as 8 or 16"):
-        check_batch(Config(train=TrainConfig(batch=12)), make_mesh())
+    with pytest.raises(UserError, match=r"optim.batch \(=12\) must divide by the 8 devices, such as 8 or 16"):
+        check_batch(12, 1, make_mesh())
 
 
 def test_refuses_missing_features():
     with pytest.raises(ValueError, match="features is None and must be a VGG19Features"):
-        make_train_step(Config(), None, make_mesh())
+        RestorationLoss(None, cr=0.1)

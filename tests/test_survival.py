@@ -18,13 +18,15 @@ from aecr_jax import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 CONFIG = """
-from aecr_jax.config import Config, DataConfig, LossConfig, TrainConfig
-from aecr_jax.model import ModelConfig
+from aecr_jax.training.config import Config, LossConfig, OptimConfig, RunConfig
+from aecr_jax.data.sources import DataConfig
+from aecr_jax.networks.aecr_net import AECRNetConfig
 config = Config(
-    model=ModelConfig(width=2, blocks=1, dfe="none"),
-    data=DataConfig(scenes=4, scene_size=(16, 24), crop=16, threads=1),
+    model=AECRNetConfig(width=2, blocks=1, dfe="none"),
+    data=DataConfig(train="scenes:4:24x16", crop=16, threads=1),
     loss=LossConfig(cr=0),
-    train=TrainConfig(steps=1000, batch=2, schedule="constant", ema=0.9, log_every=1, eval_every=1000, eval_images=2, save_every=1),
+    optim=OptimConfig(steps=1000, batch=2, schedule="constant", ema=0.9),
+    run=RunConfig(log_every=1, eval_every=1000, eval_images=2, save_every=1),
 )
 """
 
@@ -52,7 +54,7 @@ def start(config, workdir, *options, devices=1, limit=None, **process):
     if limit:
         del environment["JAX_COMPILATION_CACHE_DIR"]  # a half-written entry would stay in it
     command = [sys.executable, "-c", LIMITED.format(limit=limit)] if limit else [sys.executable, ROOT / "train.py"]
-    command += ["--config", config, "--train.workdir", workdir, *options]
+    command += ["--config", config, "--run.workdir", workdir, *options]
     return subprocess.Popen(
         [str(c) for c in command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **process
     )
@@ -90,6 +92,7 @@ def checksums(workdir, step):
     return found[0]
 
 
+@pytest.mark.slow
 def test_killed_at_20_random_moments(config, tmp_path):
     """With a checkpoint after every step, most kills hit one that is being written; the end is that of a run that was left alone."""
     workdirs, rng, half_written, seen = [tmp_path / "a", tmp_path / "b"], random.Random(0), 0, 0
@@ -104,8 +107,8 @@ def test_killed_at_20_random_moments(config, tmp_path):
         seen = max(map(steps, workdirs))
     assert half_written > 0
     end = seen + 1
-    runs = [start(config, workdir, "--train.steps", end) for workdir in workdirs]
-    runs.append(start(config, tmp_path / "alone", "--train.steps", end, "--train.save_every", 1000))
+    runs = [start(config, workdir, "--optim.steps", end) for workdir in workdirs]
+    runs.append(start(config, tmp_path / "alone", "--optim.steps", end, "--run.save_every", 1000))
     for process in runs:
         finish(process)
     for workdir in workdirs:
@@ -114,12 +117,13 @@ def test_killed_at_20_random_moments(config, tmp_path):
         assert logged == list(range(1, end + 1))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_devices(config, tmp_path):
     """Two steps on two devices and one on one are three on one, but for the order of sums."""
-    assert "2 device(s)" in finish(start(config, tmp_path / "w", "--train.steps", 2, devices=2))
-    said = finish(start(config, tmp_path / "w", "--train.steps", 3))
+    assert "2 device(s)" in finish(start(config, tmp_path / "w", "--optim.steps", 2, devices=2))
+    said = finish(start(config, tmp_path / "w", "--optim.steps", 3))
     assert "continuing from step 2" in said and "1 device(s)" in said
-    finish(start(config, tmp_path / "alone", "--train.steps", 3))
+    finish(start(config, tmp_path / "alone", "--optim.steps", 3))
     x = np.random.default_rng(0).random((1, 16, 16, 3), np.float32)
     ours, expected = (load_checkpoint(tmp_path / run / "checkpoints" / "3")(x) for run in ("w", "alone"))
     np.testing.assert_allclose(ours, expected, atol=1e-4)
@@ -128,13 +132,13 @@ def test_a_run_goes_on_with_another_number_of_devices(config, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_saves_and_says_so(config, tmp_path, number):
     workdir = tmp_path / "stopped"
-    process = start(config, workdir, "--train.save_every", 1000)
+    process = start(config, workdir, "--run.save_every", 1000)
     wait_for(process, workdir, 3)
     process.send_signal(number)
     said = finish(process, {signal.SIGTERM: 75, signal.SIGINT: 130}[number])
     step = last(workdir)
     assert f"aecr_jax: stopped by {number.name} after step {step}; the state is saved in {workdir}" in said and "Traceback" not in said
-    options = ["--train.steps", step + 2, "--train.save_every", 1000]
+    options = ["--optim.steps", step + 2, "--run.save_every", 1000]
     for process in [start(config, folder, *options) for folder in (workdir, tmp_path / "alone")]:
         finish(process)
     assert checksums(workdir, step + 2) == checksums(tmp_path / "alone", step + 2)
@@ -152,35 +156,37 @@ def start_two(config, workdir, *options, own=((), ())):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    together = ["--train.coordinator", f"127.0.0.1:{port}", "--train.processes", 2, *options]
-    return [start(config, workdir, *together, "--train.process_id", i, *own[i]) for i in range(2)]
+    together = ["--run.coordinator", f"127.0.0.1:{port}", "--run.processes", 2, *options]
+    return [start(config, workdir, *together, "--run.process_id", i, *own[i]) for i in range(2)]
 
 
+@pytest.mark.slow
 def test_two_processes_are_killed_and_go_on(config, tmp_path):
     workdir = tmp_path / "killed"
-    processes = start_two(config, workdir, "--train.save_every", 2)
+    processes = start_two(config, workdir, "--run.save_every", 2)
     wait_for(processes[0], workdir, 5)
     for process in processes:
         process.kill()
         process.communicate()
     end = last(workdir) + 3
-    options = ["--train.steps", end, "--train.eval_every", end]
+    options = ["--optim.steps", end, "--run.eval_every", end]
     resumed = [finish(process) for process in start_two(config, workdir, *options)]
-    alone = [finish(process) for process in start_two(config, tmp_path / "alone", *options, "--train.save_every", 1000)]
+    alone = [finish(process) for process in start_two(config, tmp_path / "alone", *options, "--run.save_every", 1000)]
     assert checksums(workdir, end) == checksums(tmp_path / "alone", end)
     assert f"done: step {end}" in resumed[0] and "continuing from step" in resumed[0]
     assert "done" not in alone[1] and "PSNR" not in alone[1]  # process 0 speaks for all
     # Two processes with a device each compute what one does, but for the order of sums.
-    finish(start(config, tmp_path / "one", *options, "--train.save_every", 1000))
+    finish(start(config, tmp_path / "one", *options, "--run.save_every", 1000))
     one, two = ([json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()] for run in ("one", "alone"))
     for a, b in zip(one, two, strict=True):
         assert (a["step"], a["kind"]) == (b["step"], b["kind"])
         assert all(abs(a[name] - b[name]) <= 1e-4 * abs(a[name]) for name in ("l1", "psnr", "ssim", "images") if name in a)
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_process_stops_both(config, tmp_path):
-    finish(start(config, tmp_path / "first", "--train.steps", 1))
-    processes = start_two(config, tmp_path / "w", "--train.save_every", 1000, "--train.init_from", tmp_path / "first")
+    finish(start(config, tmp_path / "first", "--optim.steps", 1))
+    processes = start_two(config, tmp_path / "w", "--run.save_every", 1000, "--run.init_from", tmp_path / "first")
     wait_for(processes[0], tmp_path / "w", 3)
     processes[1].send_signal(signal.SIGTERM)
     said, _ = (finish(process, 75) for process in processes)
@@ -195,8 +201,8 @@ def test_an_image_that_one_process_cannot_read_ends_both(config, tmp_path):
             for i in range(8):
                 picture(tmp_path / folder / side / f"{i}.png", (16, 16), seed=i)
     (tmp_path / "broken" / "hazy" / "5.png").write_bytes(b"")
-    own = [["--data.hazy", tmp_path / f / "hazy", "--data.clear", tmp_path / f / "clear"] for f in ("whole", "broken")]
-    held = ["--data.eval_hazy", tmp_path / "whole" / "hazy", "--data.eval_clear", tmp_path / "whole" / "clear"]
+    own = [["--data.train", tmp_path / f] for f in ("whole", "broken")]
+    held = ["--data.eval", tmp_path / "whole"]
     processes = start_two(config, tmp_path / "w", *held, own=own)
     other, broken = (finish(process, 2) for process in processes)
     assert "broken/hazy/5.png is not an image file" in broken
@@ -206,7 +212,7 @@ def test_an_image_that_one_process_cannot_read_ends_both(config, tmp_path):
 def test_ctrl_c_with_worker_processes_saves(config, tmp_path):
     """As a terminal sends it, to the whole group: the workers leave it to the process that trains."""
     workdir = tmp_path / "w"
-    process = start(config, workdir, "--data.workers", 1, "--train.save_every", 1000, start_new_session=True)
+    process = start(config, workdir, "--data.workers", 1, "--run.save_every", 1000, start_new_session=True)
     wait_for(process, workdir, 3)
     os.killpg(process.pid, signal.SIGINT)
     assert "stopped by SIGINT" in finish(process, 130) and last(workdir) >= 3

@@ -1,1 +1,1 @@
-"""Measurements: `python -m aecr_jax benchmark WHAT`. Every speed in the README comes from here."""
+"""Benchmarks, run by `python -m aecr_jax benchmark WHAT`. Every speed in the documentation was measured with them."""

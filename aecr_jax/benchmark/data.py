@@ -1,4 +1,4 @@
-"""How fast the input pipeline is, stage by stage and as a whole, and how many workers an accelerator needs."""
+"""Benchmark of the input pipeline: the speed of each stage and of the whole, and the number of workers that an accelerator needs."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ import numpy as np
 from tqdm import tqdm
 
 from aecr_jax.benchmark.speed import write_json
-from aecr_jax.config import Config
 from aecr_jax.data.haze import add_haze, draw_haze
 from aecr_jax.data.images import to_float
-from aecr_jax.data.pipeline import Augment, Source, cache_bytes, train_batches
+from aecr_jax.data.pipeline import Augment, cache_bytes, train_batches
+from aecr_jax.data.reader import Source
+from aecr_jax.data.samples import Sample
 from aecr_jax.files import make_folder
+from aecr_jax.training.config import Config
 
 
 def benchmark_data(
-    samples: Sequence[Any],
+    samples: Sequence[Sample],
     config: Config,
     *,
     seconds: float = 5.0,
@@ -29,15 +31,15 @@ def benchmark_data(
     steps_per_second: float = 20.0,
     output: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Measures the pipeline of a config and prints tables.
+    """Measure the input pipeline of a config and print tables.
 
     Args:
-      samples: to train on.
-      config: gives crop, batch, threads and cache.
+      samples: the training samples.
+      config: supplies the crop, the batch, the number of threads and the cache.
       seconds: how long to measure each row.
-      workers: numbers of worker processes to try; 0 is the threads of this process alone, and all that is tried with a cache, of which
-        each worker would fill its own.
-      steps_per_second: of the accelerator whose waiting is to be told; a step is played by a pause.
+      workers: numbers of worker processes to measure; 0 uses only the threads of this process. With a cache, only 0 is measured, because
+        each worker would fill its own cache.
+      steps_per_second: speed of the simulated accelerator, whose waiting time is reported; each step is simulated by a pause.
       output: JSON file for the figures.
 
     Returns:
@@ -46,7 +48,7 @@ def benchmark_data(
     Raises:
       UserError: a file cannot be read, or the output cannot be written.
     """
-    crop, batch = config.data.crop, config.train.batch
+    crop, batch = config.data.crop, config.optim.batch
     stages = _measure_stages(samples, crop, batch, seconds)
     print(f"one thread, crops of {crop}x{crop}, batches of {batch}; {len(samples)} images, {os.cpu_count()} CPU cores")
     print(f"{'stage':24}{'ms/image':>10}{'images/s':>10}")
@@ -71,9 +73,8 @@ def benchmark_data(
     return figures
 
 
-def _measure_stages(samples: Sequence[Any], crop: int, batch: int, seconds: float) -> list[dict[str, Any]]:
-    """Milliseconds of one thread for each image, stage by stage."""
-    paths = [path for path in samples[0] if isinstance(path, Path)] if isinstance(samples[0], tuple) else []
+def _measure_stages(samples: Sequence[Sample], crop: int, batch: int, seconds: float) -> list[dict[str, Any]]:
+    """Measure the time per image, in milliseconds, that one thread needs for each stage."""
     rng = np.random.default_rng(0)
     augment = Augment(crop)
     stages = []
@@ -86,8 +87,8 @@ def _measure_stages(samples: Sequence[Any], crop: int, batch: int, seconds: floa
             done += 1
         stages.append({"stage": stage, "ms": 1000 * spent / (done * per_call)})
 
-    if paths:
-        measure("read files", lambda i: [p.read_bytes() for p in samples[i % len(samples)] if isinstance(p, Path)])
+    if samples[0].files and not samples[0].dataset:
+        measure("read files", lambda i: [path.read_bytes() for path in samples[i % len(samples)].files.values()])
     measure("read and decode", lambda i: samples[i % len(samples)].read())
     element = Source(samples, least=crop)[0]
     cut = {key: to_float(array[:crop, :crop]) for key, array in element.items() if key != "index"}
@@ -99,16 +100,16 @@ def _measure_stages(samples: Sequence[Any], crop: int, batch: int, seconds: floa
     return stages
 
 
-def _measure_pipeline(samples: Sequence[Any], config: Config, seconds: float, steps_per_second: float) -> dict[str, Any]:
-    batch = config.train.batch
+def _measure_pipeline(samples: Sequence[Sample], config: Config, seconds: float, steps_per_second: float) -> dict[str, Any]:
+    batch = config.optim.batch
     if config.data.cache:
         cache_bytes(samples, config.data)
-    batches = train_batches(samples, config)
+    batches = train_batches(samples, config.data, batch=batch, seed=config.run.seed)
     next(batches)
-    if config.data.cache:  # the first epoch fills it
-        for _ in tqdm(range(len(samples) // batch + 1), "filling the cache", leave=False):
+    if config.data.cache:  # the first epoch fills the cache
+        for _ in tqdm(range(len(samples) // batch + 1), "filling the cache", leave=False, disable=None):
             next(batches)
-    for _ in range(4 * max(1, config.data.workers)):  # what was prefetched while nobody asked
+    for _ in range(4 * max(1, config.data.workers)):  # discard the batches that were prefetched before the measurement
         next(batches)
     start, done = time.perf_counter(), 0
     while (spent := time.perf_counter() - start) < seconds:

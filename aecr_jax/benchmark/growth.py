@@ -1,4 +1,4 @@
-"""How time and memory grow with the image's area and with the batch: both should be linear."""
+"""Benchmark of how time and memory grow with the image area and with the batch size; both should grow linearly."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ _BATCH_SIZE = 128
 def benchmark_growth(
     sizes: Sequence[int], batches: Sequence[int], *, width: int = 64, rounds: int = 3, output: str | Path, plot: str | Path | None = None
 ) -> dict[str, Any]:
-    """Measures forward and train step (L1) over image sizes with a batch of 1, and over batches at 128x128, and prints a table.
+    """Measure forward pass and train step (L1) over image sizes with a batch of 1 and over batches at 128x128, and print a table.
 
-    The exponent of a row is `log(time / time before) / log(pixels / pixels before)`: 1 where growth is linear. What needs more memory
-    than the machine has is listed, not run.
+    The exponent of a row is `log(time / time before) / log(pixels / pixels before)`, where "before" is the previous row; it is 1 if the
+    time grows linearly. A case that needs more memory than the machine has is listed but not run.
 
     Args:
-      sizes: heights and widths, growing.
-      batches: images, growing.
-      width: the network's.
-      rounds: runs of each.
+      sizes: heights and widths, in ascending order.
+      batches: numbers of images, in ascending order.
+      width: width of the network.
+      rounds: number of measured runs of each case.
       output: JSON file for the figures.
-      plot: picture to draw (needs matplotlib); None: none.
+      plot: image file for a plot (needs matplotlib); None for no plot.
 
     Returns:
       The figures: `machine` and `rows`.
@@ -108,7 +108,7 @@ def _print(row: dict[str, Any], before: dict[str, Any]) -> None:
 
 
 def _available() -> int | None:
-    """Free bytes of the device or machine, if it tells."""
+    """Return the free memory of the device or machine in bytes, or None if it is not known."""
     stats = jax.devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
@@ -116,7 +116,7 @@ def _available() -> int | None:
     if not memory.exists():
         return None
     free = next(1024 * int(line.split()[1]) for line in memory.read_text().splitlines() if line.startswith("MemAvailable:"))
-    group = Path("/sys/fs/cgroup")  # a container's limit, if it has one
+    group = Path("/sys/fs/cgroup")  # the memory limit of a container, if there is one
     with contextlib.suppress(OSError, ValueError):
         free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
     return free

@@ -1,4 +1,4 @@
-"""The same work in PyTorch, in a process of its own: no library's threads or memory are in the other's way."""
+"""The same work in PyTorch, in a separate process, so that the threads and memory of the two libraries do not interfere."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from typing import Any
 from aecr_jax.benchmark.work import Work
 from aecr_jax.errors import UserError
 
-WORKER = Path(__file__).parents[2] / "benchmarks" / "pytorch_worker.py"
+WORKER = Path(__file__).with_name("pytorch_worker.py")
 
 
 _DEVICES = {"cpu": "cpu", "gpu": "cuda"}
 
 
 class Opponent:
-    """One way to do some work in PyTorch: a process that does it once when asked. A context manager, which ends it.
+    """A process that does some work in PyTorch in one variant, once per request. A context manager that ends the process on exit.
 
     Args:
-      python: an interpreter with torch and torchvision.
-      request: the fields of the work, and how to do it.
+      python: a Python interpreter with torch and torchvision.
+      request: the fields of the work, and the variant.
 
     Raises:
-      UserError: the process ends, with its last line.
+      UserError: the process ended; the message contains the last line of its standard error.
     """
 
     def __init__(self, python: str, request: dict[str, Any]):
         self.how, self.python = request, python
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
-        # Its own cache of compiled programs would hide how long compiling takes.
+        # PyTorch's cache of compiled programs would hide the compile time.
         environment = os.environ | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
         try:
@@ -54,15 +54,15 @@ class Opponent:
         self.close()
 
     def run(self) -> float:
-        """Seconds of one run."""
+        """Do the work once and return the time in seconds."""
         return self._ask({"do": "run"})["seconds"]
 
     def peak(self) -> int | None:
-        """Bytes that one run needs above what the process holds; None where they cannot be told."""
+        """Return the memory, in bytes, that one run needs beyond what the process already holds, or None if it cannot be measured."""
         return self._ask({"do": "peak"})["bytes"]
 
     def close(self) -> None:
-        """Ends the process, whatever it does."""
+        """Kill the process, even while it is working."""
         self._process.kill()
         self._process.communicate()
         self._errors.close()
@@ -75,7 +75,7 @@ class Opponent:
                 self._process.stdin.write(json.dumps(request) + "\n")
                 self._process.stdin.flush()
                 line = self._process.stdout.readline()
-        except BaseException:  # Ctrl-C in the middle of its work
+        except BaseException:  # for instance Ctrl-C while the process is working
             self.close()
             raise
         if not line:
@@ -87,7 +87,7 @@ class Opponent:
 
 
 def check_opponent(platform: str) -> None:
-    """Raises UserError if PyTorch cannot do its part on JAX's platform, or its program is not here."""
+    """Raise UserError if the PyTorch side does not support JAX's platform or its worker program is missing."""
     if platform not in _DEVICES:
         raise UserError(f"--against torch has no device for {platform}: it works on {' and '.join(_DEVICES)}")
     if not WORKER.exists():
@@ -95,9 +95,9 @@ def check_opponent(platform: str) -> None:
 
 
 def fastest(python: str, work: Work, platform: str) -> tuple[Opponent, list[dict[str, Any]]]:
-    """Tries channels-last or not, compiled or not, and keeps the fastest running; and what each took.
+    """Run every combination of channels-last or not and compiled or not; return the fastest process, still running, and all times.
 
-    In bfloat16 autocast is PyTorch's way; its deformable convolution then runs in float32.
+    With bfloat16, PyTorch uses autocast; its deformable convolution then runs in float32.
     """
     best: Opponent | None = None
     best_s, tried = float("inf"), []
@@ -125,5 +125,5 @@ def fastest(python: str, work: Work, platform: str) -> tuple[Opponent, list[dict
 
 
 def count_cores() -> int:
-    """CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

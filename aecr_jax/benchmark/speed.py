@@ -1,4 +1,4 @@
-"""Time and memory of operator, network and train step; side by side with PyTorch, if wanted."""
+"""Benchmarks of the time and memory of the operator, the network and the train step, optionally compared with PyTorch."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from aecr_jax.benchmark.work import Prepared, Work, prepare
 from aecr_jax.errors import UserError
 from aecr_jax.files import make_folder
 
-# PyTorch's threads spin for a while after their work; what comes next should not pay for it.
+# PyTorch's threads keep spinning for a while after their work, which would slow down the next run.
 _PAUSE_S = 0.3
 
 
 def benchmark(works: Sequence[Work], *, rounds: int = 15, torch_python: str | None = None, output: str | Path) -> dict[str, Any]:
-    """Measures each of `works` and prints a table.
+    """Measure each of `works` and print a table.
 
-    Contestants take turns, one run each a round, so that what slows the machine for a while slows all of them.
+    JAX and PyTorch alternate, with one run each per round, so that a temporary slowdown of the machine affects both.
 
     Args:
-      works: what to measure.
-      rounds: how often each runs, after one run that is not counted.
-      torch_python: an interpreter with torch and torchvision to measure against; None: no opponent.
+      works: the work to measure.
+      rounds: number of measured runs, after one run that is not counted.
+      torch_python: a Python interpreter with torch and torchvision, for the comparison; None for no comparison.
       output: JSON file for the figures.
 
     Returns:
-      The figures: `machine`, `rounds` and `rows`, a dict for each of `works`.
+      The figures: `machine`, `rounds`, and `rows` with one dict for each of `works`.
 
     Raises:
-      UserError: PyTorch's side fails, or the output cannot be written.
+      UserError: the PyTorch side fails, or the output cannot be written.
     """
     platform = jax.devices()[0].platform
     if torch_python is not None:
@@ -107,23 +107,23 @@ def _line(name: str, row: dict[str, Any]) -> str:
 
 
 def megabytes(count: int | None) -> str:
-    """A column of a table."""
+    """Format a number of bytes as a table column in megabytes."""
     return f"{'-' if count is None else f'{count / 1e6:.0f}':>9}"
 
 
 def headline(machine: dict[str, Any]) -> str:
-    """The first line of a table."""
+    """Return the first line of a table, which describes the machine."""
     return f"{machine['device']}, jax {machine['jax']}, {machine['xla_flags'] or 'no XLA flags'}"
 
 
 def describe(opponent: Opponent) -> str:
-    """PyTorch's variant in words."""
+    """Describe the PyTorch variant in words."""
     words = {"channels_last": "channels-last", "compile": "compiled", "autocast": "autocast"}
     return ", ".join(word for key, word in words.items() if opponent.how[key]) or "eager"
 
 
 def describe_machine() -> dict[str, Any]:
-    """What the figures depend on."""
+    """Describe the device, the JAX version and the XLA flags, on which the figures depend."""
     device = jax.devices()[0]
     name = device.device_kind
     if device.platform == "cpu":
@@ -135,18 +135,18 @@ def describe_machine() -> dict[str, Any]:
 
 
 def summary(seconds: Sequence[float]) -> dict[str, Any]:
-    """Median, minimum, spread (the middle half over the median) and the runs themselves."""
+    """Return the median, the minimum, the spread (interquartile range divided by the median) and the times of all runs."""
     low, median, high = np.percentile(seconds, [25, 50, 75])
     return {"median_s": float(median), "min_s": min(seconds), "spread": float((high - low) / median), "runs_s": list(seconds)}
 
 
 def first_seconds(prepared: Prepared) -> float:
-    """Compiling and the first run, which is made here."""
+    """Do the first run and return its time plus the compile time, in seconds."""
     return prepared.compile_s + take_turns([prepared.run], 1)[0][0]
 
 
 def take_turns(runs: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
-    """Seconds of each run, `rounds` times in turn: what it returns, or else what it took."""
+    """Call the functions in turn, `rounds` times; return their times in seconds. A function that returns a number reports its own time."""
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(rounds):
         for run, seconds in zip(runs, times):
@@ -160,10 +160,10 @@ def take_turns(runs: Sequence[Callable[[], Any]], rounds: int) -> list[list[floa
 
 @contextlib.contextmanager
 def without_cache() -> Iterator[None]:
-    """No persistent compilation cache: how long compiling takes is a result."""
+    """Disable the persistent compilation cache, because the compile time is measured too."""
     before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # JAX decides once whether there is one
+    compilation_cache.reset_cache()  # JAX decides only once whether to use a cache
     jax.clear_caches()
     try:
         yield
@@ -173,7 +173,7 @@ def without_cache() -> Iterator[None]:
 
 
 def matmul_peak(dtype: str) -> float:
-    """GMAC/s of the best of some square matrix products."""
+    """Return the highest speed, in GMAC/s, of several square matrix products."""
     best = 0.0
     multiply = jax.jit(jnp.matmul)
     for size in (1024, 2048) if jax.devices()[0].platform == "cpu" else (4096, 8192):
@@ -187,18 +187,19 @@ def matmul_peak(dtype: str) -> float:
 
 
 def measure_peak(prepared: Prepared) -> int | None:
-    """Bytes that one run needs above what is held before it: resident in this process on a CPU (Linux; else None).
+    """Return the memory, in bytes, that one run needs beyond what is held before it.
 
-    An accelerator's allocator tells only the peak of the whole process, so there it is what the compiled program asks for.
+    On a CPU this is the resident memory of the process (on Linux; None elsewhere). An accelerator's allocator reports only the peak of the
+    whole process, so there the size requested by the compiled program is returned.
     """
     if jax.devices()[0].platform != "cpu":
         return prepared.temporaries + prepared.results
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed, which would hide that it is needed again
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed memory, which would hide that a run needs it again
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         before = _status("VmRSS")
         prepared.run()
-        # Not less than what the program allocates, some of which may lie in memory that the process kept.
+        # At least what the program allocates: part of that may reuse memory that the process already holds.
         return max(prepared.temporaries, _status("VmHWM") - before)
     except (OSError, AttributeError, TypeError):
         return None
@@ -210,7 +211,7 @@ def _status(name: str) -> int:
 
 
 def check_writable(path: str | Path) -> None:
-    """Raises UserError if a file cannot be written: before the minutes that fill it."""
+    """Raise UserError if a file cannot be written, so that this is found before measurements that take minutes."""
     make_folder(Path(path).parent)
     try:
         with open(path, "a"):
@@ -220,7 +221,7 @@ def check_writable(path: str | Path) -> None:
 
 
 def write_json(path: str | Path, figures: dict[str, Any]) -> None:
-    """Writes a JSON file, or raises UserError."""
+    """Write a JSON file; raise UserError if that fails."""
     try:
         Path(path).write_text(json.dumps(figures, indent=2) + "\n")
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What is measured: the operator, the network, the train step, each as one function without arguments, and its MACs."""
+"""The work that is measured: the operator, the network or the train step, as a function without arguments, and its number of MACs."""
 
 from __future__ import annotations
 
@@ -16,57 +16,76 @@ from flax import nnx
 from jax import Array
 from jax.extend.core import jaxprs_in_params
 
-from aecr_jax.config import Config, DataConfig, LossConfig, TrainConfig
-from aecr_jax.deform_conv import deform_conv2d
-from aecr_jax.model import AECRNet, ModelConfig
-from aecr_jax.step import init_state, make_mesh, make_train_step, replicate, shard_batch
-from aecr_jax.vgg import random_vgg19
+from aecr_jax.errors import UserError
+from aecr_jax.losses.restoration import RestorationLoss
+from aecr_jax.losses.vgg import random_vgg19
+from aecr_jax.networks.network import NetworkConfig
+from aecr_jax.networks.registry import config_from_dict, make_network
+from aecr_jax.ops.deform_conv import deform_conv2d
+from aecr_jax.training.config import Config, DataConfig, LossConfig, OptimConfig
+from aecr_jax.training.mesh import make_mesh, replicate, shard_batch
+from aecr_jax.training.step import init_state, make_train_step
 
 
 @dataclass(frozen=True)
 class Work:
-    """One piece of work, described so that another framework can do the same."""
+    """Description of one piece of work, from which another framework can do the same work."""
 
     kind: str
-    """op, model or train."""
+    """Kind of work: "op", "model" or "train"."""
     batch: int = 1
     size: int = 64
-    """Height and width."""
+    """Height and width in pixels."""
     channels: int = 256
-    """Of the operator's input and output."""
-    width: int = 64
-    """Of the network."""
+    """Channels of the operator's input and output."""
+    network: str = "aecr_net"
+    """Name of the network."""
+    width: int | None = None
+    """Width of the network, if it has one; None for its default."""
     backward: bool = False
-    """The operator's gradient in every argument too."""
+    """Also compute the operator's gradients with respect to all arguments."""
     cr: bool = False
-    """A train step with contrastive regularization and a full VGG-19, instead of L1 alone."""
+    """Use contrastive regularization with a full VGG-19 in the train step, instead of only L1."""
     dtype: str = "float32"
-    """Type of the arithmetic."""
+    """Data type of the arithmetic."""
 
     def __str__(self) -> str:
         if self.kind == "op":
             what = f"deform_conv2d {'forward + backward' if self.backward else 'forward'}, {self.channels} channels"
         else:
             what = "forward" if self.kind == "model" else f"train step, {'L1 + CR' if self.cr else 'L1'}"
+            what = what if self.network == "aecr_net" else f"{self.network} {what}"
         return f"{what}, {self.batch} x {self.size}x{self.size}"
+
+    def model_config(self) -> NetworkConfig:
+        """Return the config of the network that is measured.
+
+        Raises:
+          UserError: the network does not exist, or `width` is set and it has no width.
+        """
+        settings = {"name": self.network, "dtype": self.dtype} | ({} if self.width is None else {"width": self.width})
+        try:
+            return config_from_dict(settings)
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
 
 @dataclass
 class Prepared:
-    """Work, compiled."""
+    """Compiled work."""
 
     run: Callable[[], None]
-    """Does it once and waits for it."""
+    """Does the work once and waits until it is finished."""
     compile_s: float
     temporaries: int
-    """Bytes that the compiled program allocates besides arguments and results."""
+    """Bytes that the compiled program allocates in addition to its arguments and results."""
     results: int
-    """Bytes of its results."""
+    """Bytes of the results."""
     macs: int
 
 
 def prepare(work: Work) -> Prepared:
-    """Compiles `work` for the default device, with random inputs: time does not depend on values."""
+    """Compile `work` for the default device, with random inputs, because the time does not depend on their values."""
     jitted, arguments, carry = {"op": _op, "model": _model, "train": _train}[work.kind](work)
     start = time.perf_counter()
     traced = jitted.trace(*arguments)
@@ -77,7 +96,7 @@ def prepare(work: Work) -> Prepared:
     def run() -> None:
         result = compiled(*state)
         jax.block_until_ready(result)
-        if carry is not None:  # a donated argument comes back as a result
+        if carry is not None:  # the donated argument is returned as a result
             state[carry] = result[0]
 
     memory = compiled.memory_analysis()
@@ -105,7 +124,7 @@ def _op(work: Work) -> tuple[Any, tuple[Any, ...], int | None]:
 
 
 def _model(work: Work) -> tuple[Any, tuple[Any, ...], int | None]:
-    model = AECRNet(ModelConfig(width=work.width, dtype=work.dtype), rngs=nnx.Rngs(0))  # type: ignore[arg-type]
+    model = make_network(work.model_config(), rngs=nnx.Rngs(0))
     model.eval()
     graph, state = nnx.split(model)
     x = jnp.asarray(np.random.default_rng(0).random((work.batch, work.size, work.size, 3)), jnp.float32)
@@ -114,13 +133,14 @@ def _model(work: Work) -> tuple[Any, tuple[Any, ...], int | None]:
 
 def _train(work: Work) -> tuple[Any, tuple[Any, ...], int | None]:
     config = Config(
-        model=ModelConfig(width=work.width, dtype=work.dtype),  # type: ignore[arg-type]
+        model=work.model_config(),
         data=DataConfig(crop=work.size),
         loss=LossConfig(cr=0.1 if work.cr else 0.0),
-        train=TrainConfig(batch=work.batch),
+        optim=OptimConfig(batch=work.batch),
     )
     mesh = make_mesh(jax.devices()[:1])
-    step = make_train_step(config, random_vgg19(width=64) if work.cr else None, mesh)
+    loss = RestorationLoss(random_vgg19(width=64) if work.cr else None, cr=config.loss.cr, dtype=work.dtype)
+    step = make_train_step(config, loss, mesh)
     rng = np.random.default_rng(0)
     images = {key: rng.random((work.batch, work.size, work.size, 3), np.float32) for key in ("hazy", "clear")}
     assert isinstance(step, functools.partial)
@@ -128,7 +148,7 @@ def _train(work: Work) -> tuple[Any, tuple[Any, ...], int | None]:
 
 
 def count_macs(jaxpr: Any) -> int:
-    """Multiply-adds of the matrix products and convolutions of a jaxpr, those in its loops and calls included."""
+    """Count the multiply-adds of the matrix products and convolutions of a jaxpr, including those in its loops and calls."""
     total = 0
     for equation in jaxpr.eqns:
         name, out = equation.primitive.name, equation.outvars[0].aval
@@ -137,7 +157,7 @@ def count_macs(jaxpr: Any) -> int:
             total += out.size * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
         elif name == "conv_general_dilated":
             kernel, spec = equation.invars[1].aval.shape, equation.params["dimension_numbers"].rhs_spec
-            # Zeros that dilation puts between the inputs cost nothing in a program that knows of them.
+            # The zeros that dilation inserts between the inputs are not counted, because an efficient program skips them.
             total += out.size * math.prod(kernel) // kernel[spec[0]] // math.prod(equation.params["lhs_dilation"])
         times = equation.params["length"] if name == "scan" else 1
         total += times * sum(count_macs(inner) for inner in jaxprs_in_params(equation.params))

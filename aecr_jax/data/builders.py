@@ -1,7 +1,7 @@
 """tensorflow-datasets builders for RESIDE, NH-HAZE and Dense-Haze, written as array_record and read without TensorFlow.
 
-`prepare` builds one from the authors' unpacked archives; `open_dataset` reads what was built. Importing this module registers the
-builders, so `tfds.data_source("reside/its", split="train", data_dir=...)` reads them too.
+`prepare` builds a data set from the authors' unpacked archives; `open_dataset` opens a built one. Importing this module registers the
+builders, so that `tfds.data_source("reside/its", split="train", data_dir=...)` can also read the built data sets.
 """
 
 from __future__ import annotations
@@ -21,33 +21,28 @@ import grain
 import numpy as np
 import tensorflow_datasets as tfds
 
-from aecr_jax.data.folders import fit_clear
 from aecr_jax.data.images import read_pixels
-from aecr_jax.data.layouts import Layout, Part, find_layout, missing_images
+from aecr_jax.data.layouts import DATASETS, Layout, Part, find_layout, missing_images
+from aecr_jax.data.samples import Kind, fit_clear
 from aecr_jax.errors import UserError, first_line
 from aecr_jax.files import make_folder
 
-NAMES = (
-    *(f"reside/{config}" for config in ("its", "ots", "sots_indoor", "sots_outdoor", "hsts", "rtts")),
-    "nh_haze",
-    "dense_haze",
-)
 _RTTS_CLASSES = ["bicycle", "bus", "car", "motorbike", "person"]
-# What tensorflow-datasets calls the folder of a build until it is complete.
+# The name that tensorflow-datasets gives the folder of a build until the build is complete.
 _UNFINISHED = re.compile(r"incomplete\.[A-Z0-9]{6}_\d+\.\d+\.\d+$")
 _RESIDE_CITATION = """@article{li2019reside, title={Benchmarking Single-Image Dehazing and Beyond}, author={Li, Boyi and Ren, Wenqi and
 Fu, Dengpan and Tao, Dacheng and Feng, Dan and Zeng, Wenjun and Wang, Zhangyang}, journal={IEEE TIP}, volume={28}, year={2019}}"""
 
 
 class _HazeBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """What the builders share: records of `hazy`, `clear` and their names, in the order of the names.
+    """Base class of the builders: each record holds `hazy`, `clear` and their names, and records are sorted by name.
 
-    The metadata have `release` and, per split, `names` and `scenes`, so that a split can be chosen from without reading images. Every
-    image is decoded while the records are written: a damaged one ends the build.
+    The metadata contain `release` and, for each split, `names` and `scenes`, so that samples can be selected without reading images.
+    Every image is decoded while the records are written, and a damaged image ends the build.
     """
 
     VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First."}  # noqa: RUF012 (the base class has it so)
+    RELEASE_NOTES = {"1.0.0": "First."}  # noqa: RUF012 (the base class declares it this way)
     MANUAL_DOWNLOAD_INSTRUCTIONS = "Unpack the authors' archives into manual_dir; aecr_jax/data/layouts.py lists the folders."
     HOMEPAGE, CITATION = "", ""
 
@@ -85,8 +80,8 @@ class _HazeBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # 
         return generators
 
     def _generate_examples(self, part: Part) -> Iterator[tuple[int, dict[str, Any]]]:
-        # Paths and not arrays: the files go into the records as they are, and encoding arrays would need TensorFlow.
-        read_clear = functools.lru_cache(1)(read_pixels)  # the versions of a scene follow each other
+        # Yield paths, not arrays: the files are copied into the records unchanged, whereas encoding arrays would need TensorFlow.
+        read_clear = functools.lru_cache(1)(read_pixels)  # the hazy versions of a scene are consecutive
         for index, pair in enumerate(part.pairs):
             fit_clear(read_pixels(pair.hazy), read_clear(pair.clear), str(pair.hazy), str(pair.clear))
             yield index, {"hazy": str(pair.hazy), "clear": str(pair.clear), "name": pair.name, "scene": pair.scene}
@@ -96,7 +91,7 @@ class Reside(_HazeBuilder):
     """RESIDE (Li et al., TIP 2019)."""
 
     HOMEPAGE, CITATION = "https://sites.google.com/view/reside-dehaze-datasets", _RESIDE_CITATION
-    BUILDER_CONFIGS = [  # noqa: RUF012 (the base class has it so)
+    BUILDER_CONFIGS = [  # noqa: RUF012 (the base class declares it this way)
         tfds.core.BuilderConfig(name="its", description="Indoor training set, of RESIDE-standard or RESIDE-v0."),
         tfds.core.BuilderConfig(name="ots", description="Outdoor training set, of RESIDE-v0 or RESIDE-beta."),
         tfds.core.BuilderConfig(name="sots_indoor", description="Synthetic objective testing set, indoor."),
@@ -108,7 +103,7 @@ class Reside(_HazeBuilder):
     def _features(self) -> dict[str, Any]:
         features = super()._features()
         if self.builder_config.name == "hsts":
-            features["clear"] = tfds.features.Sequence(features["clear"])  # none or one
+            features["clear"] = tfds.features.Sequence(features["clear"])  # zero or one image
         if self.builder_config.name == "rtts":
             del features["clear"]
             features["objects"] = tfds.features.Sequence(
@@ -127,21 +122,21 @@ class Reside(_HazeBuilder):
 
 
 class NhHaze(_HazeBuilder):
-    """NH-HAZE (Ancuti et al., CVPRW 2020): 55 outdoor scenes with haze from machines, not homogeneous."""
+    """NH-HAZE (Ancuti et al., CVPRW 2020): 55 outdoor scenes with non-homogeneous haze from haze machines."""
 
     HOMEPAGE = "https://data.vision.ee.ethz.ch/cvl/ntire20/nh-haze/"
     CITATION = "@inproceedings{ancuti2020nhhaze, title={NH-HAZE}, author={Ancuti, C. O. and Ancuti, C. and Timofte, R.}, year={2020}}"
 
 
 class DenseHaze(_HazeBuilder):
-    """Dense-Haze (Ancuti et al., ICIP 2019): 55 scenes with dense haze from machines."""
+    """Dense-Haze (Ancuti et al., ICIP 2019): 55 scenes with dense haze from haze machines."""
 
     HOMEPAGE = "https://data.vision.ee.ethz.ch/cvl/ntire19/dense-haze/"
     CITATION = "@inproceedings{ancuti2019dense, title={Dense-Haze}, author={Ancuti, C. O. and others}, year={2019}}"
 
 
 def _read_boxes(image: Path) -> list[dict[str, Any]]:
-    """The boxes of an RTTS image from its VOC annotation (XML), relative to the image's size."""
+    """Return the boxes of an RTTS image from its VOC annotation (XML), relative to the image's size."""
     path = image.parent.parent / "Annotations" / f"{image.stem}.xml"
     if not path.is_file():
         raise UserError(f"{image} has no annotation: there is no file {path}")
@@ -151,7 +146,7 @@ def _read_boxes(image: Path) -> list[dict[str, Any]]:
         boxes = []
         for item in root.iter("object"):
             left, top, right, bottom = (float(item.findtext(f"bndbox/{side}", "")) for side in ("xmin", "ymin", "xmax", "ymax"))
-            # VOC counts pixels from 1 and includes the last.
+            # VOC counts pixels from 1, and its maxima are inclusive.
             corners = np.clip([(top - 1) / height, (left - 1) / width, bottom / height, right / width], 0, 1)
             boxes.append({"bbox": tfds.features.BBox(*map(float, corners)), "label": item.findtext("name", "")})
     except (ElementTree.ParseError, ValueError, ZeroDivisionError) as error:
@@ -169,19 +164,29 @@ class Record(NamedTuple):
     scene: str
 
     @property
+    def kind(self) -> Kind:
+        """Always "pair"."""
+        return "pair"
+
+    @property
     def origin(self) -> str:
-        """What to call it in a message."""
+        """The data set and the name of the pair, for messages."""
         return f"{self.dataset} {self.name}"
 
+    @property
+    def files(self) -> dict[str, Path]:
+        """The record file that contains the pair."""
+        return {"records": Path(_record_file(self.source, self.position))}
+
     def read(self) -> dict[str, np.ndarray]:
-        """`hazy` and `clear`, `[H, W, 3]` each, as `read_pixels` gives them.
+        """Return `hazy` and `clear`, each `[H, W, 3]`, as `read_pixels` returns them.
 
         Raises:
-          UserError: an image or its record is damaged, or the sizes do not fit.
+          UserError: an image or its record is damaged, or the sizes do not match.
         """
         try:
             record = self.source[self.position]
-        except Exception as error:  # array_record and protobuf raise a dozen kinds for damaged files
+        except Exception as error:  # array_record and protobuf raise many exception types for damaged files
             raise UserError(
                 f"{_record_file(self.source, self.position)} is damaged: {self.origin} cannot be read ({first_line(error)})"
             ) from error
@@ -192,26 +197,21 @@ class Record(NamedTuple):
         return {"hazy": hazy, "clear": fit_clear(hazy, clear, *names)}
 
 
-def is_dataset_name(text: str) -> bool:
-    """Whether `text` names a builder here, with or without a `:split`."""
-    return text.split(":")[0] in NAMES
-
-
 def prepare(name: str, source: str | Path, data_dir: str | Path | None = None, say: Callable[[str], None] = print) -> str:
-    """Build data set `name` from the folder `source` where the authors' archives were unpacked.
+    """Build the data set `name` from the folder `source`, in which the authors' archives were unpacked.
 
     Args:
-      name: one of `NAMES`.
-      source: the folder; what is in it is only read.
-      data_dir: where to write; tensorflow-datasets' own folder (`~/tensorflow_datasets`) by default.
+      name: one of `DATASETS`.
+      source: the folder; its contents are only read.
+      data_dir: the folder to write to; by default, tensorflow-datasets' own folder (`~/tensorflow_datasets`).
       say: called with each warning.
 
     Returns:
-      A line on what was built, with its release.
+      A line that describes what was built, including its release.
 
     Raises:
-      UserError: the name is unknown, the data set is not there or is there already, an image is damaged, or the folder cannot be written.
-        Nothing that was written is left.
+      UserError: the name is unknown, the data set is not in `source` or has been built already, an image is damaged, or the folder cannot
+        be written. Nothing that was written remains.
     """
     folder = _folder(name, data_dir)
     if folder.exists():
@@ -222,11 +222,11 @@ def prepare(name: str, source: str | Path, data_dir: str | Path | None = None, s
         try:
             builder = _builder(name, data_dir)
             builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=str(Path(source).resolve())))
-        except (OSError, RuntimeError) as error:  # array_record reports a full disk as the latter
+        except (OSError, RuntimeError) as error:  # array_record reports a full disk as a RuntimeError
             where = getattr(error, "filename", None) or folder
             raise UserError(f"{name} cannot be prepared: {where}: {_reason(error).split('; writing')[0]}") from error
         finally:
-            downloads = folder.parents[len(Path(name).parts)] / "downloads"  # tensorflow-datasets makes it and this needs none
+            downloads = folder.parents[len(Path(name).parts)] / "downloads"  # created by tensorflow-datasets, not needed here
             for path in (downloads / "extracted", downloads):
                 with contextlib.suppress(OSError):
                     path.rmdir()
@@ -238,7 +238,7 @@ def prepare(name: str, source: str | Path, data_dir: str | Path | None = None, s
 
 @contextlib.contextmanager
 def _only_writer(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Keep other builds out of `folder` for the length of the body, and remove what killed ones left there.
+    """Keep other builds out of `folder` while the body runs, and first remove what interrupted builds left there.
 
     Raises:
       UserError: another process is building there, or the leftovers cannot be removed.
@@ -248,11 +248,11 @@ def _only_writer(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
         try:
             import fcntl
 
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, for whatever reason
             alone = True
         except BlockingIOError as error:
             raise UserError(f"another process is preparing data in {folder}: wait until it ends") from error
-        except (OSError, ImportError):  # a file system, or a system, without such locks
+        except (OSError, ImportError):  # the file system or the operating system has no such locks
             alone = False
         for left in _unfinished(folder):
             if not alone:
@@ -266,7 +266,7 @@ def _only_writer(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-        with contextlib.suppress(OSError):  # not empty, if a build is there
+        with contextlib.suppress(OSError):  # the folder is not empty if it contains a build
             folder.rmdir()
 
 
@@ -275,14 +275,14 @@ def _unfinished(folder: Path) -> list[Path]:
 
 
 def open_dataset(name: str, data_dir: str | Path | None = None) -> tuple[list[Record], str]:
-    """Open a built data set: return its pairs, and what it is ("reside/its:train, RESIDE-standard").
+    """Open a built data set; return its pairs and a description ("reside/its:train, RESIDE-standard").
 
     Args:
-      name: one of `NAMES`, and `:split` if it has several; "test" or the first by default.
+      name: one of `DATASETS`, followed by `:split` to choose a split; the default is "test" if there is one, or else the first split.
       data_dir: as for `prepare`.
 
     Raises:
-      UserError: it was not prepared or a file of it is damaged, there is no such split, or it has no clear images.
+      UserError: the data set was not prepared, one of its files is damaged, there is no such split, or the split has no clear images.
     """
     name, _, split = name.partition(":")
     folder = _folder(name, data_dir)
@@ -300,7 +300,7 @@ def open_dataset(name: str, data_dir: str | Path | None = None) -> tuple[list[Re
     try:
         builder = _builder(name, data_dir)
         splits = {split: zip(info.filepaths, info.shard_lengths, strict=True) for split, info in builder.info.splits.items()}
-    except Exception as error:  # whatever tensorflow-datasets makes of JSON that is not its own
+    except Exception as error:  # tensorflow-datasets may raise anything for JSON that it did not write
         raise _damaged(folder / "dataset_info.json", error) from error
     split = split or ("test" if "test" in splits else next(iter(splits), ""))
     if split not in splits:
@@ -309,7 +309,7 @@ def open_dataset(name: str, data_dir: str | Path | None = None) -> tuple[list[Re
         raise UserError(f"{name}:{split} has no clear images to train on or to score against; `dehaze` takes its folder of hazy ones")
     for path, count in splits[split]:
         _check_records(Path(path), count)
-    # The files' own bytes, so that a record and a file are decoded alike; not for the sequence in HSTS, which tfds cannot skip.
+    # Get the files' own bytes, so that records and files are decoded alike. For the sequence in HSTS, tfds cannot skip decoding.
     skip = {key: tfds.decode.SkipDecoding() for key in ("hazy", "clear") if isinstance(builder.info.features[key], tfds.features.Image)}
     source = builder.as_data_source(split=split, decoders=skip)
     try:
@@ -322,17 +322,17 @@ def open_dataset(name: str, data_dir: str | Path | None = None) -> tuple[list[Re
 
 
 def _check_records(path: Path, count: int) -> None:
-    """Raise UserError unless the file has `count` records; its index stands at its end, so a shortened one has none."""
+    """Raise UserError unless the file has `count` records; the index is at the end of the file, so a truncated file has none."""
     try:
         found = len(grain.sources.ArrayRecordDataSource(str(path)))
-    except Exception as error:  # of every kind, as the file is damaged here or there
+    except Exception as error:  # the type depends on which part of the file is damaged
         raise _damaged(path, error) from error
     if found != count:
         raise _damaged(path, f"it has {found} records and not {count}")
 
 
 def _record_file(source: Any, position: int) -> str:
-    """The file that record `position` is in."""
+    """Return the path of the file that contains record `position`."""
     split = source.dataset_info.splits[source.split]
     return str(split.filepaths[int(np.searchsorted(np.cumsum(split.shard_lengths), position, side="right"))])
 
@@ -348,13 +348,13 @@ def _reason(error: Exception) -> str:
 
 
 def _folder(name: str, data_dir: str | Path | None) -> Path:
-    """Where the data set is, or will be.
+    """Return the folder of the built data set, whether or not it exists yet.
 
     Raises:
       UserError: there is no data set of that name.
     """
-    if name not in NAMES:
-        raise UserError(f"there is no data set {name!r}; there are {', '.join(NAMES)}")
+    if name not in DATASETS:
+        raise UserError(f"there is no data set {name!r}; there are {', '.join(DATASETS)}")
     return Path(data_dir or tfds.core.constants.DATA_DIR).expanduser() / name / str(_HazeBuilder.VERSION)
 
 

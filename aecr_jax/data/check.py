@@ -1,4 +1,4 @@
-"""Checks a data set before hours of training: what it is, what is wrong with it, and which known trap it walks into."""
+"""Check a data set before hours of training: identify it, find its defects, and warn of known pitfalls."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from PIL import Image, ImageDraw
 
-from aecr_jax.data.folders import Pair, clear_names, listed
+from aecr_jax.data.folders import clear_names, listed
 from aecr_jax.data.images import list_images, panel, write_image
 from aecr_jax.data.layouts import missing_images, recognise_data_set, recognise_release
 from aecr_jax.data.measure import Measured, correlation, measure_all
-from aecr_jax.data.pipeline import to_pair
+from aecr_jax.data.reader import to_pair
+from aecr_jax.data.samples import Sample
 
-# Fingerprints of one image in two files (JPEG and PNG) correlate by 0.9999, of different scenes of NYU and SOTS by less than 0.5.
+# Fingerprints of one image in two files (JPEG and PNG) correlate by 0.9999; those of different scenes of NYU and SOTS, by less than 0.5.
 _SAME_IMAGE = 0.9
-# Haze takes contrast and lifts the dark channel. Over genuine pairs (SOTS, ITS, NH-HAZE, Dense-Haze), the embedded scenes, and NYU with
-# drawn haze, the logarithm of the gradients' ratio is -0.12 at most and the dark channel rises by 0.03 at least. Exchanged pairs have the
-# opposite signs; the limits are about half as large.
+# Haze reduces contrast and raises the dark channel. For genuine pairs (SOTS, ITS, NH-HAZE, Dense-Haze), the embedded scenes, and NYU with
+# drawn haze, the logarithm of the gradients' ratio is at most -0.12, and the dark channel rises by at least 0.03. Exchanged pairs have the
+# opposite signs. The limits are about half of these values.
 _EXCHANGED_CONTRAST, _EXCHANGED_DARK = 0.05, -0.02
 _Side: TypeAlias = Literal["origin", "clear", "depth"]
 _SHEET_PAIRS, _SHEET_SIZE = 12, (240, 180)
@@ -30,7 +31,7 @@ _SHEET_PAIRS, _SHEET_SIZE = 12, (240, 180)
 
 @dataclass
 class Report:
-    """Lines on what the data are, and findings: a mistake ruins a training or its score, a warning may."""
+    """Lines that describe the data, and findings: a mistake makes training or its score useless; a warning may do so."""
 
     lines: list[str] = field(default_factory=list)
     findings: list[tuple[Literal["MISTAKE", "warning"], str]] = field(default_factory=list)
@@ -46,9 +47,9 @@ class Report:
 
 
 class _Set:
-    """Samples for training or for evaluation, what was measured of them, and which data set they are."""
+    """Samples for training or for evaluation, their measurements, and the data set that they come from."""
 
-    def __init__(self, label: str, samples: Sequence[Any], limit: int | None):
+    def __init__(self, label: str, samples: Sequence[Sample], limit: int | None):
         self.label = label
         self.samples = samples
         self.measured, self.failed = measure_all(samples, label, limit)
@@ -58,40 +59,39 @@ class _Set:
 
     def _identify(self) -> tuple[str | None, str]:
         samples = self.samples
-        if not samples or not (hasattr(samples[0], "hazy") or hasattr(samples[0], "dataset")):
+        if not samples or samples[0].kind != "pair":
             return None, ""
         names = [sample.name for sample in samples]
-        if hasattr(samples[0], "dataset"):
-            name = samples[0].dataset
-        else:
+        name: str | None = samples[0].dataset
+        if not name:
             size = self.sizes.most_common(1)[0][0] if self.sizes else None
             name = recognise_data_set(names, clear=len(self.scenes), size=size)
         return name, recognise_release(name, names, len(self.scenes)) if name else ""
 
     def origins(self, keep: Callable[[Measured], Any], side: _Side = "origin") -> list[str]:
-        """Return what the samples are called that `keep` chooses by their measurements, or their files of one side."""
+        """Return the origins, or the files of one side, of the samples whose measurements satisfy `keep`."""
         chosen = [self.samples[m.position] for m in self.measured if keep(m)]
-        return [str(getattr(sample, side)) if isinstance(getattr(sample, side, None), Path) else sample.origin for sample in chosen]
+        return [str(sample.files.get(side, sample.origin)) for sample in chosen]
 
 
 def check_data(
-    train: Sequence[Any],
-    test: Sequence[Any] = (),
+    train: Sequence[Sample],
+    test: Sequence[Sample] = (),
     *,
     test_name: str = "",
     problems: Sequence[str] = (),
     crop: int = 1,
     limit: int | None = None,
 ) -> Report:
-    """Check samples for training, and those for evaluation with them.
+    """Check training samples together with evaluation samples.
 
     Args:
-      train: samples as `split_samples` gives them.
-      test: samples for evaluation.
-      test_name: what they are called in results.
-      problems: what is wrong with the files' names, as `find_pairs` lists it.
-      crop: side of the training crops; images smaller than that are a mistake.
-      limit: read at most this many images of each, evenly spread; all by default.
+      train: training samples, as `split_samples` returns them.
+      test: evaluation samples.
+      test_name: the name of the evaluation samples in results.
+      problems: problems with the names of the files, as `find_pairs` lists them.
+      crop: side of the training crops in pixels; smaller images are reported as a mistake.
+      limit: the largest number of samples to read from each of `train` and `test`, evenly spread; all by default.
 
     Returns:
       The report.
@@ -160,17 +160,17 @@ def _check_set(report: Report, data: _Set, crop: int) -> None:
 
 
 def _group(data: _Set) -> list[list[str]]:
-    """The errors by kind, so that many of one do not hide another."""
+    """Group the errors by kind, so that many errors of one kind do not hide another."""
     kinds: dict[str, list[str]] = {}
     for position, error in data.failed:
         sample, kind = data.samples[position], error
-        for name in (*(str(part) for part in sample if isinstance(part, Path)), sample.origin):
+        for name in (*map(str, sample.files.values()), sample.origin):
             kind = kind.replace(name, "")
         kinds.setdefault(re.sub(r"\S*\d\S*", "", kind), []).append(error)
     return list(kinds.values())
 
 
-def _check_release(report: Report, label: str, name: str, release: str, samples: Sequence[Any]) -> None:
+def _check_release(report: Report, label: str, name: str, release: str, samples: Sequence[Sample]) -> None:
     if name == "reside/its":
         if release == "RESIDE-v0":
             report.findings.append(
@@ -183,23 +183,23 @@ def _check_release(report: Report, label: str, name: str, release: str, samples:
         tested = sorted({s.scene for s in samples if s.scene.isdigit() and 1400 <= int(s.scene) <= 1449} if release != "RESIDE-v0" else ())
         if tested:
             report.findings.append(("MISTAKE", f"{label} has scenes of the test set SOTS indoor, 1400 to 1449: {listed(tested)}"))
-        lossy = [s for s in samples if isinstance(s, Pair) and {s.hazy.suffix.lower(), s.clear.suffix.lower()} & {".jpg", ".jpeg"}]
+        lossy = [s for s in samples if {path.suffix.lower() for path in s.files.values()} & {".jpg", ".jpeg"}]
         if lossy:
             report.findings.append(("warning", f"{label}: ITS comes as PNG, and {len(lossy)} of these pairs are JPEG copies"))
 
 
 def _check_completeness(report: Report, *sets: _Set) -> None:
-    # What data.holdout took apart is counted together.
+    # The images that data.holdout separated are counted together.
     for name, release in dict.fromkeys((data.name, data.release) for data in sets):
-        if name is None or not name.startswith("reside/"):  # of the small ones, named splits leave a part out
+        if name is None or not name.startswith("reside/"):  # named splits of the small data sets use only some of the images
             continue
         together = [sample for data in sets if (data.name, data.release) == (name, release) for sample in data.samples]
         if missing := missing_images(name, release, len(together), len({s.scene for s in together})):
             report.findings.append(("warning", f"{name}: {missing}"))
-    pairs = [sample for data in sets for sample in data.samples if isinstance(sample, Pair)]
-    hazy = [path for folder in {pair.hazy.parent for pair in pairs} for path in list_images(folder)]
+    pairs = [sample.files for data in sets for sample in data.samples if "hazy" in sample.files]
+    hazy = [path for folder in {files["hazy"].parent for files in pairs} for path in list_images(folder)]
     used = {name for path in hazy for name in clear_names(path.stem)}
-    folders = sorted({pair.clear.parent for pair in pairs})
+    folders = sorted({files["clear"].parent for files in pairs})
     unused = [path for folder in folders for path in list_images(folder) if path.stem.lower() not in used]
     if unused:
         report.findings.append(("warning", f"{len(unused)} clear images have no hazy one: {listed(map(str, unused))}"))
@@ -220,7 +220,7 @@ def _check_pairs(report: Report, data: _Set) -> None:
             report.findings.append(("warning", f"{label}: {len(odd)} pairs differ from the others in PSNR: {listed(values_of)}"))
     if same := data.origins(lambda m: not np.isfinite(m.psnr)):
         report.findings.append(("MISTAKE", f"{label}: {len(same)} hazy images are equal to their clear ones: {listed(same)}"))
-    if hasattr(samples[0], "depth"):
+    if samples[0].kind == "depth":
         return
     stretched = [m for m in measured if m.stretched]
     if len(stretched) > 0.5 * sum(m.stretched is not None for m in measured):
@@ -231,7 +231,7 @@ def _check_pairs(report: Report, data: _Set) -> None:
                 " costs some 15 dB. Name the folder of the 640x480 ones: they are cropped here",
             )
         )
-    # A picture of one colour has no contrast and looks like no other; it has been reported.
+    # An image of one colour has no contrast and resembles no other image; it has been reported above.
     measured = [m for m in measured if not any(m.blank)]
     exchanged = data.origins(lambda m: m.contrast > _EXCHANGED_CONTRAST and m.dark < _EXCHANGED_DARK)
     if len(exchanged) > 0.5 * len(measured):
@@ -240,7 +240,7 @@ def _check_pairs(report: Report, data: _Set) -> None:
     elif exchanged:
         report.findings.append(("warning", f"{label}: {len(exchanged)} clear images are hazier than their hazy ones: {listed(exchanged)}"))
     own = np.array([correlation(m.hazy[None], m.clear[None])[0, 0] for m in measured])
-    # Against the clear image of another scene, the next in order; with one scene alone there is none.
+    # Compare with the clear image of the next other scene in order; if there is only one scene, there is no such image.
     following = (((i + k) % len(measured) for k in range(1, len(measured))) for i in range(len(measured)))
     scenes = [samples[m.position].scene for m in measured]
     other = [next((measured[k] for k in ks if scenes[k] != scenes[i]), None) for i, ks in enumerate(following)]
@@ -255,7 +255,7 @@ def _check_pairs(report: Report, data: _Set) -> None:
 
 
 def _check_overlap(report: Report, training: _Set, testing: _Set) -> None:
-    # One clear image for each scene. Those of one colour are equal whatever scene they should show.
+    # Compare one clear image of each scene. Images of one colour are left out, because they match whatever scene they should show.
     train, test = training.samples, testing.samples
     ours = list({train[m.position].scene: m for m in training.measured if not m.blank[1]}.values())
     theirs = list({test[m.position].scene: m for m in testing.measured if not m.blank[1]}.values())
@@ -272,7 +272,7 @@ def _check_overlap(report: Report, training: _Set, testing: _Set) -> None:
 
 
 def _choose(measured: Sequence[Measured]) -> list[Measured]:
-    """The strangest, and an even spread."""
+    """Choose pairs for the sheet: those with the lowest and the highest PSNR, then an evenly spread selection."""
     if not measured:
         return []
     by_psnr = sorted(measured, key=lambda m: m.psnr)
@@ -281,7 +281,7 @@ def _choose(measured: Sequence[Measured]) -> list[Measured]:
 
 
 def draw_sheet(report: Report, path: str | Path) -> bool:
-    """Draws the report's pairs, hazy over clear; returns whether there were any.
+    """Draw the pairs of the report, each hazy image above its clear one, and return whether there were any.
 
     Raises:
       UserError: the file cannot be written.

@@ -1,4 +1,4 @@
-"""Decode picture files into sRGB: Pillow reads pictures of 8 bits, libvips those with more. Sizes are checked before decoding."""
+"""Decode image files into sRGB: Pillow reads images with 8 bits, libvips those with more. Sizes are checked before decoding."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
 
 from aecr_jax.errors import UserError
 
-# Telephones take more than Pillow's own limit of 89 million. That limit is a setting of the whole process, so it is left alone.
+# Phones take pictures larger than Pillow's own limit of 89 million pixels. That limit applies to the whole process, so it is not changed.
 MAX_PIXELS = 250_000_000
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 def decode(file: BinaryIO, name: str) -> np.ndarray:
-    """Return a picture as sRGB `[H, W, 3]`: uint8 if the file has 8 bits per value, else float32 in [0, 1].
+    """Decode an image to sRGB `[H, W, 3]`: uint8 if the file has 8 bits per value, otherwise float32 in [0, 1].
 
     The embedded colour profile and the EXIF orientation are applied, and alpha is dropped.
 
     Args:
       file: an open image file.
-      name: what to call it in an error.
+      name: the name of the file in error messages.
 
     Raises:
-      UserError: it is too large, or its values have no known range.
-      UnidentifiedImageError: it is no image.
-      Exception: it is damaged; decoders raise a dozen kinds.
+      UserError: the image is too large, or the range of its values is unknown.
+      UnidentifiedImageError: the file is not an image.
+      Exception: the file is damaged; decoders raise many exception types.
     """
     try:
         image = open_picture(file, name)
     except (UnidentifiedImageError, Image.DecompressionBombError):
-        # Pillow does not know floating-point colour in TIFF, and refuses a large WebP by its own limit.
+        # Pillow does not support floating-point colour in TIFF, and its own limit rejects a large WebP.
         if _vips_loader(file) not in ("tiffload_buffer", "webpload_buffer"):
             raise
         return _as_srgb(*_read_with_vips(file, name), name)
-    layout = str(image.tile[:1])  # of the values in the file, which load() deletes
+    layout = str(image.tile[:1])  # how values are stored in the file; load() deletes this
     if _needs_vips(image, layout):
         return _as_srgb(*_read_with_vips(file, name), name)
     format = image.format
@@ -51,18 +51,18 @@ def decode(file: BinaryIO, name: str) -> np.ndarray:
     values = np.asarray(upright)[..., None]
     if "I;12" in layout:
         values = values / np.float32(4095)
-    elif format == "PPM":  # Pillow scales the file's own range to 16 bits, held in 32
+    elif format == "PPM":  # Pillow scales the file's own range to 16 bits, stored in 32
         values = values.astype(np.uint16)
     return _as_srgb(values, profile, name)
 
 
 def open_picture(file: BinaryIO, name: str) -> ImageFile.ImageFile:
-    """Read the header of an image file as `Image.open` does, but with `MAX_PIXELS` in place of Pillow's limit and its warning."""
+    """Read the header of an image file like `Image.open`, but apply `MAX_PIXELS` instead of Pillow's limit and warning."""
     prefix = file.read(16)
-    for load_plugins in (Image.preinit, Image.init):  # the common formats first, as in Image.open
+    for load_plugins in (Image.preinit, Image.init):  # try the common formats first, as Image.open does
         load_plugins()
         for factory, accept in list(Image.OPEN.values()):
-            with contextlib.suppress(SyntaxError, IndexError, TypeError, struct.error):  # what plugins raise for other formats
+            with contextlib.suppress(SyntaxError, IndexError, TypeError, struct.error):  # raised by plugins for other formats
                 if accept is None or accept(prefix) is True:
                     file.seek(0)
                     image = factory(file, "")
@@ -72,9 +72,9 @@ def open_picture(file: BinaryIO, name: str) -> ImageFile.ImageFile:
 
 
 def load(image: Image.Image) -> Image.Image:
-    """Decode the pixels of an opened picture and turn it upright as its EXIF says."""
+    """Decode the pixels of an opened image and apply its EXIF orientation."""
     image.load()
-    with contextlib.suppress(Exception):  # damaged EXIF says nothing about the pixels
+    with contextlib.suppress(Exception):  # the pixels may be intact although the EXIF data are damaged
         ImageOps.exif_transpose(image, in_place=True)
     return image
 
@@ -84,25 +84,25 @@ def _check_size(name: str, width: int, height: int, values: int = 1) -> None:
         raise UserError(f"{name} is too large: {width} x {height} pixels; at most {MAX_PIXELS // 10**6} million pixels are read")
 
 
-# ---- more than 8 bits
+# ---- more than 8 bits per value
 
 
 @functools.cache
 def _import_pyvips() -> Any:
-    import pyvips  # only when a picture needs it
+    import pyvips  # imported only when an image needs it
 
     logger = logging.getLogger("pyvips")
     if logger.level == logging.NOTSET:
-        logger.setLevel(logging.ERROR)  # its warnings are about what it tolerates, several lines for one file
+        logger.setLevel(logging.ERROR)  # it warns of defects that it tolerates, with several lines per file
     return pyvips
 
 
 def _needs_vips(image: Image.Image, layout: str) -> bool:
-    # Pillow cuts 16-bit colour to 8, and does not tell wide integers from 16 bits.
+    # Pillow reduces 16-bit colour to 8 bits, and does not distinguish wider integers from 16-bit values.
     deep = image.mode[0] in "IF" or ";16" in layout
     if image.format == "PNG":
         return deep
-    # Pillow compares a TIFF with its own limit once more when it decodes. libvips cannot read 12 bits.
+    # Pillow checks a TIFF against its own limit again while decoding. libvips cannot read 12-bit values.
     too_large = image.width * image.height > (Image.MAX_IMAGE_PIXELS or MAX_PIXELS)
     return image.format == "TIFF" and (deep or too_large) and "I;12" not in layout
 
@@ -118,12 +118,12 @@ def _vips_loader(file: BinaryIO) -> str:
 
 
 def _read_with_vips(file: BinaryIO, name: str) -> tuple[np.ndarray, bytes | None]:
-    """Return values `[H, W, C]` of the file's own type, C = 1 (grey), 3 (RGB) or 4 (CMYK), and its colour profile."""
+    """Return the values `[H, W, C]` in the file's own type, C = 1 (grey), 3 (RGB) or 4 (CMYK), and the colour profile."""
     pyvips = _import_pyvips()
     loader = getattr(pyvips.Image, _vips_loader(file))
     file.seek(0)
     try:
-        # The loader is named, so that no other decoder of libvips sees the file. It reads the header first.
+        # A specific loader is called, so that no other decoder of libvips is given the file. It reads only the header at first.
         image = loader(file.read(), access="sequential", fail_on="error")
         _check_size(name, image.width, image.height, image.bands)
         fields = image.get_fields()
@@ -135,7 +135,7 @@ def _read_with_vips(file: BinaryIO, name: str) -> tuple[np.ndarray, bytes | None
         values = np.asarray(image[:channels]).reshape(image.height, image.width, channels)
     except pyvips.Error as error:
         raise OSError((error.detail or error.message).strip().splitlines()[-1]) from error
-    # The eight orientations of EXIF: 5 to 8 exchange rows and columns, then each axis may be reversed.
+    # EXIF has eight orientations: 5 to 8 exchange rows and columns; then each axis may be reversed.
     if orientation >= 5:
         values = values.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
@@ -155,13 +155,13 @@ def _to_unit(values: np.ndarray, name: str) -> np.ndarray:
         raise UserError(f"{name} contains NaN or infinite values: replace them by values in [0, 1]")
     low, high = values.min(), values.max()
     if values.dtype.kind == "f":
-        # Interpolation and highlights go a little beyond [0, 1]. Files with another range, such as 0 to 255, go far beyond.
+        # Interpolation and highlights may exceed [0, 1] slightly. Files with another range, such as 0 to 255, exceed it by far.
         if low < -1 or high > 2:
             raise UserError(
                 f"{name} holds floating-point values from {low:g} to {high:g}, which must be in [0, 1]: divide them by white, such as 255"
             )
         return np.clip(values, 0, 1).astype(np.float32)
-    # Nothing says where white is in wide integers, but for values that need all of 16 bits. Black is black in every range.
+    # The value of white in wide integers is unknown, unless the values need all of 16 bits. Zero is black in every range.
     if low < 0 or not (high == 0 or 2**15 <= high < 2**16):
         raise UserError(
             f"{name} holds {values.dtype} values from {low} to {high}, and nothing says which is white: save it with 8 or 16 bits"
@@ -171,19 +171,19 @@ def _to_unit(values: np.ndarray, name: str) -> np.ndarray:
 
 # ---- colour
 
-# What viewers use between screens: equal colours stay equal, and black stays black.
+# The conversion that viewers use between screens: equal colours stay equal, and black stays black.
 _RENDERING: dict[str, Any] = {"renderingIntent": ImageCms.Intent.RELATIVE_COLORIMETRIC, "flags": ImageCms.Flags.BLACKPOINTCOMPENSATION}
 
 
 @functools.cache
 def srgb_profile() -> bytes:
-    """A small sRGB profile to embed. Its date is fixed: equal pictures must be equal files."""
+    """Return a small sRGB profile to embed. Its date is fixed, so that equal images give equal files."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     return profile[:24] + struct.pack(">6H", 2000, 1, 1, 0, 0, 0) + profile[36:]
 
 
 def _as_srgb(values: np.ndarray, profile: bytes | None, name: str) -> np.ndarray:
-    """Values `[H, W, C]` of any type, C = 1 (grey), 3 (RGB) or 4 (CMYK), as `decode` returns them."""
+    """Convert values `[H, W, C]` of any type, C = 1 (grey), 3 (RGB) or 4 (CMYK), to what `decode` returns."""
     height, width, channels = values.shape
     if values.dtype == np.uint8:
         mode = {1: "L", 3: "RGB", 4: "CMYK"}[channels]
@@ -196,13 +196,13 @@ def _as_srgb(values: np.ndarray, profile: bytes | None, name: str) -> np.ndarray
             pixels = np.repeat(pixels, 3, -1)
         image = pyvips.Image.new_from_array(pixels, interpretation={"L": "grey16", "RGB": "rgb16", "CMYK": "cmyk"}[conversion.mode])
         image.set_type(pyvips.GValue.blob_type, "icc-profile-data", profile)
-        # By way of CIELAB in float: icc_transform() interpolates in a table that is off by up to 0.07 near saturated colours.
+        # Convert through CIELAB in float: icc_transform() interpolates in a table whose error is up to 0.07 near saturated colours.
         options = {"intent": "relative", "black_point_compensation": True, "pcs": "lab"}
         image = image.icc_import(embedded=True, **options).copy()
         image.set_type(pyvips.GValue.blob_type, "icc-profile-data", srgb_profile())
         return np.asarray(image.icc_export(depth=16, **options)).astype(np.float32) / 65535
     if channels == 4:
-        return (1 - values[..., :3]) * (1 - values[..., 3:])  # as Pillow converts CMYK without a profile
+        return (1 - values[..., :3]) * (1 - values[..., 3:])  # as Pillow does for CMYK without a profile
     return np.repeat(values, 3, -1) if channels == 1 else np.ascontiguousarray(values)
 
 
@@ -214,24 +214,24 @@ def _8_bit_as_srgb(image: Image.Image, profile: bytes | None) -> np.ndarray:
 
 
 class _Conversion(NamedTuple):
-    """How to make sRGB from pixels of `mode`."""
+    """A conversion from pixels of `mode` to sRGB."""
 
     mode: str
     transform: ImageCms.ImageCmsTransform
 
 
-@functools.lru_cache(maxsize=16)  # a folder's pictures have one profile or a few
+@functools.lru_cache(maxsize=16)  # the images of a folder have one profile or a few
 def _conversion(profile: bytes, channels: int) -> _Conversion | None:
-    """How to convert pixels of 1 (grey), 3 (RGB) or 4 (CMYK) values; None if their profile is sRGB, damaged, or for other pixels."""
+    """Return the conversion of pixels with 1 (grey), 3 (RGB) or 4 (CMYK) values; None for a profile that is sRGB, damaged or unsuitable."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        # Grey pixels may come with a profile of RGB, which then describes them as three equal values.
+        # Grey pixels may have an RGB profile, which then describes them as three equal values.
         mode = {("GRAY", 1): "L", ("RGB", 1): "RGB", ("RGB", 3): "RGB", ("CMYK", 4): "CMYK"}[source.profile.xcolor_space.strip(), channels]
         target = ImageCms.ImageCmsProfile(io.BytesIO(srgb_profile()))
         transform = ImageCms.buildTransform(source, target, mode, "RGB", **_RENDERING)
     except Exception:
         return None
-    # Colours from black to white show what the profile does; its name does not.
+    # A profile's name does not tell what it does, so colours from black to white are converted to find out.
     ramp = np.arange(0, 256, 15, dtype=np.uint8)
     grid = Image.fromarray(np.stack(np.meshgrid(ramp, ramp, ramp, indexing="ij"), -1).reshape(1, -1, 3))
     probe = {"L": Image.linear_gradient("L"), "RGB": grid, "CMYK": Image.new("CMYK", (1, 1))}[mode]
@@ -239,5 +239,5 @@ def _conversion(profile: bytes, channels: int) -> _Conversion | None:
     if result[-1, -1].min() < 200:  # only a damaged profile makes white dark
         return None
     if mode != "CMYK" and np.abs(result - np.asarray(probe.convert("RGB"), np.int16)).max() <= 1:
-        return None  # sRGB, of which many variants are in use
+        return None  # the profile is one of the many variants of sRGB
     return _Conversion(mode, transform)

@@ -1,4 +1,4 @@
-"""Fingerprints of training data: what a run compares when it resumes, to refuse other data than it began with."""
+"""Fingerprints of training data. A run compares them when it resumes, and refuses data other than those that it began with."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from aecr_jax.data.samples import Sample
 from aecr_jax.errors import UserError
 from aecr_jax.files import replacing
 
-# Beside a run's checkpoints: the fingerprint of the data that it began with, and the files that it found damaged since.
+# Files beside a run's checkpoints: the fingerprint of the data that the run began with, and the list of files that it has found damaged.
 DATA, DAMAGED = "data.json", "damaged_files.json"
-# Up to this size in all, files are hashed completely; of larger sets, blocks at the start, the middle and the end of each file. A picture
-# is compressed, so a change in it changes the bytes behind it and nearly always its size.
+# Up to this total size, files are hashed completely; in larger sets, only blocks at the start, the middle and the end of each file are.
+# Images are compressed, so a change in one changes the bytes that follow it and nearly always the size.
 WHOLE_BYTES = 256 * 2**20
 _BLOCK = 4096
-# A built data set has few and large files.
+# A built data set has few, large files: in files above the first size, a block is hashed at every multiple of the second.
 _LARGE, _STRIDE = 64 * 2**20, 4 * 2**20
 _LISTED = 3
 
 
 class Fingerprint(NamedTuple):
-    """What training data are: their number, a hash of their names in order, and a hash of each file.
+    """The identity of training data: the number of images, a hash of their names in order, and a hash of each file.
 
-    The size and the contents of a file count, not its folder or its time.
+    A hash depends on the size and the contents of a file, not on its folder or modification time.
     """
 
     images: int
@@ -38,20 +39,20 @@ class Fingerprint(NamedTuple):
     files: dict[str, list[tuple[str, str]]]  # by kind (hazy, clear, depth, records, scenes): (file name, hash) each
 
     def __str__(self) -> str:
-        """A line such as "12 images (names 0a.., hazy 1b.., clear 2c..)"."""
+        """Return a line such as "12 images (names 0a.., hazy 1b.., clear 2c..)"."""
         hashes = {"names": self.names}
         for kind, files in self.files.items():
             hashes[kind] = _digest(f"{name} {value}".encode(errors="surrogateescape") for name, value in files)
         return f"{self.images} images ({', '.join(f'{kind} {value}' for kind, value in hashes.items())})"
 
     def write(self, workdir: Path) -> None:
-        """Write `data.json`."""
+        """Write the fingerprint to `data.json` in `workdir`."""
         with replacing(workdir / DATA) as partial:
             partial.write_text(json.dumps(self._asdict()) + "\n")
 
 
 def read_fingerprint(workdir: Path) -> Fingerprint | None:
-    """The fingerprint of the data that the run in `workdir` began with; None if it has none or it cannot be read."""
+    """Return the fingerprint of the data that the run in `workdir` began with; None if it is missing or cannot be read."""
     try:
         value = json.loads((workdir / DATA).read_text())
         files = {kind: [(str(name), str(digest)) for name, digest in entries] for kind, entries in value["files"].items()}
@@ -60,11 +61,11 @@ def read_fingerprint(workdir: Path) -> Fingerprint | None:
         return None
 
 
-def fingerprint(samples: Sequence[Any]) -> Fingerprint:
-    """Read the fingerprint of training data.
+def fingerprint(samples: Sequence[Sample]) -> Fingerprint:
+    """Compute the fingerprint of training data.
 
     Args:
-      samples: what `split_samples` gives to train on.
+      samples: the training samples from `split_samples`.
 
     Raises:
       UserError: a file cannot be read.
@@ -75,27 +76,27 @@ def fingerprint(samples: Sequence[Any]) -> Fingerprint:
         scenes = [(sample.name, _digest(array.tobytes() for array in sample.read().values())) for sample in samples]
         return Fingerprint(len(samples), names, {"scenes": scenes})
     whole = sum(_size(path) for kind in paths.values() for path in kind) <= WHOLE_BYTES
-    with ThreadPoolExecutor(8) as pool:  # on a network file system nearly all the time is waiting
+    with ThreadPoolExecutor(8) as pool:  # on a network file system, nearly all of the time is spent waiting
         files = {kind: list(pool.map(lambda path: (path.name, _hash_file(path, whole=whole)), found)) for kind, found in paths.items()}
     return Fingerprint(len(samples), names, files)
 
 
-def check_same_data(saved: str, now: Fingerprint, samples: Sequence[Any], workdir: Path) -> str:
-    """Check that a run may go on with the data that are there now.
+def check_same_data(saved: str, now: Fingerprint, samples: Sequence[Sample], workdir: Path) -> str:
+    """Check that a run may resume with the current data.
 
-    They must be those that it began with, except for files that it found damaged: those may have been repaired.
+    They must be the data that the run began with, except that files which the run found damaged may have been repaired.
 
     Args:
-      saved: how a checkpoint describes the data.
+      saved: the description of the data in a checkpoint.
       now: the fingerprint of `samples`.
-      samples: what the run would train on.
+      samples: the samples that the run would train on.
       workdir: the run's folder.
 
     Returns:
-      The description for its later checkpoints.
+      The description of the data for later checkpoints of the run.
 
     Raises:
-      UserError: they are other data; the message names the files that have changed, where it is known.
+      UserError: the data are different; the message names the files that have changed, if they are known.
     """
     if saved == str(now):
         return saved
@@ -113,38 +114,34 @@ def check_same_data(saved: str, now: Fingerprint, samples: Sequence[Any], workdi
     return saved
 
 
-def record_damaged(sample: Any, workdir: Path) -> None:
-    """Note that the files of a sample could not be read, so that the run may go on when they have been repaired."""
+def record_damaged(sample: Sample, workdir: Path) -> None:
+    """Record that the files of a sample could not be read, so that the run may resume after they have been repaired."""
     files = {f"{kind} {path.name}" for kind, paths in _files_by_kind([sample]).items() for path in paths}
     with replacing(workdir / DAMAGED) as partial:
         partial.write_text(json.dumps(sorted(files | read_damaged(workdir))) + "\n")
 
 
 def read_damaged(workdir: Path) -> set[str]:
-    """The files that `record_damaged` has noted."""
+    """Return the files that `record_damaged` has recorded."""
     try:
         return set(map(str, json.loads((workdir / DAMAGED).read_text())))
     except (OSError, ValueError, TypeError):
         return set()
 
 
-def _describe_as_0_1_0(samples: Sequence[Any]) -> str:
-    """The description of version 0.1.0, which looked at the names and the first clear image."""
+def _describe_as_0_1_0(samples: Sequence[Sample]) -> str:
+    """Return the description that version 0.1.0 made from the names and the first clear image."""
     checksum = zlib.crc32("\n".join(sample.name for sample in samples).encode(errors="surrogateescape"))
     checksum = zlib.crc32(np.ascontiguousarray(samples[0].read()["clear"]).tobytes(), checksum)
     return f"{len(samples)} images (checksum {checksum:08x})"
 
 
-def _files_by_kind(samples: Sequence[Any]) -> dict[str, list[Path]]:
-    """The files of pairs and depth scenes as `hazy`, `clear`, `depth`, each once; of a built data set its `records`."""
+def _files_by_kind(samples: Sequence[Sample]) -> dict[str, list[Path]]:
+    """Return the files of the samples by kind (`hazy`, `clear`, `depth`, `records`), each file once."""
     files: dict[str, dict[Path, None]] = {}
     for sample in samples:
-        for kind in ("hazy", "clear", "depth"):
-            if isinstance(path := getattr(sample, kind, None), Path):
-                files.setdefault(kind, {})[path] = None
-    if hasattr(samples[0], "source"):
-        source = samples[0].source
-        files["records"] = {Path(path): None for path in source.dataset_info.splits[source.split].filepaths}
+        for kind, path in sample.files.items():
+            files.setdefault(kind, {})[path] = None
     return {kind: list(paths) for kind, paths in files.items()}
 
 

@@ -1,111 +1,28 @@
-"""Finds the images of a data set in folders and matches them by name, as the field's data sets name them."""
+"""Find the images of a data set in folders and match them by the naming schemes of public dehazing data sets."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-
-from aecr_jax.data.images import list_images, read_depth, read_pixels
+from aecr_jax.data.images import list_images
+from aecr_jax.data.samples import DepthScene, Pair
 from aecr_jax.errors import UserError
 
 HAZY_FOLDERS = ("hazy", "haze", "hazy_images", "input")
 CLEAR_FOLDERS = ("clear", "gt", "clean", "clear_images", "target", "rgb", "image")
 DEPTH_FOLDERS = ("depth",)
-# RESIDE's clear images of 640x480 belong to hazy ones of 620x460: 10 pixels off every side. To resize them instead costs 15 dB.
-_RESIDE_FRAME, _RESIDE_CROP, _RESIDE_BORDER = (480, 640), (460, 620), 10
-# RESIDE's hazy versions of one clear image: its number, then one or two numbers.
+# The names of RESIDE's hazy versions of one clear image: the number of the clear image, then one or two other numbers.
 _NUMBERED = re.compile(r"(\d+)(_\d*\.?\d+){1,2}$")
 _LISTED = 5
-
-
-class Pair(NamedTuple):
-    """A hazy image with its clear one."""
-
-    hazy: Path
-    clear: Path
-
-    @property
-    def name(self) -> str:
-        """The hazy file's, without extension."""
-        return self.hazy.stem
-
-    @property
-    def origin(self) -> str:
-        """What to call it in a message."""
-        return str(self.hazy)
-
-    @property
-    def scene(self) -> str:
-        """What the hazy versions of one clear image have in common."""
-        return self.clear.stem
-
-    def read(self) -> dict[str, np.ndarray]:
-        """`hazy` and `clear`, `[H, W, 3]` each, as `read_pixels` gives them.
-
-        Raises:
-          UserError: a file cannot be read, or the sizes do not fit.
-        """
-        hazy, clear = read_pixels(self.hazy), read_pixels(self.clear)
-        return {"hazy": hazy, "clear": fit_clear(hazy, clear, str(self.hazy), str(self.clear))}
-
-
-class DepthScene(NamedTuple):
-    """A clear image with its depth map, to make haze from."""
-
-    clear: Path
-    depth: Path
-
-    @property
-    def name(self) -> str:
-        """The clear file's, without extension."""
-        return self.clear.stem
-
-    @property
-    def origin(self) -> str:
-        """What to call it in a message."""
-        return str(self.clear)
-
-    @property
-    def scene(self) -> str:
-        """The same as its name: every clear image is a scene."""
-        return self.clear.stem
-
-    def read(self) -> dict[str, np.ndarray]:
-        """`clear` `[H, W, 3]` and `depth` `[H, W]`; NYU's 640x480 frames lose their white border, as in RESIDE.
-
-        Raises:
-          UserError: a file cannot be read, or the sizes differ.
-        """
-        clear, depth = read_pixels(self.clear), read_depth(self.depth)
-        if clear.shape[:2] != depth.shape:
-            raise UserError(f"{self.clear} is {_size(clear)} and {self.depth} is {_size(depth)}: sizes must be equal")
-        if depth.shape == _RESIDE_FRAME:
-            clear, depth = _cut_border(clear), _cut_border(depth)
-        return {"clear": clear, "depth": depth}
-
-
-def fit_clear(hazy: np.ndarray, clear: np.ndarray, hazy_name: str, clear_name: str) -> np.ndarray:
-    """The clear image at the hazy one's size: RESIDE's larger clear images are cropped in the middle, never resized.
-
-    Raises:
-      UserError: the sizes do not fit.
-    """
-    if clear.shape[:2] == _RESIDE_FRAME and hazy.shape[:2] == _RESIDE_CROP:
-        clear = _cut_border(clear)
-    if hazy.shape != clear.shape:
-        raise UserError(f"{hazy_name} is {_size(hazy)} and {clear_name} is {_size(clear)}: sizes must be equal, or 620x460 with 640x480")
-    return clear
 
 
 def clear_names(stem: str) -> list[str]:
     """Return the names, without extension and in lower case, that the clear image of the hazy image `stem` may have.
 
-    Equal names; `01_hazy` -> `01_gt`, `01` (NH-HAZE, Dense-Haze, O-HAZE, I-HAZE); and RESIDE's numbers, `1400_1`, `1_2_0.97842`,
-    `0001_0.8_0.2` -> `1400`, `1`, `0001`. Other names are not split: `photo_1` is not a version of `photo`.
+    These are the equal name; for `01_hazy`, `01_gt` and `01` (NH-HAZE, Dense-Haze, O-HAZE, I-HAZE); and for RESIDE's numbers, `1400_1`,
+    `1_2_0.97842` and `0001_0.8_0.2`, the names `1400`, `1` and `0001`. Other names are not split: `photo_1` is not a version of `photo`.
     """
     stem = stem.lower()
     names = [stem]
@@ -117,9 +34,9 @@ def clear_names(stem: str) -> list[str]:
 
 
 def every_image(folder: str | Path) -> list[Path]:
-    """List the images in `folder` as `list_images` does, but with those that cannot be read, such as links without a target.
+    """List the images in `folder` as `list_images` does, but include those that cannot be read, such as links without a target.
 
-    Reading one of them raises a `UserError` with its name. If they were left out, a data set would shrink without a message.
+    Reading one of those raises a `UserError` with its name. If they were left out, the data set would shrink without a message.
     """
     unreadable: list[tuple[Path, str]] = []
     images = list_images(folder, unreadable)
@@ -127,13 +44,15 @@ def every_image(folder: str | Path) -> list[Path]:
 
 
 def find_pairs(hazy: str | Path, clear: str | Path, problems: list[str] | None = None) -> list[Pair]:
-    """Find every image in the folder `hazy` with its clear one from `clear`, sorted by name.
+    """Pair every image in the folder `hazy` with its clear image in the folder `clear`, sorted by name.
 
-    Both may be the same folder if the names tell them apart (`01_hazy.png`, `01_GT.png`). Several hazy images share a clear one only by
-    RESIDE's numbered names. With a list `problems`, what is wrong with the names is added to it, a line each, instead of refused.
+    Both may be the same folder if the names distinguish the images (`01_hazy.png`, `01_GT.png`). Several hazy images may share a clear
+    one only if they have RESIDE's numbered names. If `problems` is a list, each problem with the names is appended to it as a line and
+    does not raise an error.
 
     Raises:
-      UserError: a folder is missing or empty, a hazy image has no clear one, two share one, or two files have one name.
+      UserError: a folder is missing or empty, a hazy image has no clear one, two hazy images share a clear one without RESIDE's numbers,
+        or two files have the same name.
     """
     hazy, clear = Path(hazy), Path(clear)
     hazy_images, clear_images = every_image(hazy), every_image(clear)
@@ -172,12 +91,12 @@ def find_pairs(hazy: str | Path, clear: str | Path, problems: list[str] | None =
 
 
 def find_depth_scenes(clear: str | Path, depth: str | Path, problems: list[str] | None = None) -> list[DepthScene]:
-    """Find every image in the folder `clear` with the depth map of the same name from `depth`, sorted by name.
+    """Pair every image in the folder `clear` with the depth map of the same name in the folder `depth`, sorted by name.
 
-    `problems` is as for `find_pairs`.
+    `problems` has the same meaning as in `find_pairs`.
 
     Raises:
-      UserError: a folder is missing or empty, a clear image has no depth, or two files have one name.
+      UserError: a folder is missing or empty, a clear image has no depth map, or two files have the same name.
     """
     clear_images = every_image(clear)
     if not clear_images:
@@ -195,12 +114,12 @@ def find_depth_scenes(clear: str | Path, depth: str | Path, problems: list[str] 
 
 
 def find_dataset(root: str | Path, problems: list[str] | None = None) -> list[Pair] | list[DepthScene]:
-    """The pairs or depth scenes in `root`: subfolders such as hazy/ and clear/ (or rgb/ and depth/), or NH-HAZE's names side by side.
+    """Find the pairs or depth scenes in `root`: in subfolders such as hazy/ and clear/ (or rgb/ and depth/), or by NH-HAZE's names.
 
-    `problems` is as for `find_pairs`.
+    `problems` has the same meaning as in `find_pairs`.
 
     Raises:
-      UserError: nothing of that kind is there.
+      UserError: the folder does not exist or contains no such images.
     """
     root = Path(root)
     if not root.is_dir():
@@ -224,7 +143,7 @@ def find_dataset(root: str | Path, problems: list[str] | None = None) -> list[Pa
 
 
 def listed(items: Iterable[str]) -> str:
-    """Return the first of `items` in one line, and how many more there are."""
+    """Return a line with the first of `items` and the number of the others."""
     items = list(items)
     return "; ".join(items[:_LISTED]) + (f"; and {len(items) - _LISTED} more" if len(items) > _LISTED else "")
 
@@ -234,7 +153,7 @@ def _match(path: Path, by_name: dict[str, Path]) -> Path | None:
 
 
 def _by_name(images: Sequence[Path], found: list[str]) -> dict[str, Path]:
-    """The images by name; two files of one name are added to `found`."""
+    """Return the images by name; append a line to `found` for two files with the same name."""
     by_name: dict[str, Path] = {}
     for path in images:
         other = by_name.setdefault(path.stem.lower(), path)
@@ -244,7 +163,7 @@ def _by_name(images: Sequence[Path], found: list[str]) -> dict[str, Path]:
 
 
 def _shared(pairs: Sequence[Pair]) -> list[str]:
-    """A line on every clear image that has several hazy ones, if not all of those have RESIDE's numbers."""
+    """Return a line for every clear image that has several hazy ones, unless all of those have RESIDE's numbers."""
     versions: dict[Path, list[Path]] = {}
     for pair in pairs:
         versions.setdefault(pair.clear, []).append(pair.hazy)
@@ -267,11 +186,3 @@ def _report(found: Sequence[str], problems: list[str] | None) -> None:
     elif found:
         more = f" (and {len(found) - 1} more such problems, which check-data lists)" if len(found) > 1 else ""
         raise UserError(found[0] + more)
-
-
-def _cut_border(image: np.ndarray) -> np.ndarray:
-    return image[_RESIDE_BORDER:-_RESIDE_BORDER, _RESIDE_BORDER:-_RESIDE_BORDER]
-
-
-def _size(image: np.ndarray) -> str:
-    return f"{image.shape[1]}x{image.shape[0]}"

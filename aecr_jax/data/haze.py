@@ -10,7 +10,7 @@ BETA_RANGE = (0.6, 1.8)
 
 
 def add_haze(clear: np.ndarray, depth: np.ndarray, airlight: float, beta: float) -> np.ndarray:
-    """`I = J t + A (1 - t)` with `t = exp(-beta d)`, rounded to 8 bit as RESIDE's files are.
+    """Add haze by `I = J t + A (1 - t)` with `t = exp(-beta d)`, rounded to 8 bits like RESIDE's files.
 
     Args:
       clear: J, float32 `[H, W, 3]` in [0, 1].
@@ -22,11 +22,11 @@ def add_haze(clear: np.ndarray, depth: np.ndarray, airlight: float, beta: float)
       The hazy image, float32 `[H, W, 3]` in [0, 1].
 
     Raises:
-      ValueError: sizes differ, or a depth is negative or NaN.
+      ValueError: the sizes differ, or a depth is negative or NaN.
     """
     if clear.shape[:2] != depth.shape:
         raise ValueError(f"depth has shape {depth.shape} and must have clear's, {clear.shape[:2]}")
-    if not depth.min() >= 0:  # NaN included
+    if not depth.min() >= 0:  # also true for NaN
         raise ValueError(f"depth must be at least 0 everywhere, and its smallest value is {depth.min()}")
     transmission = np.exp(-beta * depth.astype(np.float32))[..., None]
     hazy = clear * transmission + np.float32(airlight) * (1 - transmission)
@@ -34,15 +34,15 @@ def add_haze(clear: np.ndarray, depth: np.ndarray, airlight: float, beta: float)
 
 
 def draw_haze(rng: np.random.Generator) -> tuple[float, float]:
-    """A random (airlight, beta) as RESIDE's training set has them."""
+    """Draw a random (airlight, beta) from the ranges of RESIDE's training set."""
     return float(rng.uniform(*AIRLIGHT_RANGE)), float(rng.uniform(*BETA_RANGE))
 
 
 def depth_problem(values: np.ndarray) -> str | None:
-    """Say why an image's values, `[H, W]`, cannot be a depth map, or return None if they can.
+    """Return the reason why an image's values, `[H, W]`, cannot be a depth map, or None if they can.
 
-    Zeros are accepted: in NYU's maps of 8 bit they are what is nearest, rounded down. They may also mark missing measurements, and a
-    largest value far above the others may be the sky as well as a mark; `check-data` warns of both.
+    Zeros are accepted: in NYU's 8-bit maps, they are the nearest points, rounded down. They may also mark missing measurements, and a
+    largest value far above the others may be either the sky or such a mark; `check-data` warns of both.
     """
     low, high = float(values.min()), float(values.max())
     if not np.isfinite([low, high]).all():

@@ -1,4 +1,4 @@
-"""Image files to arrays and back. Arrays are float32 `[H, W, 3]`, RGB in [0, 1]."""
+"""Convert image files to arrays and back. Arrays are float32 `[H, W, 3]`, RGB in [0, 1]."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _MISSING = "it does not exist"
 
 
 def list_images(folder: str | Path, skipped: list[tuple[Path, str]] | None = None) -> list[Path]:
-    """List the image files directly in `folder`, sorted by name, without hidden ones.
+    """List the image files directly in `folder`, sorted by name; hidden files are left out.
 
-    Entries with an image's name that cannot be read as a file are left out: directories, FIFOs, links without a target, files
-    without permission. They are added to `skipped`, each with the reason, such as "it is a directory".
+    Entries that have an image's extension but cannot be read as a file are left out: directories, FIFOs, links without a target, and
+    files without read permission. They are added to `skipped`, each with the reason, such as "it is a directory".
 
     Raises:
       UserError: there is no such folder, or it cannot be listed.
@@ -50,7 +50,7 @@ def list_images(folder: str | Path, skipped: list[tuple[Path, str]] | None = Non
 
 
 def _why_unreadable(path: Path) -> str:
-    """Say why `path` cannot be read as a file, or "". Nothing is opened: to open a FIFO waits for a writer."""
+    """Return the reason why `path` cannot be read as a file, or "". Nothing is opened, because opening a FIFO waits for a writer."""
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
@@ -64,26 +64,26 @@ def _why_unreadable(path: Path) -> str:
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """Read any picture as a viewer shows it, float32 `[H, W, 3]` in [0, 1].
+    """Read an image as a viewer shows it: float32 `[H, W, 3]` in [0, 1].
 
     The EXIF orientation is applied, colours are converted from the embedded profile to sRGB, grey becomes RGB, and alpha is
-    dropped. PNG and TIFF files are read with all of their bits.
+    dropped. PNG and TIFF files are read at their full bit depth.
 
     Raises:
-      UserError: the file is missing, no image, truncated, or larger than 250 million pixels, or the range of its values is unknown.
+      UserError: the file is missing, not an image, truncated, or larger than 250 million pixels, or the range of its values is unknown.
     """
     return to_float(read_pixels(path))
 
 
 def read_pixels(file: str | Path | bytes, name: str = "") -> np.ndarray:
-    """Read a picture as `read_image` does, but leave 8-bit pictures uint8 `[H, W, 3]`. `to_float` makes the rest of the way.
+    """Read an image as `read_image` does, but return 8-bit images as uint8 `[H, W, 3]`, which `to_float` converts.
 
     Args:
       file: a path, or the bytes of an image file.
-      name: what to call it in an error; the path by default.
+      name: the name of the image in error messages; the path by default.
 
     Raises:
-      UserError: as `read_image`.
+      UserError: as for `read_image`.
     """
     name = name or _called(file)
     with _opened(file, name) as stream:
@@ -91,23 +91,23 @@ def read_pixels(file: str | Path | bytes, name: str = "") -> np.ndarray:
 
 
 def to_float(pixels: np.ndarray) -> np.ndarray:
-    """Pixels of 8 bit, or of float already, to float32 in [0, 1]."""
+    """Convert pixels that are uint8, or floating-point in [0, 1] already, to float32 in [0, 1]."""
     return pixels.astype(np.float32) / 255 if pixels.dtype == np.uint8 else pixels.astype(np.float32, copy=False)
 
 
 def read_depth(file: str | Path | bytes, name: str = "") -> np.ndarray:
-    """Reads a depth map of any scale, `[H, W]`: `min((value + 0.5) / largest value, 1)`, as RESIDE takes NYU's.
+    """Read a depth map of any scale as `[H, W]`: `min((value + 0.5) / largest value, 1)`, as RESIDE does with NYU's.
 
-    RESIDE's haze is defined by depth relative to the largest of the whole frame, whatever the file's unit.
+    RESIDE's haze is defined by depth relative to the largest depth of the whole frame, whatever the file's unit.
 
     Raises:
-      UserError: as `read_image`, or the values are no depth: negative, the same everywhere or not finite.
+      UserError: as for `read_image`, or the values are not depths: negative, the same everywhere, or not finite.
     """
     image = _open(file, name)
     values = np.asarray(image if image.mode == "F" or image.mode.startswith("I") else image.convert("L"), np.float32)
     if problem := depth_problem(values):
         raise UserError(f"{name or _called(file)} is no depth map: {problem}")
-    half = 0.0 if image.mode == "F" else 0.5  # the middle of what was rounded down to an integer
+    half = 0.0 if image.mode == "F" else 0.5  # the middle of the interval that was rounded down to an integer
     return np.minimum((values + half) / values.max(), 1)
 
 
@@ -117,7 +117,7 @@ def _called(file: str | Path | bytes) -> str:
 
 @contextlib.contextmanager
 def _opened(file: str | Path | bytes, name: str) -> Iterator[BinaryIO]:
-    """Open a file to decode, and turn what decoders raise into a `UserError` that calls it `name`."""
+    """Open a file for decoding, and convert exceptions of the decoders into a `UserError` that refers to the file as `name`."""
     if not isinstance(file, bytes) and (reason := _why_unreadable(Path(file))):
         raise UserError(f"there is no file {name}" if reason == _MISSING else f"{name} cannot be read: {reason}")
     try:
@@ -129,7 +129,7 @@ def _opened(file: str | Path | bytes, name: str) -> Iterator[BinaryIO]:
         raise UserError(f"{name} is too large: {error}") from error
     except UnidentifiedImageError as error:
         raise UserError(f"{name} is not an image file") from error
-    except Exception as error:  # decoders raise a dozen kinds for damaged files
+    except Exception as error:  # decoders raise many exception types for damaged files
         raise UserError(f"{name} cannot be read: {first_line(error)}") from error
 
 
@@ -140,7 +140,7 @@ def _open(file: str | Path | bytes, name: str = "") -> Image.Image:
 
 
 def unique_names(stems: Iterable[str]) -> list[str]:
-    """File names without extension, the second `a` as `a_2`: a.jpg and a.png, or one name from two folders."""
+    """Make file names without extension unique: a second `a` (from a.jpg and a.png, or from two folders) becomes `a_2`."""
     names: dict[str, str] = {}
     for stem in stems:
         name, number = stem, 1
@@ -152,7 +152,7 @@ def unique_names(stems: Iterable[str]) -> list[str]:
 
 
 def write_image(path: str | Path, image: np.ndarray) -> None:
-    """Write `[H, W, 3]`, clipped to [0, 1], rounded to 8 bits and marked as sRGB. The file appears whole or not at all.
+    """Write an image `[H, W, 3]`, clipped to [0, 1], rounded to 8 bits and marked as sRGB. It is written completely or not at all.
 
     Raises:
       UserError: the image has NaN or infinite values, or the file cannot be written.
@@ -167,7 +167,7 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
 
 
 def panel(rows: Sequence[Sequence[np.ndarray]], gap: int = 4) -> np.ndarray:
-    """One picture of rows of images `[H, W, 3]`, all of one size, with white gaps between them."""
+    """Combine rows of images `[H, W, 3]`, all of the same size, into one image with white gaps between them."""
     lines = []
     for row in rows:
         height = row[0].shape[0]

@@ -1,7 +1,7 @@
-"""Where the authors' archives of RESIDE, NH-HAZE and Dense-Haze keep their images, and which release a copy is.
+"""The folders of images in the authors' archives of RESIDE, NH-HAZE and Dense-Haze, and the recognition of a copy's release.
 
-Folder names are those of the archives as their authors publish them, and of the copies that the field passes on; letter case does not
-matter.
+Folder names are those of the archives as published by their authors, and of the copies that circulate among researchers. Letter case is
+ignored.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from aecr_jax.data.folders import Pair, every_image, find_pairs
+from aecr_jax.data.folders import every_image, find_pairs
 from aecr_jax.data.images import list_images
+from aecr_jax.data.samples import Pair
 from aecr_jax.errors import UserError
 
 
 @dataclass(frozen=True)
 class Part:
-    """One split of a data set: pairs, or hazy images alone."""
+    """One split of a data set: either pairs, or hazy images without clear ones."""
 
     pairs: tuple[Pair, ...] = ()
     hazy: tuple[Path, ...] = ()
@@ -26,14 +27,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Layout:
-    """What was found of a data set."""
+    """The release and the splits of a data set that were found."""
 
     release: str
     parts: dict[str, Part]
 
 
-# Data set -> split -> (hazy folder, clear folder) below the folder that the user names, in the order to look; "." is that folder itself.
-# An entry without a clear folder is of hazy images alone.
+# Data set -> split -> (hazy folder, clear folder) below the folder that the user names, in search order; "." is that folder itself.
+# An entry without a clear folder has only hazy images.
 _INDOOR = [("SOTS/indoor/nyuhaze500", "gt"), ("SOTS/nyuhaze500", "gt"), ("SOTS/indoor", "gt"), ("SOTS/indoor", "clear")]
 _OUTDOOR = [("SOTS/outdoor", "gt"), ("SOTS/outdoor", "clear")]
 _FOLDERS: dict[str, dict[str, list[tuple[str, str]]]] = {
@@ -71,10 +72,12 @@ _FOLDERS: dict[str, dict[str, list[tuple[str, str]]]] = {
         ]
     },
 }
-# Splits that a data set may lack: the other release, or the other half of the archive.
+# The data sets that can be built.
+DATASETS = tuple(_FOLDERS)
+# Splits that may be missing, because the other release lacks them or only one half of the archive was unpacked.
 _OPTIONAL = {("reside/its", "val"), ("reside/hsts", "real")}
 
-# Published (hazy, clear) numbers of each release, over all its splits.
+# Published numbers of (hazy, clear) images of each release, summed over its splits.
 RELEASES: dict[str, dict[str, tuple[int, int]]] = {
     "reside/its": {"RESIDE-standard": (13_990, 1_399), "RESIDE-v0": (110_000, 11_000)},
     "reside/ots": {"RESIDE-v0": (313_950, 8_970), "RESIDE-beta": (72_135, 2_061)},
@@ -85,10 +88,10 @@ RELEASES: dict[str, dict[str, tuple[int, int]]] = {
     "nh_haze": {"NTIRE 2020": (55, 55)},
     "dense_haze": {"NTIRE 2019": (55, 55)},
 }
-# Of single splits of those.
+# The same numbers for single splits of these releases.
 _PARTS = {("reside/its", "RESIDE-v0"): [(100_000, 10_000), (10_000, 1_000)], ("reside/hsts", "RESIDE-standard"): [(10, 10)]}
 _RESIDE_SIZE = (620, 460)
-# `0499_05_0.8353`: four and two digits, zero-padded. `1_1_0.90179`, or `1_1` in some copies: neither is padded.
+# RESIDE-v0: `0499_05_0.8353`, zero-padded to four and two digits. RESIDE-standard: `1_1_0.90179`, or `1_1` in some copies, not padded.
 _ITS_V0 = re.compile(r"\d{4}_\d{2}(_[01](\.\d+)?)?$")
 _ITS_STANDARD = re.compile(r"[1-9]\d{0,3}_([1-9]|10)(_[01](\.\d+)?)?$")
 _OTS = re.compile(r"\d{4}_[01](\.\d+)?_0?\.\d+$")
@@ -97,10 +100,10 @@ _SOTS_INDOOR = re.compile(r"14[0-4]\d_([1-9]|10)$")
 
 
 def find_layout(name: str, root: str | Path) -> Layout:
-    """Finds the data set `name` ("reside/its", "nh_haze", ...) in the folder where its archives were unpacked.
+    """Find the data set `name` ("reside/its", "nh_haze", ...) in the folder in which its archives were unpacked.
 
     Raises:
-      UserError: the name is unknown, the data set is not there, or an image has no partner.
+      UserError: the name is unknown, the data set is not in the folder, or an image has no counterpart.
     """
     if name not in _FOLDERS:
         raise UserError(f"there is no data set {name!r}; there are {', '.join(_FOLDERS)}")
@@ -125,7 +128,7 @@ def find_layout(name: str, root: str | Path) -> Layout:
 
 
 def _find_part(root: Path, hazy: str, clear: str) -> Part | None:
-    # The folder that the user names may be the one around the data set's own, or that one.
+    # The user may name the data set's own folder or its parent.
     for skip in (0, 1):
         folders = [_descend(root, path.split("/")[skip:]) if path else None for path in (hazy, clear)]
         if folders[0] is None or (clear and folders[1] is None) or not list_images(folders[0]):
@@ -149,13 +152,13 @@ def _descend(folder: Path, names: Sequence[str]) -> Path | None:
 
 
 def recognise_data_set(names: Iterable[str], *, clear: int | None = None, size: tuple[int, int] | None = None) -> str | None:
-    """Return which of the field's data sets hazy images come from, or None.
+    """Return the public data set that hazy images come from, or None if it is unknown.
 
-    Names with an airlight tell by themselves. Any numbered pictures may be called `1_1` or `2024_05`: for ITS without airlights, the
-    numbers must also be those of a release, or the images of RESIDE's size.
+    Names that contain an airlight are sufficient. Any numbered images may be named `1_1` or `2024_05`; to be recognised as ITS without
+    airlights, images must therefore also have the numbers of a release, or RESIDE's size.
 
     Args:
-      names: the hazy images' names, without extension.
+      names: the names of the hazy images, without extension.
       clear: the number of clear images.
       size: width and height of most images.
     """
@@ -175,15 +178,16 @@ def recognise_data_set(names: Iterable[str], *, clear: int | None = None, size: 
 
 
 def recognise_release(name: str, hazy: Sequence[str], clear: int) -> str:
-    """The release of a copy of data set `name`, by the names of its hazy images and the number of its clear ones.
+    """Return the release of a copy of data set `name` from the names of its hazy images and the number of its clear ones.
 
-    ITS is told by its names; OTS, whose releases name their files alike, by its numbers; "unknown release" if neither tells.
+    The releases of ITS differ in their names; those of OTS use the same names and differ in the numbers of images. If neither
+    identifies the release, the result is "unknown release".
     """
     releases = RELEASES.get(name, {})
     if name == "reside/its":
         padded = sum(bool(_ITS_V0.match(stem)) for stem in hazy)
         plain = sum(bool(_ITS_STANDARD.match(stem)) for stem in hazy)
-        # 1000_10 is of both forms; what is of one alone decides.
+        # A name such as 1000_10 has both forms; names that have only one form decide.
         if max(padded, plain) > 0.9 * len(hazy) and padded != plain:
             return "RESIDE-v0" if padded > plain else "RESIDE-standard"
     if len(releases) == 1:
@@ -192,7 +196,7 @@ def recognise_release(name: str, hazy: Sequence[str], clear: int) -> str:
 
 
 def missing_images(name: str, release: str, hazy: int, clear: int) -> str | None:
-    """Return a line on how a copy's numbers differ from the published ones, or None if they do not."""
+    """Return a line that compares a copy's numbers of images with the published ones, or None if they agree."""
     releases = {release: RELEASES[name][release]} if release in RELEASES[name] else RELEASES[name]
     if (hazy, clear) in (*releases.values(), *_PARTS.get((name, release), [])):
         return None

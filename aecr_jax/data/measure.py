@@ -1,50 +1,51 @@
-"""Measures the samples of a data set, reading each once, so that `check` can compare them."""
+"""Measure the samples of a data set, reading each only once, so that `check` can compare them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from aecr_jax.data.pipeline import to_pair
+from aecr_jax.data.reader import to_pair
+from aecr_jax.data.samples import Sample
 from aecr_jax.errors import UserError
 
 _FINGERPRINT = 24
-# An image whose values vary by less than one step of 8 bit shows nothing.
+# An image whose values vary by less than one 8-bit step shows nothing.
 _BLANK = 1 / 255
-# Depth maps: a share of pixels that is no accident (NYU's 1399 reach 0.004% at their largest value, and none has a zero), and the gap
-# to the next value, in shares of the largest, that sets marks apart from measurements.
+# Depth maps: the share of pixels above which one value is no coincidence (in NYU's 1399 maps, the largest value has at most 0.004% of the
+# pixels, and none has a zero), and the gaps to the next value, relative to the largest, that distinguish marks from measurements.
 _MARKED, _GAP_NEAR, _GAP_FAR = 0.001, 0.03, 0.1
 
 
 class Measured(NamedTuple):
-    """What is kept of a sample."""
+    """The measurements of one sample."""
 
     position: int
     size: tuple[int, int]  # width, height
     psnr: float
     hazy: np.ndarray  # fingerprints
     clear: np.ndarray
-    stretched: bool | None  # whether the clear image fits better as one that was resized; None: cannot be told
-    blank: tuple[bool, bool]  # whether the hazy and the clear image are of one colour
-    contrast: float  # log of the hazy image's mean gradient over the clear one's: haze makes it negative
-    dark: float  # the hazy image's mean dark channel less the clear one's: haze makes it positive
-    depth: str  # what is odd about a depth map: "flat", "zeros", "far", or nothing
+    stretched: bool | None  # whether the clear image seems to have been resized; None if unknown
+    blank: tuple[bool, bool]  # whether the hazy and the clear image have only one colour
+    contrast: float  # log(hazy mean gradient / clear mean gradient); haze makes it negative
+    dark: float  # mean dark channel, hazy minus clear; haze makes it positive
+    depth: str  # a peculiarity of the depth map: "flat", "zeros", "far", or ""
 
 
 class Failed(NamedTuple):
-    """A sample that cannot be used, and why."""
+    """A sample that cannot be used, and the reason."""
 
     position: int
     error: str
 
 
-def measure_all(samples: Sequence[Any], label: str, limit: int | None = None) -> tuple[list[Measured], list[Failed]]:
-    """Measure at most `limit` samples, evenly spread; return what was measured, and those that cannot be used."""
+def measure_all(samples: Sequence[Sample], label: str, limit: int | None = None) -> tuple[list[Measured], list[Failed]]:
+    """Measure at most `limit` samples, evenly spread; return the measurements, and the samples that cannot be used."""
     count = len(samples) if limit is None else min(limit, len(samples))
 
     def measure(index: int) -> Measured | Failed:
@@ -55,16 +56,16 @@ def measure_all(samples: Sequence[Any], label: str, limit: int | None = None) ->
 
     indices = [i * len(samples) // count for i in range(count)]
     with ThreadPoolExecutor(4) as pool:
-        results = list(tqdm(pool.map(measure, indices), f"reading {label}", count, leave=False, disable=not samples))
+        results = list(tqdm(pool.map(measure, indices), f"reading {label}", count, leave=False, disable=None if samples else True))
     return [r for r in results if isinstance(r, Measured)], [r for r in results if isinstance(r, Failed)]
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Of every row of the fingerprints `a` with every row of `b`."""
+    """Return the correlation of every row of the fingerprints `a` with every row of `b`."""
     return (a.astype(np.float32) / 127) @ (b.astype(np.float32) / 127).T
 
 
-def _measure(sample: Any, index: int) -> Measured:
+def _measure(sample: Sample, index: int) -> Measured:
     read = sample.read()
     hazy, clear = to_pair(read, index)
     lumas = _luma(hazy), _luma(clear)
@@ -91,7 +92,7 @@ def _luma(image: np.ndarray) -> Image.Image:
 
 
 def _fingerprint(luma: Image.Image) -> np.ndarray:
-    """A small grey picture without its low frequencies, which haze changes; of norm 1, as bytes, 127 for 1."""
+    """Return a small grey image without its low frequencies, which haze changes; it has norm 1 and is stored as int8, 127 for 1."""
     n = _FINGERPRINT
     small = np.asarray(luma.resize((n, n), Image.Resampling.BOX), np.float32)
     around = np.pad(small, 2, mode="edge")
@@ -101,19 +102,19 @@ def _fingerprint(luma: Image.Image) -> np.ndarray:
 
 
 def _gradient(luma: Image.Image) -> float:
-    """Mean absolute difference of neighbouring pixels, which haze makes smaller."""
+    """Return the mean absolute difference of neighbouring pixels, which haze reduces."""
     values = np.asarray(luma).astype(np.int16)
     parts = (np.abs(np.diff(values, axis=axis)) for axis in (0, 1))
     return float(sum(part.mean() for part in parts if part.size))
 
 
 def _dark(image: np.ndarray) -> float:
-    """Mean of the darkest channel, which haze makes larger; of every fourth pixel each way."""
+    """Return the mean of the darkest channel, which haze increases, over every fourth pixel in both directions."""
     return float(np.minimum.reduce([image[::4, ::4, channel] for channel in range(3)]).mean())
 
 
 def _is_blank(image: np.ndarray) -> bool:
-    # The first rows tell for most images.
+    # For most images, the first rows show that they are not blank.
     return bool(np.ptp(image[:8], axis=(0, 1)).max() < 8 * _BLANK and image.std(axis=(0, 1)).max() < _BLANK)
 
 
@@ -130,9 +131,9 @@ def _odd_depth(depth: np.ndarray) -> str:
 
 
 def _looks_stretched(hazy: Image.Image, clear: Image.Image) -> bool | None:
-    """Whether 640x480 was resized to this 620x460 clear image, where RESIDE cuts 10 pixels off each side.
+    """Return whether this 620x460 clear image was resized from 640x480, whereas RESIDE crops 10 pixels off each side.
 
-    If so, undoing it brings the edges onto those of the hazy image.
+    If so, undoing the resizing aligns its edges with those of the hazy image. The result is None if an image has no edges.
     """
     undone = clear.resize((640, 480), Image.Resampling.BICUBIC).crop((10, 10, 630, 470))
 

@@ -1,7 +1,7 @@
-"""Rooms drawn by the program: clear images with exact depth, so that everything runs without a download.
+"""Rooms drawn by the program: clear images with exact depth, which make it possible to run everything without a download.
 
-A scene is a room with boxes and spheres, procedural textures and one lamp, traced from a random camera. It is a pure function of
-its seed. Depth is the distance along the viewing direction, as a depth camera gives it.
+A scene is a room with boxes and spheres, procedural textures and one lamp, ray-traced from a random camera position. It depends only on
+its seed. Depth is the distance along the viewing direction, as a depth camera measures it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _SUPERSAMPLING = 2
 
 @dataclass(frozen=True)
 class _Surface:
-    """A sphere (`radius` > 0) or a box turned by `angle` around the vertical axis; `inside` for the room itself."""
+    """A sphere (`radius` > 0) or a box rotated by `angle` about the vertical axis; `inside` is set for the room itself."""
 
     centre: np.ndarray
     half: np.ndarray
@@ -25,12 +25,12 @@ class _Surface:
 
 
 def render_scene(seed: int | tuple[int, ...], height: int = 240, width: int = 320) -> tuple[np.ndarray, np.ndarray]:
-    """Draws one scene.
+    """Draw one scene.
 
     Args:
-      seed: which scene; the same seed gives the same scene.
-      height: of the image.
-      width: of the image.
+      seed: selects the scene; the same seed gives the same scene.
+      height: height of the image in pixels.
+      width: width of the image in pixels.
 
     Returns:
       The clear image, float32 `[H, W, 3]` in [0, 1], and its depth, float32 `[H, W]`, 1 at the farthest pixel.
@@ -41,7 +41,7 @@ def render_scene(seed: int | tuple[int, ...], height: int = 240, width: int = 32
     y, x = np.meshgrid(np.arange(rows) + 0.5, np.arange(columns) + 0.5, indexing="ij")
     focal = 0.9 * columns
     local = np.stack([(x - columns / 2) / focal, (rows / 2 - y) / focal, np.ones_like(x)], -1).reshape(-1, 3).astype(np.float32)
-    rays = local @ view.T  # not normalised: the ray parameter is the depth along the viewing direction
+    rays = local @ view.T  # not normalised, so that the ray parameter is the depth along the viewing direction
 
     depth = np.full(len(rays), np.inf, np.float32)
     nearest = np.zeros(len(rays), np.int8)
@@ -75,23 +75,23 @@ def render_scene(seed: int | tuple[int, ...], height: int = 240, width: int = 32
     colour = np.clip(colour, 0, 1) ** np.float32(1 / 1.6)
     image = _reduce(colour.reshape(rows, columns, 3))
     plane = _reduce(depth.reshape(rows, columns, 1))[..., 0]
-    # 8 bit, as a camera's picture: the hazy images are 8 bit too.
+    # Round to 8 bits, like a camera's image: the hazy images have 8 bits too.
     return np.round(image * 255).astype(np.float32) / 255, (plane / plane.max()).astype(np.float32)
 
 
 def _furnish(rng: np.random.Generator) -> tuple[list[_Surface], np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the surfaces (the room first), the lamp, the camera's place and its axes as columns."""
+    """Return the surfaces (the room first), the positions of the lamp and the camera, and the camera's axes as columns."""
     room = np.array([rng.uniform(3, 7), rng.uniform(2.4, 3.2), rng.uniform(4, 10)])
     surfaces = [_Surface(centre=room / 2, half=room / 2, inside=True)]
     for _ in range(rng.integers(3, 8)):
         half = np.array([rng.uniform(0.15, 0.8), rng.uniform(0.15, 1.0), rng.uniform(0.15, 0.7)])
         place = np.array([rng.uniform(0.3, room[0] - 0.3), half[1], rng.uniform(1.4, room[2] - 0.4)])
         surfaces.append(_Surface(centre=place, half=half, angle=rng.uniform(0, np.pi / 2)))
-        if rng.uniform() < 0.6:  # something round on top of it
+        if rng.uniform() < 0.6:  # a sphere on top of the box
             radius = rng.uniform(0.1, 0.3)
             top = place + np.array([0, half[1] + radius, 0])
             surfaces.append(_Surface(centre=top, half=np.full(3, radius), radius=radius))
-    for _ in range(rng.integers(1, 4)):  # and on the floor
+    for _ in range(rng.integers(1, 4)):  # spheres on the floor
         radius = rng.uniform(0.12, 0.5)
         place = np.array([rng.uniform(0.5, room[0] - 0.5), radius, rng.uniform(1.2, room[2] - 0.5)])
         surfaces.append(_Surface(centre=place, half=np.full(3, radius), radius=radius))
@@ -111,7 +111,7 @@ def _turn(vectors: np.ndarray, angle: float) -> np.ndarray:
 
 
 def _intersect(surface: _Surface, origin: np.ndarray, rays: np.ndarray) -> np.ndarray:
-    """The ray parameter of the first hit in front of `origin`, infinite where there is none."""
+    """Return the ray parameter of the first hit in front of `origin`, infinite where there is none."""
     origin = origin - surface.centre.astype(np.float32)
     if surface.radius:
         a = np.sum(rays * rays, -1)
@@ -131,7 +131,7 @@ def _intersect(surface: _Surface, origin: np.ndarray, rays: np.ndarray) -> np.nd
 
 
 def _surface_frame(surface: _Surface, points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Unit normals `[P, 3]`, texture coordinates in metres `[P, 2]` and which face it is `[P]`."""
+    """Return unit normals `[P, 3]`, texture coordinates in metres `[P, 2]` and face indices `[P]`."""
     local = points - surface.centre.astype(np.float32)
     if surface.radius:
         normal = local / np.float32(surface.radius)
@@ -151,14 +151,14 @@ def _surface_frame(surface: _Surface, points: np.ndarray) -> tuple[np.ndarray, n
 
 
 class _Texture:
-    """Colours of one object; each face of a box has a pattern of its own."""
+    """The colours of one object; each face of a box has its own pattern."""
 
     def __init__(self, rng: np.random.Generator):
         hue = rng.uniform(0, 1, (6, 1))
         tint = 0.5 + 0.5 * np.cos(2 * np.pi * (hue + np.array([[0, 1 / 3, 2 / 3]])))
         saturation, bright = rng.uniform(0.05, 0.8, (6, 1)), rng.uniform(0.15, 0.9, (6, 1))
         self.base = (bright * (1 - saturation + saturation * tint)).astype(np.float32)
-        # The darker colour is nearly black on many faces: real rooms have dark places everywhere, which tell haze from pale walls.
+        # The darker colour is nearly black on many faces: dark places, which real rooms have everywhere, distinguish haze from pale walls.
         self.second = (self.base * rng.uniform(0.02, 0.5, (6, 1))).astype(np.float32)
         self.kind = rng.integers(0, 5, 6)
         self.scale = rng.uniform(1, 5, 6)
@@ -180,7 +180,7 @@ class _Texture:
                 mix = ((shifted % 1 < 0.06) | (v % 1 < 0.1)).astype(np.float32)
             elif kind == 3:  # wood
                 mix = 0.5 + 0.5 * np.sin(6 * u + 9 * _value_noise(u * 0.7, v * 0.1, self.seed))
-            else:  # marble, or plaster where the two colours are close
+            else:  # marble, or plaster if the two colours are similar
                 mix = noise
             mix = np.clip(0.85 * mix + 0.3 * (noise - 0.5), 0, 1)[:, None]
             colour[here] = self.base[f] * (1 - mix) + self.second[f] * mix
@@ -188,7 +188,7 @@ class _Texture:
 
 
 def _value_noise(u: np.ndarray, v: np.ndarray, seed: int) -> np.ndarray:
-    """Smooth noise in [0, 1]: hashed lattice values, interpolated."""
+    """Return smooth noise in [0, 1], interpolated from hashed lattice values."""
     i, j = np.floor(u).astype(np.int64), np.floor(v).astype(np.int64)
     fu, fv = (u - i).astype(np.float32), (v - j).astype(np.float32)
     fu, fv = fu * fu * (3 - 2 * fu), fv * fv * (3 - 2 * fv)

@@ -1,36 +1,30 @@
-"""Named splits: text files beside this one that say which scenes of a data set train, validate and test.
+"""Named splits: text files beside this module that list the scenes of a data set for training, validation and testing.
 
-A file has comment lines (its version and where it comes from) and a line per part, `train: 01 02 ...`. A split that has been used for a
-score never changes: a better one gets a new name.
+A file has comment lines (its version and source) and one line per part, `train: 01 02 ...`. A split that has been used for a score never
+changes; an improved split gets a new name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
 
+from aecr_jax.data.samples import Sample
 from aecr_jax.errors import UserError
 
 _FOLDER = Path(__file__).parent
 PARTS = ("train", "validation", "test")
-
-
-class _HasScene(Protocol):
-    @property
-    def scene(self) -> str: ...
-
-
-Sample = TypeVar("Sample", bound=_HasScene)
+# The key for scenes of the data set that are in no part; they may be missing.
+OTHERS = "others"
 
 
 def split_names() -> list[str]:
-    """The names of all splits."""
+    """Return the names of all splits."""
     return sorted(path.stem for path in _FOLDER.glob("*.txt"))
 
 
 def read_split(name: str) -> dict[str, list[str]]:
-    """The scenes of each part of the split `name`.
+    """Return the scenes of each part of the split `name`.
 
     Raises:
       UserError: there is no such split.
@@ -43,20 +37,21 @@ def read_split(name: str) -> dict[str, list[str]]:
 
 
 def apply_split(name: str, samples: Sequence[Sample]) -> dict[str, list[Sample]]:
-    """Sorts samples into the parts of the split `name` by their scene: `1`, `01` and `01_GT` are one scene.
+    """Sort samples into the parts of the split `name` by their scene; `1`, `01` and `01_GT` are the same scene.
 
     Raises:
-      UserError: there is no such split, it is of another data set, or `samples` lack a scene of it or have others: a score on them
-        would not be the split's.
+      UserError: there is no such split, it belongs to another data set, or `samples` lack a scene of the split or contain other scenes,
+        so that a score on them would not be comparable.
     """
     split = read_split(name)
-    dataset = getattr(samples[0], "dataset", None)
-    if dataset is not None and not name.startswith(dataset):
+    others = split.pop(OTHERS, [])
+    dataset = samples[0].dataset.rpartition("/")[2]
+    if dataset and not name.startswith(dataset):
         raise UserError(f"split {name} is not of {dataset}; there are {', '.join(split_names())}")
     by_scene: dict[str, list[Sample]] = {}
     for sample in samples:
         by_scene.setdefault(_scene_number(sample.scene), []).append(sample)
-    strange = set(by_scene) - {_scene_number(scene) for scenes in split.values() for scene in scenes}
+    strange = set(by_scene) - {_scene_number(scene) for scenes in (*split.values(), others) for scene in scenes}
     if strange:
         raise UserError(f"split {name} does not know {len(strange)} of the {len(by_scene)} scenes of the data, such as {min(strange)}")
     chosen = {}

@@ -1,0 +1,78 @@
+"""Conversion of VGG-19 weights from torchvision or timm to the file that the contrastive regularization reads."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save
+
+from aecr_jax.convert.tensors import Tensors, check_output, read_tensors, to_float32
+from aecr_jax.errors import UserError
+from aecr_jax.files import refuse_existing, replacing
+from aecr_jax.losses.vgg import CONVOLUTIONS, check_weights, vgg_metadata
+
+# Index of each convolution in torchvision's and timm's `features`.
+_TORCHVISION = dict(zip(CONVOLUTIONS, (0, 2, 5, 7, 10, 12, 14, 16, 19, 21, 23, 25, 28)))
+_VGG16_ONLY = "features.17.weight"  # a convolution in VGG-16, but a ReLU in VGG-19
+# Known files by the first digits of their SHA-256, which torchvision includes in its file names.
+_KNOWN = {"dcbb9e9d": ("torchvision VGG-19 (IMAGENET1K_V1)", "BSD-3-Clause (torchvision); trained on ImageNet")}
+
+
+def convert_vgg(file: str | Path, output: str | Path, *, overwrite: bool = False) -> str:
+    """Convert VGG-19 weights to the file that `load_vgg19` reads, and return a line that describes them.
+
+    The weights may be torchvision's `vgg19-*.pth` (which requires PyTorch), or a `.safetensors` or `.npz` file with the names of
+    torchvision or timm. A truncated network supports fewer levels. Weights may have any floating-point type, including bfloat16, and are
+    converted to float32.
+
+    Args:
+      file: the file with the weights.
+      output: the `.safetensors` file to write.
+      overwrite: replace an existing `output`.
+
+    Raises:
+      UserError: the file is not one of these; a tensor is missing, of the wrong shape, not floating point or not finite, or is a kernel
+        with a single constant value; or the output exists or cannot be written.
+    """
+    file, output = Path(file), check_output(output)
+    if output.suffix != ".safetensors" or output.resolve() == file.resolve():
+        raise UserError(f"--output {output} must be another file, and end in .safetensors")
+    refuse_existing(output, overwrite=overwrite)
+    tensors = read_tensors(file)
+    try:
+        weights = _from_torchvision(tensors)
+        levels = check_weights(weights)
+    except ValueError as error:
+        raise UserError(f"{file}: {error}") from error
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    source, licence = _KNOWN.get(digest[:8], (f"{file.name}, not a known file", "not known: see where the file came from"))
+    with replacing(output) as partial:
+        partial.write_bytes(save(weights, metadata=vgg_metadata(source=source, sha256=digest, licence=licence)))
+    about = f"{levels} of 5 levels, input RGB in [0, 1]"
+    return f"{output}: {source}, {about}, SHA-256 {digest[:16]}..., licence {licence}"
+
+
+def _from_torchvision(tensors: Tensors) -> Tensors:
+    if any(name.endswith("running_mean") for name in tensors):
+        raise ValueError(
+            "this is a VGG with batch normalization; VGG-19 without it is needed (tensor features.1.running_mean is unexpected)"
+        )
+    if _VGG16_ONLY in tensors:
+        raise ValueError(f"this is a VGG-16, VGG-19 is needed (tensor {_VGG16_ONLY} is unexpected)")
+    weights: Tensors = {}
+    for name, index in _TORCHVISION.items():
+        for part, ours in (("weight", "kernel"), ("bias", "bias")):
+            if (theirs := f"features.{index}.{part}") in tensors:
+                weights[f"{name}.{ours}"] = _to_hwio(tensors[theirs], theirs)
+            elif any(f"features.{later}.weight" in tensors for later in _TORCHVISION.values() if later >= index) or not weights:
+                raise ValueError(f"tensor {theirs} ({name}) is missing: VGG-19 of torchvision or timm is needed")
+    return weights
+
+
+def _to_hwio(tensor: np.ndarray, name: str) -> np.ndarray:
+    if tensor.ndim not in (1, 4):
+        raise ValueError(f"tensor {name} has shape {tensor.shape} and must be [O, I, kh, kw] or [O]")
+    tensor = to_float32(tensor, name)
+    return np.ascontiguousarray(tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor)

@@ -1,0 +1,174 @@
+"""Open the data that `--data`, `--data.train` and `--data.eval` name: folders, built data sets, splits or drawn scenes, in one notation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from aecr_jax.data.folders import find_dataset, find_depth_scenes, find_pairs
+from aecr_jax.data.layouts import DATASETS
+from aecr_jax.data.samples import DrawnScene, Sample
+from aecr_jax.data.scenes import render_scene
+from aecr_jax.data.splits import PARTS, apply_split
+from aecr_jax.errors import MissingFileError, UserError
+from aecr_jax.processes import no_bar
+from aecr_jax.settings import bounded
+
+# Drawn scenes: the first part of their seeds, their default number, and their default width and height.
+_STREAMS = {"train": 0, "test": 1}
+_COUNTS = {"train": 200, "test": 20}
+_SIZE = (320, 240)
+_SCENES = re.compile(r"scenes(?:/(?P<part>train|test))?(?::(?P<count>\d+))?(?::(?P<width>\d+)x(?P<height>\d+))?$")
+_PART = re.compile(rf"(?P<data>.+)@(?P<split>\w+)/(?P<part>{'|'.join(PARTS)})$")
+NOTATION = (
+    "a folder, HAZY,CLEAR, clear=FOLDER,depth=FOLDER, a built data set such as reside/its, or scenes; with @NAME/PART for a part of a named"
+    " split"
+)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The data for training and evaluation, and how they are read.
+
+    `train` and `eval` take a folder with `hazy/` and `clear/` (or `rgb/` and `depth/`), two folders `HAZY,CLEAR` or
+    `clear=FOLDER,depth=FOLDER`, a data set that `prepare-data` built (`reside/its`, `reside/its:val`), or `scenes` drawn by the program
+    (`scenes:COUNT:WIDTHxHEIGHT`). `@NAME/PART` at the end selects the train, validation or test part of a named split.
+    """
+
+    train: str = "scenes"
+    """Training data."""
+    eval: str = ""
+    """Evaluation data; if empty, the images that `holdout` sets apart, or other drawn scenes."""
+    holdout: int = bounded(0, 0)
+    """Without `eval`, the number of clear images, the last by name, that are used for evaluation instead of training."""
+    data_dir: str = ""
+    """The folder of data sets built by `prepare-data`; if empty, ~/tensorflow_datasets."""
+    crop: int = bounded(240, 4)
+    """Side of the random training crops in pixels."""
+    threads: int = bounded(8, 1, 256)
+    """Number of threads that read and prepare images."""
+    workers: int = bounded(0, 0, 256)
+    """Number of processes that read and prepare images; 0: only the threads of the training process do."""
+    cache: bool = False
+    """Keep decoded images in memory: 1.7 MB for each pair of RESIDE's 620x460, 2 MB with depth (NYU's 1399: 2.8 GB), times `workers`."""
+
+    def validate(self) -> None:
+        """Raise UserError if the settings are inconsistent."""
+        if not self.train:
+            raise UserError(f"data.train is empty: name {NOTATION}")
+        if self.eval and self.holdout:
+            raise UserError(f"data.holdout (={self.holdout}) and data.eval (={self.eval}) both say what to evaluate on: set one of them")
+
+
+class SplitSamples(NamedTuple):
+    """The samples for training and evaluation; `evaluated_on` names the evaluation samples in every result."""
+
+    train: list[Sample]
+    evaluation: list[Sample]
+    evaluated_on: str
+
+
+def open_samples(spec: str, *, data_dir: str = "", training: bool = False, problems: list[str] | None = None) -> tuple[list[Sample], str]:
+    """Open the samples that a setting or option names, without reading their images.
+
+    Args:
+      spec: the data, in the notation that `DataConfig` describes.
+      data_dir: the folder of built data sets.
+      training: whether to use the training part of drawn scenes if `spec` names no part.
+      problems: as for `find_pairs`.
+
+    Returns:
+      The samples, and their name in results.
+
+    Raises:
+      UserError: the data do not exist, or the split does not match them.
+    """
+    part = _PART.match(spec)
+    if part and not Path(spec).exists():
+        samples, name = open_samples(part["data"], data_dir=data_dir, training=training, problems=problems)
+        try:
+            parts = apply_split(part["split"], samples)
+            if part["part"] not in parts:
+                raise UserError(f"split {part['split']} has no part {part['part']}; it has {', '.join(parts)}")
+        except UserError as error:
+            if problems is None:
+                raise
+            problems.append(str(error))
+            return samples, name
+        return parts[part["part"]], f"{part['split']}/{part['part']} of {name}"
+    if scenes := _SCENES.match(spec):
+        which = scenes["part"] or ("train" if training else "test")
+        count = int(scenes["count"]) if scenes["count"] else _COUNTS[which]
+        width, height = (int(scenes["width"]), int(scenes["height"])) if scenes["width"] else _SIZE
+        if count < 1 or min(width, height) < 8:
+            raise UserError(f"{spec} must have at least 1 scene of at least 8x8 pixels")
+        return list(draw_scenes(_STREAMS[which], count, (height, width))), "scenes"
+    if spec.partition(":")[0] in DATASETS:
+        from aecr_jax.data.builders import open_dataset  # tensorflow-datasets takes a second to import, and folders do not need it
+
+        records, name = open_dataset(spec, data_dir or None)
+        return list(records), name
+    if Path(spec).is_dir() or "," not in spec:
+        if not Path(spec).is_dir():
+            raise MissingFileError(f"there is no folder {spec}: name {NOTATION}")
+        return list(find_dataset(spec, problems)), spec
+    return _open_two_folders(spec, problems)
+
+
+def _open_two_folders(spec: str, problems: list[str] | None) -> tuple[list[Sample], str]:
+    first, second = (text.strip() for text in spec.rsplit(",", 1))
+    named = dict(text.split("=", 1) for text in (first, second) if re.match(r"(hazy|clear|depth)=", text))
+    if named.keys() == {"clear", "depth"}:
+        return list(find_depth_scenes(named["clear"], named["depth"], problems)), named["clear"]
+    if named.keys() == {"hazy", "clear"}:
+        first, second = named["hazy"], named["clear"]
+    elif named:
+        raise UserError(f"{spec} must name two folders: HAZY,CLEAR or clear=FOLDER,depth=FOLDER")
+    return list(find_pairs(first, second, problems)), first
+
+
+def split_samples(data: DataConfig, problems: list[str] | None = None) -> SplitSamples:
+    """Open the training and the evaluation samples that the settings name; embedded scenes are drawn here, once.
+
+    `problems` has the same meaning as in `find_pairs`.
+
+    Raises:
+      UserError: as for `open_samples`, or no samples are left to train on.
+    """
+    train, where = open_samples(data.train, data_dir=data.data_dir, training=True, problems=problems)
+    if problems and not train:  # there is nothing to split, and `problems` gives the reason
+        return SplitSamples([], [], where)
+    if data.eval:
+        return SplitSamples(train, *open_samples(data.eval, data_dir=data.data_dir, problems=problems))
+    if where == "scenes":
+        return SplitSamples(train, *open_samples(drawn_test_scenes(data.train)))
+    # Split by clear image: the ten hazy versions of one scene must not be on both sides.
+    scenes = sorted({sample.scene for sample in train})
+    if data.holdout >= len(scenes):
+        raise UserError(f"data.holdout (={data.holdout}) must be less than the {len(scenes)} clear images in {where}")
+    # Hold out the last scenes instead of every n-th, because neighbours in NYU show the same room.
+    held = set(scenes[len(scenes) - data.holdout :])
+    kept, out = [s for s in train if s.scene not in held], [s for s in train if s.scene in held]
+    return SplitSamples(kept, out, f"the last {data.holdout} scenes of {where}")
+
+
+def drawn_test_scenes(spec: str) -> str:
+    """Return the notation for drawn test scenes of the same size as the training scenes `spec`."""
+    scenes = _SCENES.match(spec)
+    return f"scenes/test:{_COUNTS['test']}:{scenes['width']}x{scenes['height']}" if scenes and scenes["width"] else "scenes/test"
+
+
+def draw_scenes(stream: int, count: int, size: tuple[int, int]) -> Sequence[DrawnScene]:
+    """Draw `count` embedded scenes of `size` (height, width), two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        drawn = pool.map(lambda i: render_scene((stream, i), *size), range(count))
+        return [
+            DrawnScene(f"scene{stream}-{i:04d}", clear, depth)
+            for i, (clear, depth) in enumerate(tqdm(drawn, "drawing scenes", count, leave=False, disable=no_bar(count >= 10)))
+        ]

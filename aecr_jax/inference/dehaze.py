@@ -1,0 +1,92 @@
+"""Dehazing of images in memory: NumPy arrays and PIL images."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from aecr_jax.inference.restore import OVERLAP, USUAL_TILE, Restorer, check_tile, restore_tiled
+from aecr_jax.inference.weights import DEFAULT_MODEL, load_checkpoint
+from aecr_jax.networks.arrays import get_arrays
+from aecr_jax.networks.network import Network
+
+AnyImage = TypeVar("AnyImage", np.ndarray, Image.Image)
+# Floating-point values may lie slightly outside [0, 1], for instance after resizing. Values of 8-bit images lie far outside.
+_LEAST, _GREATEST = -1.0, 2.0
+
+
+def dehaze(image: AnyImage, model: Network | str | Path | None = None, *, tile: int = USUAL_TILE) -> AnyImage:
+    """Remove the haze from an image, or from a batch of images of the same size.
+
+    Args:
+      image: an array `[H, W, 3]` or `[N, H, W, 3]` of uint8, uint16, or floating point in [0, 1]; or a PIL image. The alpha channel of a
+        PIL image is kept, and a grey image is restored as RGB and converted back to grey.
+      model: a network, or a path that `load_checkpoint` accepts; by default the model that is shipped with the package. A model that is
+        given as a path is loaded only once.
+      tile: images of more than `tile * tile` pixels are restored in overlapping tiles, which needs less memory; 0 disables tiling.
+
+    Returns:
+      An image of the same kind: an array of the same shape, type and range, or a PIL image of the same mode.
+
+    Raises:
+      ValueError: the image has an unsupported shape, type or range, or does not fit into memory.
+      FileNotFoundError: the model does not exist.
+    """
+    check_tile(tile)
+    restorer = _restorer_of(model)
+    if isinstance(image, Image.Image):
+        return _dehaze_pil(image, restorer, tile)
+    return _dehaze_array(np.asarray(image), restorer, tile)
+
+
+def _dehaze_array(image: np.ndarray, restorer: Restorer, tile: int) -> np.ndarray:
+    if image.ndim not in (3, 4) or image.shape[-1] != 3 or 0 in image.shape[-3:]:
+        raise ValueError(f"image has shape {image.shape} and must be [H, W, 3] or [N, H, W, 3]")
+    batch = _to_unit(image).reshape(-1, *image.shape[-3:])
+    large = tile > 0 and batch.shape[1] * batch.shape[2] > tile * tile
+    restored = [restore_tiled(restorer, hazy, tile, OVERLAP) if large else restorer(hazy) for hazy in batch]
+    result = np.stack(restored).reshape(image.shape) if restored else np.zeros(image.shape, np.float32)
+    if np.issubdtype(image.dtype, np.floating):
+        return result.astype(image.dtype)
+    return np.round(result * np.iinfo(image.dtype).max).astype(image.dtype)
+
+
+def _dehaze_pil(image: Image.Image, restorer: Restorer, tile: int) -> Image.Image:
+    restored = Image.fromarray(_dehaze_array(np.asarray(image.convert("RGB")), restorer, tile))
+    if "A" in image.getbands():
+        restored.putalpha(image.getchannel("A"))
+    return restored.convert(image.mode) if image.mode in ("L", "LA", "RGBA") else restored
+
+
+def _to_unit(image: np.ndarray) -> np.ndarray:
+    """Convert the values of an array to float32 in [0, 1]."""
+    if image.dtype in (np.uint8, np.uint16):
+        return image.astype(np.float32) / np.iinfo(image.dtype).max
+    if not np.issubdtype(image.dtype, np.floating):
+        raise ValueError(f"image has type {image.dtype} and must be uint8, uint16 or floating point in [0, 1]")
+    if image.size and not (image.min() >= _LEAST and image.max() <= _GREATEST):
+        raise ValueError(f"image has values from {image.min():g} to {image.max():g} and must be in [0, 1]: divide 8-bit values by 255")
+    return np.clip(image, 0, 1).astype(np.float32)
+
+
+def _restorer_of(model: Any) -> Restorer:
+    if isinstance(model, Network):
+        restorer = _restorer_of_network(model)
+        restorer.set_arrays(get_arrays(model))  # the network may have been trained since the last call
+        return restorer
+    return _restorer_of_path(str(DEFAULT_MODEL if model is None else model))
+
+
+# A restorer holds its compiled programs, so keeping it avoids compiling again.
+@functools.lru_cache(4)
+def _restorer_of_network(model: Network) -> Restorer:
+    return Restorer(model)
+
+
+@functools.lru_cache(4)
+def _restorer_of_path(path: str) -> Restorer:
+    return Restorer(load_checkpoint(path))

@@ -1,0 +1,268 @@
+"""Saved models: loading them from any folder written by training, conversion or export, and exporting them.
+
+An exported model is a folder with `model.safetensors` and `config.json`; the latter holds a checksum of both. A training checkpoint is a
+folder written by orbax, with checksums of every array and of its JSON parts. Both contain only data, so that reading them runs no code.
+This module does not need the training code, and it needs orbax only to read a training checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from aecr_jax.errors import MissingFileError, UserError, first_line
+from aecr_jax.files import refuse_existing, replacing
+from aecr_jax.networks.arrays import get_arrays
+from aecr_jax.networks.network import Network
+from aecr_jax.networks.registry import abstract_network, build_network, config_from_dict, config_to_dict
+from aecr_jax.renamed import migrate
+from aecr_jax.validation import check_weight
+
+# The model that is shipped with the package.
+DEFAULT_MODEL = Path(__file__).parents[1] / "pretrained"
+CHECKPOINTS = "checkpoints"
+# The item of a training checkpoint that holds the checksums of its JSON items.
+SEAL = "json_checksums"
+_WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+
+log = logging.getLogger(__name__)
+
+
+def load_checkpoint(path: str | Path = DEFAULT_MODEL) -> Network:
+    """Load a model in evaluation mode, ready to be called.
+
+    `model.name`, `model.config` and `model.step` describe the model; `model.step` is None if the step is not known.
+
+    Args:
+      path: the work directory of a training run or its `checkpoints` folder (the checkpoint with the best validation PSNR is loaded),
+        a single checkpoint in that folder, or an exported model; by default the model that is shipped with the package.
+
+    Raises:
+      UserError: `path` is none of these, or is damaged or incomplete.
+    """
+    return load_with_info(path)[0]
+
+
+def load_with_info(path: str | Path) -> tuple[Network, dict[str, Any]]:
+    """Load a model as `load_checkpoint` does, and the JSON saved with it: the config of a run, or `config.json` of an exported model."""
+    path = Path(path)
+    if not path.is_dir():
+        raise MissingFileError(f"there is no checkpoint folder {path}")
+    if (path / _WEIGHTS).is_file():
+        return _load_exported(path)
+    path = path.resolve()
+    if (path / CHECKPOINTS).is_dir():
+        workdir, step = path, None
+    elif path.name == CHECKPOINTS:
+        workdir, step = path.parent, None
+    elif path.name.isdigit() and path.parent.name == CHECKPOINTS:
+        workdir, step = path.parent.parent, int(path.name)
+    else:
+        raise UserError(
+            f"{path} is no checkpoint: looked for {_WEIGHTS}, for a folder {CHECKPOINTS}, and for a folder such as {CHECKPOINTS}/1000"
+        )
+    folder = workdir / CHECKPOINTS
+    check_folder_name(workdir)
+    jax.local_devices()  # initialize JAX here: below, a failure would be reported as a damaged checkpoint
+    if step is None and (step := _best_step(folder)) is None and list_steps(folder):
+        raise UserError(f"no checkpoint in {folder} can be read")
+    if step is None or step not in list_steps(folder):
+        raise UserError(f"{path} has no whole checkpoint: a run writes its first at its first evaluation (run.eval_every)")
+    try:
+        return _load_trained(folder / str(step))
+    except Exception as error:  # orbax, tensorstore and the file system raise many types of errors
+        raise UserError(f"checkpoint {folder / str(step)} is damaged or half written: {first_line(error)}") from error
+
+
+def save_checkpoint(model: Network, path: str | Path, about: dict[str, Any] | None = None) -> None:
+    """Write a model as a folder that `load_checkpoint` can read; `about` (JSON) is stored next to the model's config.
+
+    An existing model in the folder is replaced only after the new one has been written completely.
+
+    Raises:
+      UserError: the folder cannot be written, or holds a training run, or a weight is not finite.
+    """
+    path = Path(path)
+    refuse_model(path, overwrite=True)
+    arrays = {name: np.asarray(array, order="C") for name, array in get_arrays(model).items()}
+    try:
+        _check_arrays(arrays)
+    except ValueError as error:
+        raise UserError(f"model {path} is not written: {error}") from error
+    config = config_to_dict(model.config)
+    text = json.dumps({"model": config, "about": about or {}, "sha256": _sha256(arrays, config)}, indent=2)
+    with replacing(path / _WEIGHTS) as weights_file, replacing(path / _CONFIG) as config_file:
+        weights_file.write_bytes(save(arrays, metadata={"format": "aecr_jax.model"}))
+        config_file.write_text(text + "\n")
+
+
+def refuse_model(path: str | Path, *, overwrite: bool = False) -> None:
+    """Check that a model can be exported to a folder.
+
+    Raises:
+      UserError: `path` is a file, holds a training run, or holds the files of a model and `overwrite` is not set.
+    """
+    if Path(path).exists() and not Path(path).is_dir():
+        raise UserError(f"{path} is a file: name a folder for the model")
+    if (Path(path) / CHECKPOINTS).exists():
+        raise UserError(f"{path} holds a training run: name another folder for the model")
+    for name in (_WEIGHTS, _CONFIG):
+        refuse_existing(Path(path) / name, overwrite=overwrite)
+
+
+def check_folder_name(folder: str | Path) -> None:
+    """Check that the full path of a folder is valid UTF-8, because orbax cannot write or read checkpoints in other folders.
+
+    Raises:
+      UserError: the path is not valid UTF-8.
+    """
+    try:
+        str(Path(folder).resolve()).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{folder} cannot hold checkpoints: its name, with those of the folders above, must be UTF-8") from error
+
+
+def list_steps(folder: str | Path) -> list[int]:
+    """Return the steps that have a complete checkpoint in the `checkpoints` folder of a run, in ascending order."""
+    folder = Path(folder)
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit() and path.is_dir()) if folder.is_dir() else []
+
+
+def has_checkpoint(workdir: str | Path) -> bool:
+    """Return whether a run has saved a checkpoint."""
+    return bool(list_steps(Path(workdir) / CHECKPOINTS))
+
+
+def _best_step(folder: Path) -> int | None:
+    """Return the step with the best validation PSNR, or the last step if none was evaluated; unreadable scores are ignored."""
+    scores: dict[int, float] = {}
+    for step in list_steps(folder):
+        try:
+            scores[step] = read_psnr(folder / str(step))
+        except Exception as error:
+            log.warning("checkpoint %s is left out: its score cannot be read (%s)", folder / str(step), first_line(error))
+    return max(scores, key=lambda step: (scores[step], step), default=None)
+
+
+def _load_trained(folder: Path) -> tuple[Network, dict[str, Any]]:
+    """Load one checkpoint to the default device and return its model and the run's config.
+
+    If the checkpoint has a moving average of the parameters, the model gets that.
+    """
+    import orbax.checkpoint as ocp  # imported here, because an exported model can be loaded without orbax
+
+    config = migrate(read_json(folder, "config"))
+    model_config = config_from_dict(config["model"])
+    model = abstract_network(model_config)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    params = get_arrays(model, nnx.Param)
+    averaged = any(name.startswith("['ema']") for name in read_json(folder, "checksums")["model"])
+    target = {"params": params, "stats": get_arrays(model, nnx.BatchStat)} | ({"ema": params} if averaged else {})
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), target)
+    with ocp.StandardCheckpointer() as checkpointer:
+        got = checkpointer.restore(folder / "model", target)
+    verify(folder, {"model": got})
+    weights = "ema" if averaged else "params"
+    arrays = {**got[weights], **got["stats"]}
+    _check_arrays(arrays)
+    model = build_network(model_config, arrays)
+    model.name, model.step = folder.parents[1].name, int(folder.name)
+    return model, config | {"step": model.step, "weights": weights}
+
+
+def _load_exported(path: Path) -> tuple[Network, dict[str, Any]]:
+    try:
+        config = json.loads((path / _CONFIG).read_text())
+        if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+            raise ValueError(f"{_CONFIG} has no settings under 'model'")
+        arrays = load_file(path / _WEIGHTS)
+        # Models that were exported before checksums were introduced have none.
+        if config.get("sha256", expected := _sha256(arrays, config["model"])) != expected:
+            raise ValueError("its weights or settings are not what was written")
+        model_config = config_from_dict(config["model"])
+        try:
+            _check_arrays(arrays)
+        except ValueError as error:
+            raise UserError(f"model {path} cannot be used: {error}") from error
+        dtype = jnp.dtype(model_config.param_dtype)
+        model = build_network(model_config, {name: array.astype(dtype) for name, array in arrays.items()})
+        about = config.get("about", {})
+        model.name, model.step = str(about.get("name", path.resolve().name)), about.get("step")
+        return model, config
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise UserError(f"model {path} is damaged or half written: {first_line(error)}") from error
+
+
+def _check_arrays(arrays: Mapping[str, Any]) -> None:
+    for name, array in arrays.items():
+        check_weight(array, name)
+
+
+def _sha256(arrays: dict[str, np.ndarray], config: dict[str, Any]) -> str:
+    """Return the SHA-256 of an exported model, over its settings and the names, types, shapes and bytes of its arrays."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(f"\n{name} {array.dtype.name} {array.shape}\n".encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+def read_json(folder: Path, item: str) -> dict[str, Any]:
+    """Read a JSON part of the checkpoint `folder` and verify its checksum (checkpoints of version 0.1.0 have none)."""
+
+    def read(name: str) -> dict[str, Any]:
+        value = json.loads((folder / name / ("metrics" if name == "metrics" else "metadata")).read_text())
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} is no JSON object")
+        return value
+
+    value = read(item)
+    if (folder / SEAL).is_dir() and read(SEAL)[item] != json_checksum(value):
+        raise ValueError(f"{item} is not what was written")
+    return value
+
+
+def read_psnr(folder: Path) -> float:
+    """Return the validation PSNR of the checkpoint `folder`, or -inf if the checkpoint was not evaluated."""
+    value = get_psnr(read_json(folder, "metrics"))
+    if not isinstance(value, float | int):
+        raise ValueError(f"psnr (={value!r}) must be a number")
+    return value
+
+
+def verify(folder: Path, items: dict[str, Any]) -> None:
+    """Raise ValueError if an array of a checkpoint differs from the one that was written."""
+    # tensorstore reads values with flipped bits without reporting an error.
+    written = read_json(folder, "checksums")
+    for item, tree in items.items():
+        for name, checksum in checksums(tree).items():
+            if written[item][name] != checksum:
+                raise ValueError(f"{name} is not what was written")
+
+
+def json_checksum(value: Any) -> int:
+    """Return a checksum of a JSON value that does not depend on its spacing or the order of its keys."""
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """Return the checksums of the arrays of a pytree by their paths."""
+    return {jax.tree_util.keystr(path): zlib.crc32(np.asarray(leaf).tobytes()) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def get_psnr(metrics: Any) -> float:
+    """Return the PSNR in a checkpoint's metrics, which ranks the checkpoints; -inf if it is not finite."""
+    return metrics["psnr"] if np.isfinite(metrics["psnr"]) else -np.inf

@@ -1,0 +1,190 @@
+"""AECR-Net: the autoencoder of Section 3.1 of the paper, with a setting for every variant in its Table 2."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from aecr_jax.networks.arrays import get_arrays, replace_arrays
+from aecr_jax.networks.layers import Conv, DeformConv, FABlock, FastDeconv, Mixup, UpConv
+from aecr_jax.networks.network import Network, NetworkConfig
+from aecr_jax.ops.conv import conv_few_inputs, conv_few_outputs
+from aecr_jax.settings import bounded
+from aecr_jax.validation import IN_0_TO_1, as_floating
+
+# Initial theta of the deep and the shallow mixup in the official code.
+_THETA_DEEP, _THETA_SHALLOW = -1.0, -0.6
+
+
+@dataclass(frozen=True, kw_only=True)
+class AECRNetConfig(NetworkConfig):
+    """The settings of AECR-Net. The defaults are those of the official code, which give the paper's 2.61M parameters.
+
+    Raises:
+      ValueError: a field has the wrong type or a value outside its range.
+    """
+
+    NAME = "aecr_net"
+    HOW_COMPUTED = frozenset({"dtype", "remat"})
+
+    width: int = bounded(64, 1, 4096)
+    """Number of channels after the first convolution. There are 2x and 4x as many at half and quarter resolution."""
+    blocks: int = bounded(6, 1, 1000)
+    """Number of feature-attention blocks, applied one after another."""
+    deform_layers: int = bounded(2, 1, 1000)
+    """Number of deformable convolutions in the dynamic feature enhancement (DFE)."""
+    shared: bool = True
+    """Whether one feature-attention block and one deformable layer are applied repeatedly; if False, each has its own weights."""
+    dfe: Literal["after", "before", "none"] = "after"
+    """Position of the DFE relative to the feature-attention blocks; "none" omits it."""
+    mixup: Literal["adaptive", "sum", "none"] = "adaptive"
+    """How encoder features are added to the decoder: by learned mixup (Eq. 2), by plain sum ("SC" in Table 2), or not at all."""
+    fast_deconv: bool = True
+    """Whether network deconvolution precedes the first convolution, as in the official code; the paper does not mention it."""
+    remat: bool = False
+    """Whether to store only the input of each layer and block for the backward pass and recompute the rest. This saves memory and
+    costs time. XLA's CPU backend undoes it."""
+
+
+class AECRNet(Network):
+    """Restores hazy images: `[N, H, W, 3]` in [0, 1] -> the same shape, approximately in [0, 1] (the output of a tanh, not clipped).
+
+    Images must be floating point, and the result has their type; other types, such as 8-bit images, raise a ValueError. An empty
+    batch gives an empty result in evaluation mode and raises a ValueError where the batch's statistics are needed.
+
+    H and W may have any value: sizes that are not multiples of 4 are padded by reflection at the bottom and the right, and the
+    result is cropped. After `model.train()`, the network whitens with the batch's statistics and updates the running ones; after
+    `model.eval()`, it uses the running ones.
+
+    Args:
+      config: the network's settings; the paper's by default.
+      rngs: the source of the initial values (stream `params`).
+
+    Raises:
+      ValueError: an argument has the wrong type.
+    """
+
+    Config = AECRNetConfig
+    MULTIPLE = 4
+
+    def __init__(self, config: AECRNetConfig = AECRNetConfig(), *, rngs: nnx.Rngs):
+        if not isinstance(config, AECRNetConfig):
+            raise ValueError(f"config (={config!r}) must be an AECRNetConfig")
+        if not isinstance(rngs, nnx.Rngs):
+            raise ValueError(f"rngs (={rngs!r}) must be an nnx.Rngs, such as nnx.Rngs(0)")
+        self.config = config
+        types: dict[str, Any] = dict(dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.param_dtype))
+        types["rngs"] = rngs
+        w = config.width
+        self.fast_deconv = FastDeconv(**types) if config.fast_deconv else None
+        self.down1 = Conv(3, w, 7, reflect=True, conv_general_dilated=conv_few_inputs, **types)
+        self.down2 = Conv(w, 2 * w, 3, stride=2, **types)
+        self.down3 = Conv(2 * w, 4 * w, 3, stride=2, **types)
+        self.blocks = nnx.List([FABlock(4 * w, **types) for _ in range(1 if config.shared else config.blocks)])
+        layers = 0 if config.dfe == "none" else 1 if config.shared else config.deform_layers
+        self.deform = nnx.List([DeformConv(4 * w, 4 * w, 3, padding=1, **types) for _ in range(layers)])
+        if config.mixup == "adaptive":
+            self.mix1 = Mixup(_THETA_DEEP, param_dtype=types["param_dtype"])
+            self.mix2 = Mixup(_THETA_SHALLOW, param_dtype=types["param_dtype"])
+        self.up1 = UpConv(4 * w, 2 * w, **types)
+        self.up2 = UpConv(2 * w, w, **types)
+        self.up3 = Conv(w, 3, 7, reflect=True, conv_general_dilated=conv_few_outputs, **types)
+
+    def __call__(self, hazy: ArrayLike) -> Array:
+        hazy = as_floating(hazy, "hazy", IN_0_TO_1)
+        if hazy.ndim != 4 or hazy.shape[-1] != 3 or 0 in hazy.shape[1:3]:
+            raise ValueError(f"hazy has shape {hazy.shape} and must be [N, H, W, 3], H and W at least 1")
+        h, w = hazy.shape[1:3]
+        x = jnp.pad(hazy, ((0, 0), (0, -h % self.MULTIPLE), (0, -w % self.MULTIPLE), (0, 0)), mode="reflect")
+        if self.fast_deconv is not None:
+            x = self.fast_deconv(x)
+        down1 = self._apply(self.down1, x, relu=True)  # [n, h, w, width]
+        down2 = self._apply(self.down2, down1, relu=True)  # [n, h / 2, w / 2, 2 width]
+        down3 = self._apply(self.down3, down2, relu=True)  # [n, h / 4, w / 4, 4 width]
+        y = down3
+        if self.config.dfe == "before":
+            y = self._enhance(y)
+        # This is a Python loop, because the gradient of a convolution inside lax.scan is 30 to 50 times slower on the CPU.
+        for i in range(self.config.blocks):
+            y = self._apply(self.blocks[i % len(self.blocks)], y)
+        if self.config.dfe == "after":
+            y = self._enhance(y)
+        up1 = self._apply(self.up1, self._join(down3, y, deep=True), relu=True)
+        up2 = self._apply(self.up2, self._join(down2, up1, deep=False), relu=True)
+        out = jnp.tanh(self._apply(self.up3, up2))
+        return out[:, :h, :w].astype(hazy.dtype)
+
+    def _enhance(self, x: Array) -> Array:
+        for i in range(self.config.deform_layers):
+            x = self._apply(self.deform[i % len(self.deform)], x)
+        return x
+
+    def _apply(self, layer: Any, x: Array, *, relu: bool = False) -> Array:
+        def apply(layer: Any, x: Array) -> Array:
+            return nnx.relu(layer(x)) if relu else layer(x)
+
+        return nnx.remat(apply)(layer, x) if self.config.remat else apply(layer, x)
+
+    def _join(self, down: Array, up: Array, *, deep: bool) -> Array:
+        if self.config.mixup == "adaptive":
+            return (self.mix1 if deep else self.mix2)(down, up)
+        return down + up if self.config.mixup == "sum" else up
+
+    @classmethod
+    def predicts_offsets(cls, name: str) -> bool:
+        return ".offset_mask." in name
+
+    def freeze_statistics(self) -> bool:
+        if self.fast_deconv is not None:
+            self.fast_deconv.eval()
+        return self.fast_deconv is not None
+
+    def diagnostics(self, intermediates: Any) -> dict[str, Array]:
+        """Return the mixup factors, and the mean and largest |offset| of the deformable layers in pixels."""
+        names = ("mix1", "mix2") if self.config.mixup == "adaptive" else ()
+        measurements = {name: nnx.sigmoid(getattr(self, name).theta[...]) for name in names}
+        offsets = [jnp.abs(lax.stop_gradient(leaf)) for leaf in jax.tree.leaves(intermediates)]
+        if offsets:
+            dtype = jnp.promote_types(offsets[0].dtype, jnp.float32)
+            means = jnp.stack([jnp.mean(o, dtype=dtype) for o in offsets])
+            measurements |= {"offset_mean": means.mean(), "offset_max": jnp.stack([o.max() for o in offsets]).max().astype(dtype)}
+        return measurements
+
+    @classmethod
+    def explain(cls, measurements: Mapping[str, float], crop: int) -> str:
+        if (farthest := measurements.get("offset_max", 0)) <= crop:
+            return ""
+        return (
+            f"the deformable layers look {farthest:.3g} pixels away, out of the crop of {crop}; a lower optim.offset_rate or"
+            " optim.learning_rate, or optim.clip_norm, keeps them near"
+        )
+
+    def widen(self, config: AECRNetConfig, *, rngs: nnx.Rngs) -> AECRNet:
+        """Return a network of greater width with the same output; the new channels affect the output only after further training.
+
+        The idea is from Net2Net (Chen et al., ICLR 2016). The new channels take input from all channels and have the initial values of
+        a new network. Old channels get zero weights from new ones, so the output does not change.
+        """
+        if not isinstance(config, AECRNetConfig) or config.changes(dataclasses.replace(self.config, width=config.width)):
+            raise ValueError(f"config (={config}) must be the model's, {self.config}, but for the width")
+        if config.width < self.config.width:
+            raise ValueError(f"width (={config.width}) must be at least the model's, {self.config.width}")
+        wide = AECRNet(config, rngs=rngs)
+        arrays = get_arrays(wide)
+        for name, array in get_arrays(self).items():
+            target = arrays[name]
+            if array.ndim == 4:  # [kh, kw, inputs, outputs]
+                target = target.at[:, :, array.shape[2] :, : array.shape[3]].set(0)
+            arrays[name] = target.at[tuple(slice(size) for size in array.shape)].set(array)
+        graph, state = nnx.split(wide)
+        wide = nnx.merge(graph, replace_arrays(state, arrays))
+        wide.eval()
+        return wide

@@ -1,0 +1,251 @@
+"""Layers that networks share.
+
+All layers take and return NHWC arrays. Parameters have the type `param_dtype`, and arithmetic is done in `dtype`. Initial values
+follow PyTorch's defaults (uniform in ±1/sqrt(fan_in)), because the paper's recipe was tuned with them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+
+from aecr_jax.ops.conv import double_conv_transpose
+from aecr_jax.ops.deform_conv import deform_conv2d
+
+DType = Any
+
+
+def uniform_within(fan_in: int) -> nnx.Initializer:
+    """Return PyTorch's default initializer, uniform in ±1/sqrt(fan_in)."""
+    bound = 1 / math.sqrt(fan_in)
+
+    def init(key: Array, shape: Any, dtype: DType = jnp.float32, out_sharding: Any = None) -> Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+class Conv(nnx.Conv):
+    """A square convolution with PyTorch's initial values, padded so that the output has the input's size divided by the stride."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        size: int,
+        *,
+        stride: int = 1,
+        reflect: bool = False,
+        zero_init: bool = False,
+        dtype: DType,
+        param_dtype: DType,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ):
+        init = nnx.initializers.zeros_init() if zero_init else uniform_within(in_features * size * size)
+        super().__init__(
+            in_features,
+            out_features,
+            (size, size),
+            strides=stride,
+            # "SAME" would pad an even input on one side only when the stride is 2.
+            padding="REFLECT" if reflect else size // 2,
+            kernel_init=init,
+            bias_init=init,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+            **options,
+        )
+
+
+class UpConv(nnx.Module):
+    """3x3 transposed convolution, stride 2, padding 1, output padding 1: `[N, H, W, C] -> [N, 2H, 2W, O]`."""
+
+    def __init__(self, in_features: int, out_features: int, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs):
+        # PyTorch computes the fan-in from the second axis of [in, out, 3, 3].
+        init = uniform_within(out_features * 9)
+        self.dtype = dtype
+        self.kernel = nnx.Param(init(rngs.params(), (3, 3, in_features, out_features), param_dtype))
+        self.bias = nnx.Param(init(rngs.params(), (out_features,), param_dtype))
+
+    def __call__(self, x: Array) -> Array:
+        kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
+        return double_conv_transpose(x.astype(self.dtype), kernel) + bias[None, None, None]
+
+
+class FastDeconv(nnx.Module):
+    """Network deconvolution (Ye et al., ICLR 2020) as used before the first layer in the official code: 3x3, 3 -> 3 channels.
+
+    The layer whitens the 27 values of every 3x3 patch with statistics over the batch, and then convolves. In training, the patches
+    for the statistics are sampled with stride 3; evaluation uses running averages (momentum 0.1) of their mean and of the whitening
+    matrix. The 27 values are ordered by (row, column, channel), as in a flattened kernel.
+    """
+
+    EPSILON, NEWTON_SCHULZ_STEPS, MOMENTUM, SAMPLING_STRIDE = 1e-5, 5, 0.1, 3
+
+    def __init__(self, features: int = 3, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs):
+        size = 9 * features
+        init = uniform_within(size)
+        self.dtype = dtype
+        self.kernel = nnx.Param(init(rngs.params(), (3, 3, features, features), param_dtype))
+        self.bias = nnx.Param(init(rngs.params(), (features,), param_dtype))
+        self.running_mean = nnx.BatchStat(jnp.zeros(size, param_dtype))
+        self.running_deconv = nnx.BatchStat(jnp.eye(size, dtype=param_dtype))
+        self.use_running_average = False
+
+    def __call__(self, x: Array) -> Array:
+        # bfloat16 is too imprecise for the statistics and the inverse square root.
+        x = x.astype(self.kernel.dtype)
+        if self.use_running_average:
+            mean, deconv = self.running_mean[...], self.running_deconv[...]
+        else:
+            if not x.size:
+                raise ValueError(f"x has shape {x.shape}: without images there are no statistics to whiten by; call model.eval() first")
+            patches = self._patches(x)
+            mean = patches.mean(0)
+            centred = patches - mean[None]
+            identity = jnp.eye(mean.size, dtype=x.dtype)
+            covariance = centred.T @ centred / patches.shape[0] + self.EPSILON * identity
+            deconv = inverse_square_root(covariance, self.NEWTON_SCHULZ_STEPS)
+            for average, now in ((self.running_mean, mean), (self.running_deconv, deconv)):
+                average[...] = (1 - self.MOMENTUM) * average[...] + self.MOMENTUM * lax.stop_gradient(now)
+        kernel = self.kernel[...]
+        # Whitening is affine, so it can be merged into the kernel and the bias: K (D (x - mean)) = (K D) x - K D mean.
+        whitened = deconv.T @ kernel.reshape(mean.size, -1)
+        bias = self.bias[...] - mean @ whitened
+        y = lax.conv_general_dilated(
+            x.astype(self.dtype),
+            whitened.reshape(kernel.shape).astype(self.dtype),
+            (1, 1),
+            ((1, 1), (1, 1)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return y + bias.astype(self.dtype)[None, None, None]
+
+    def _patches(self, x: Array) -> Array:
+        """Return the zero-padded 3x3 patches around every third pixel, `[samples, 27]`."""
+        stride = self.SAMPLING_STRIDE
+        rows, columns = (-(-size // stride) for size in x.shape[1:3])
+        padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        taps = [
+            padded[:, i : i + stride * rows : stride, j : j + stride * columns : stride][:, :rows, :columns]
+            for i in range(3)
+            for j in range(3)
+        ]
+        return jnp.concatenate(taps, -1).reshape(-1, 9 * x.shape[-1])
+
+
+def inverse_square_root(matrix: Array, steps: int) -> Array:
+    """Approximate `matrix^(-1/2)` of a symmetric positive definite matrix `[D, D]` by coupled Newton-Schulz iterations."""
+    norm = jnp.linalg.norm(matrix)
+    identity = jnp.eye(matrix.shape[0], dtype=matrix.dtype)
+    y, z = matrix / norm, identity
+    for _ in range(steps):
+        t = 0.5 * (3 * identity - z @ y)
+        y, z = y @ t, t @ z
+    return z / jnp.sqrt(norm)
+
+
+class FABlock(nnx.Module):
+    """Feature-attention block (FFA-Net, Qin et al., AAAI 2020): two convolutions, channel attention, pixel attention."""
+
+    REDUCTION = 8
+
+    def __init__(self, features: int, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs):
+        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        hidden = max(1, features // self.REDUCTION)
+        self.conv1 = Conv(features, features, 3, **types)
+        self.conv2 = Conv(features, features, 3, **types)
+        self.channel_down = Conv(features, hidden, 1, **types)
+        self.channel_up = Conv(hidden, features, 1, **types)
+        self.pixel_down = Conv(features, hidden, 1, **types)
+        self.pixel_up = Conv(hidden, 1, 1, **types)
+
+    def __call__(self, x: Array) -> Array:
+        y = nnx.relu(self.conv1(x)) + x
+        y = self.conv2(y)
+        mean = y.mean((1, 2), keepdims=True)
+        y = y * nnx.sigmoid(self.channel_up(nnx.relu(self.channel_down(mean))))
+        y = y * nnx.sigmoid(self.pixel_up(nnx.relu(self.pixel_down(y))))
+        return y + x
+
+
+class DeformConv(nnx.Module):
+    """Modulated deformable convolution (DCNv2), `[N, H, W, in_features] -> [N, H', W', out_features]`.
+
+    A convolution whose weights are initialised to zero predicts the offsets, (dy, dx) per tap, and the logits of the mask. Initially,
+    therefore, the layer is an ordinary convolution with its weights halved. The kernel's initial values follow PyTorch's default.
+
+    Args:
+      in_features: channels of the input.
+      out_features: channels of the output.
+      kernel_size: one number, or height and width.
+      strides: one number, or one each for height and width, as in `deform_conv2d`.
+      padding: number of zeros added on each side, as in `deform_conv2d`; "SAME" is not supported.
+      offset_groups: number of equal groups into which the channels are divided, each with its own offsets and mask.
+      dtype: type of the arithmetic.
+      param_dtype: type of the parameters.
+      rngs: the source of the initial values (stream `params`).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        *,
+        strides: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        offset_groups: int = 1,
+        dtype: DType = jnp.float32,
+        param_dtype: DType = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        kh, kw = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
+        rows, columns = (padding, padding) if isinstance(padding, int) else tuple(padding)
+        self.taps = offset_groups * kh * kw
+        self.strides, self.padding, self.offset_groups, self.dtype = strides, (rows, columns), offset_groups, jnp.dtype(dtype)
+        zeros = nnx.initializers.zeros_init()
+        self.offset_mask = nnx.Conv(
+            in_features,
+            3 * self.taps,
+            (kh, kw),
+            strides=strides,
+            padding=((rows, rows), (columns, columns)),
+            kernel_init=zeros,
+            bias_init=zeros,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+        init = uniform_within(kh * kw * in_features)
+        self.kernel = nnx.Param(init(rngs.params(), (kh, kw, in_features, out_features), param_dtype))
+        self.bias = nnx.Param(jnp.zeros(out_features, param_dtype))
+
+    def __call__(self, x: Array) -> Array:
+        x = x.astype(self.dtype)
+        offset_mask = self.offset_mask(x)
+        offset, mask = offset_mask[..., : 2 * self.taps], nnx.sigmoid(offset_mask[..., 2 * self.taps :])
+        if hasattr(self, "__captures__"):  # only inside nnx.capture; elsewhere, sow would store tracers in the model
+            self.sow(nnx.Intermediate, "offset", offset)
+        kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
+        options: dict[str, Any] = {"strides": self.strides, "padding": self.padding, "offset_groups": self.offset_groups}
+        return deform_conv2d(x, offset, kernel, bias, mask=mask, **options)
+
+
+class Mixup(nnx.Module):
+    """Adaptive mixup (Eq. 2): `sigmoid(theta) * down + (1 - sigmoid(theta)) * up` with a learned scalar theta."""
+
+    def __init__(self, theta: float, *, param_dtype: DType):
+        self.theta = nnx.Param(jnp.array(theta, param_dtype))
+
+    def __call__(self, down: Array, up: Array) -> Array:
+        share = nnx.sigmoid(self.theta[...]).astype(down.dtype)
+        return share * down + (1 - share) * up

@@ -1,0 +1,91 @@
+"""The interface of a network that generic code (training, evaluation, export) uses, with default implementations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from flax import nnx
+from jax import Array
+
+from aecr_jax.settings import check_settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """The settings that every network has. The config dataclass of each network extends this one.
+
+    Raises:
+      ValueError: a field has a value of the wrong type or outside its range.
+    """
+
+    NAME: ClassVar[str]
+    """The name by which configs and the command line select the network."""
+    HOW_COMPUTED: ClassVar[frozenset[str]] = frozenset({"dtype"})
+    """Settings that change how the network is computed but not the network itself; a run may be resumed with other values of them."""
+
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Type of the arithmetic; bfloat16 is meant for accelerators."""
+    param_dtype: Literal["float32", "float64"] = "float32"
+    """Type of the parameters. float64 requires `JAX_ENABLE_X64=1`."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+    def changes(self, other: NetworkConfig) -> list[tuple[str, Any, Any]]:
+        """Return the settings that make `other` a different network, as (name, value here, value in `other`)."""
+        if type(self) is not type(other):
+            return [("model.name", self.NAME, other.NAME)]
+        pairs = ((name, value, vars(other)[name]) for name, value in vars(self).items() if name not in self.HOW_COMPUTED)
+        return [(f"model.{name}", here, there) for name, here, there in pairs if here != there]
+
+
+class Network(nnx.Module):
+    """Restores hazy images: `[N, H, W, 3]` in [0, 1] -> the same shape, approximately in [0, 1], not clipped, for any H and W.
+
+    A subclass sets `Config`, and its constructor takes `(config, *, rngs)`. Normalisation and padding are part of the network.
+    `model.train()` and `model.eval()` work as in nnx. Everything below is optional.
+    """
+
+    Config: ClassVar[type[NetworkConfig]]
+    MULTIPLE: ClassVar[int] = 1
+    """The network pads height and width to multiples of this number."""
+    config: Any
+    name: str = ""
+    """The name of a loaded model: the name under which it was published, or that of its run's folder."""
+    step: int | None = None
+    """The training step of a loaded model, if it is known."""
+
+    def __init__(self, config: Any, *, rngs: nnx.Rngs):
+        self.config = config
+
+    @classmethod
+    def predicts_offsets(cls, name: str) -> bool:
+        """Return whether the parameter `name` predicts offsets of a deformable layer; `optim.offset_rate` slows down its training."""
+        return False
+
+    def freeze_statistics(self) -> bool:
+        """Use the running statistics without updating them, as in evaluation, and return whether the network has any."""
+        return False
+
+    def diagnostics(self, intermediates: Any) -> dict[str, Array]:
+        """Return measurements of a training step for the log, as a mapping from names to scalars.
+
+        Args:
+          intermediates: values that the network's layers have stored as `nnx.Intermediate` (by `sow`) in this step.
+        """
+        return {}
+
+    @classmethod
+    def explain(cls, measurements: Mapping[str, float], crop: int) -> str:
+        """Return a warning about the logged measurements of a step on crops of side `crop`, or an empty string."""
+        return ""
+
+    def widen(self, config: Any, *, rngs: nnx.Rngs) -> Network:
+        """Return a network with the larger `config` and the same output, in evaluation mode.
+
+        Raises:
+          ValueError: this kind of network cannot be widened at all, or not to `config`.
+        """
+        raise ValueError(f"{type(self).__name__} cannot be widened")

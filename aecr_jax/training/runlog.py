@@ -1,0 +1,111 @@
+"""The readable output of a run: config, versions, metrics, panels, TensorBoard. Only process 0 writes it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from aecr_jax.data.images import panel, write_image
+from aecr_jax.errors import UserError, first_line
+from aecr_jax.files import make_folder, replacing
+from aecr_jax.processes import is_main
+from aecr_jax.training.config import Config, config_to_dict
+
+CONFIG, METRICS, VERSIONS, PANELS = "config.json", "metrics.jsonl", "versions.json", "panels"
+_PACKAGES = ("aecr-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
+
+
+class RunLog:
+    """Writes `config.json`, `versions.json`, `metrics.jsonl`, `panels/*.png` and, if set, `tensorboard/`.
+
+    When a run resumes at step `first`, later entries of `metrics.jsonl` are removed.
+
+    Raises:
+      UserError: the folder cannot be written, or its `metrics.jsonl` is damaged.
+    """
+
+    def __init__(self, workdir: Path, config: Config, first: int):
+        self._workdir = workdir
+        self._board: Any = None
+        if not is_main():
+            return
+        path = workdir / METRICS
+        try:
+            lines = path.read_text().splitlines() if path.exists() else []
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged: {first_line(error)}; move it away to continue without the earlier entries") from error
+        _write(workdir / METRICS, "".join(line + "\n" for line in kept))
+        _write(workdir / CONFIG, json.dumps(config_to_dict(config), indent=2) + "\n")
+        _write(workdir / VERSIONS, json.dumps(versions(), indent=2) + "\n")
+        if config.run.tensorboard:
+            import tensorboardX
+
+            self._board = tensorboardX.SummaryWriter(str(make_folder(workdir / "tensorboard")), purge_step=first + 1)
+
+    def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
+        """Append a line to `metrics.jsonl`, and write its numbers to TensorBoard if that is set.
+
+        Raises:
+          UserError: the file cannot be written.
+        """
+        if not is_main():
+            return
+        path = self._workdir / METRICS
+        line = json.dumps({"step": step, "kind": kind, "time": round(time.time(), 3), **values})
+        try:
+            with open(path, "a") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
+            self._board.flush()
+
+    def write_panel(self, step: int, rows: Sequence[Sequence[np.ndarray]]) -> None:
+        """Write rows of images (hazy, restored, clear) to `panels/step_N.png`."""
+        if not is_main() or not rows:
+            return
+        picture = panel(rows)
+        write_image(self._workdir / PANELS / f"step_{step:07d}.png", picture)
+        if self._board is not None:
+            self._board.add_image("hazy_restored_clear", picture, step, dataformats="HWC")
+            self._board.flush()
+
+    def close(self) -> None:
+        """Close TensorBoard's file."""
+        if self._board is not None:
+            self._board.close()
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as partial:
+        partial.write_text(text)
+
+
+def versions() -> dict[str, Any]:
+    """Return a description of the machine and the versions of the packages."""
+    packages = {}
+    for name in _PACKAGES:
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            packages[name] = "not installed as a package"
+    devices = jax.devices()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "devices": f"{len(devices)} {devices[0].device_kind}",
+        "processes": jax.process_count(),
+        "packages": packages,
+    }

@@ -1,0 +1,141 @@
+"""One optimizer step: loss, gradient, update. The same code runs on one device, on several, and on a pod.
+
+The step is a plain `jax.jit` over a mesh with one `data` axis: the batch is split over it, the state is replicated and donated.
+Means over the batch (the distances of the regularization, FastDeconv's statistics) are therefore taken over the whole batch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from aecr_jax.networks.arrays import get_arrays, replace_arrays
+from aecr_jax.networks.network import Network
+from aecr_jax.networks.registry import abstract_network, build_network, find_network, make_network
+from aecr_jax.training.config import Config
+from aecr_jax.training.optimizer import learning_rate, make_optimizer
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "stats", "opt_state", "ema"], meta_fields=[])
+@dataclass
+class TrainState:
+    """Everything that changes from step to step."""
+
+    step: Array  # number of steps taken so far
+    params: dict[str, Array]  # by dotted name
+    stats: dict[str, Array]  # running statistics
+    opt_state: optax.OptState
+    ema: dict[str, Array]  # moving average of the parameters, by the same names; empty without optim.ema
+
+    @property
+    def eval_arrays(self) -> dict[str, Array]:
+        """The arrays for evaluation: the moving average if there is one, otherwise the parameters; and the running statistics."""
+        return {**(self.ema or self.params), **self.stats}
+
+
+Batch = dict[str, Array]
+Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
+
+
+def init_state(config: Config, model: Network | None = None) -> TrainState:
+    """Return the state before the first step, taken from `model` or newly initialized with `run.seed`."""
+    if model is None:
+        model = make_network(config.model, rngs=nnx.Rngs(config.run.seed))
+    params = get_arrays(model, nnx.Param)
+    stats = get_arrays(model, nnx.BatchStat)
+    # The average needs arrays of its own: the step donates the buffers of both.
+    ema = jax.tree.map(jnp.copy, params) if config.optim.ema else {}
+    dtype = jnp.dtype(config.model.param_dtype)
+    opt_state = make_optimizer(config.optim, type(model).predicts_offsets).init(params)
+    # Muon keeps its coefficients in the state, as float64 if that is enabled.
+    opt_state = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, opt_state)
+    return TrainState(jnp.zeros((), jnp.int32), params, stats, opt_state, ema)
+
+
+def state_to_model(config: Config, state: TrainState) -> Network:
+    """Return a model in evaluation mode with the state's arrays for evaluation."""
+    return build_network(config.model, state.eval_arrays)
+
+
+def make_train_step(config: Config, loss: nnx.Module, mesh: Mesh, *, freeze_stats: bool = False) -> Step:
+    """Return a function `(state, {"hazy", "clear"}) -> (state, measurements)` that is compiled on first use and donates its state.
+
+    Measurements are scalars: `total`, those of the loss, those of the network (`Network.diagnostics`), the norms of gradient, update
+    and parameters, and `learning_rate`.
+
+    Args:
+      config: the settings; those of the optimizer and the model are used.
+      loss: a module, such as `RestorationLoss`, that is called as `loss(restored, clear, hazy)` and returns the total and measurements.
+      mesh: the devices.
+      freeze_stats: use the network's running statistics as in evaluation, and do not update them.
+    """
+    network = find_network(config.model.NAME)
+    optimizer, schedule = make_optimizer(config.optim, network.predicts_offsets), learning_rate(config.optim)
+    template = abstract_network(config.model)
+    template.train()
+    if freeze_stats:
+        template.freeze_statistics()
+    graph, abstract = nnx.split(template)
+    loss_graph, loss_state = nnx.split(loss)
+
+    def loss_fn(params: dict[str, Array], stats: dict[str, Array], loss_state: Any, batch: Batch) -> tuple[Array, Any]:
+        model = nnx.merge(graph, replace_arrays(abstract, {**params, **stats}))
+        restored, intermediates = _call_and_capture(model, batch["hazy"])
+        total, measurements = nnx.merge(loss_graph, loss_state)(restored, batch["clear"], batch["hazy"])
+        measurements = {"total": total, **measurements, **model.diagnostics(intermediates)}
+        return total, (get_arrays(model, nnx.BatchStat), measurements)
+
+    grad_fn = jax.grad(loss_fn, has_aux=True)
+
+    def accumulate(params: dict[str, Array], stats: dict[str, Array], loss_state: Any, batch: Batch) -> tuple[Any, Any]:
+        count = config.optim.accumulate
+        # Part i takes images i, i + count, ..., so that it has some from every device.
+        parts = {key: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1) for key, x in batch.items()}
+
+        def add(carry: tuple[Any, Any], part: Batch) -> tuple[tuple[Any, Any], Any]:
+            total, stats = carry
+            gradients, (stats, measurements) = grad_fn(params, stats, loss_state, part)
+            return (jax.tree.map(jnp.add, total, gradients), stats), measurements
+
+        # XLA's CPU backend runs convolutions inside a loop 30 to 50 times slower.
+        unroll = count if mesh.devices.flat[0].platform == "cpu" else 1
+        (total, stats), measurements = jax.lax.scan(add, (jax.tree.map(jnp.zeros_like, params), stats), parts, unroll=unroll)
+        merged = {name: values.max() if name.endswith("_max") else values.mean() for name, values in measurements.items()}
+        return jax.tree.map(lambda gradient: gradient / count, total), (stats, merged)
+
+    def train_step(loss_state: Any, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        compute = grad_fn if config.optim.accumulate == 1 else accumulate
+        gradients, (stats, measurements) = compute(state.params, state.stats, loss_state, batch)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        measurements |= {
+            "learning_rate": jnp.asarray(schedule(state.step)),
+            "grad_norm": optax.tree.norm(gradients),
+            "update_norm": optax.tree.norm(updates),
+            "param_norm": optax.tree.norm(params),
+        }
+        # In the first steps the average follows the parameters closely; otherwise the initial values would dominate it for long.
+        decay = jnp.minimum(config.optim.ema, (1 + state.step) / (10 + state.step))
+        ema = {name: decay.astype(x.dtype) * x + (1 - decay).astype(x.dtype) * params[name] for name, x in state.ema.items()}
+        return TrainState(state.step + 1, params, stats, opt_state, ema), measurements
+
+    replicated, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+    compiled = jax.jit(train_step, donate_argnums=1, in_shardings=(replicated, replicated, split), out_shardings=(replicated, replicated))
+    return functools.partial(compiled, jax.device_put(loss_state, replicated))
+
+
+def _call(model: Network, hazy: Array) -> Array:
+    return model(hazy)
+
+
+# Returns the output and the values that the layers sow. It is Any because flax's annotation does not cover the use as a decorator.
+_call_and_capture: Any = nnx.capture(nnx.Intermediate)(_call)

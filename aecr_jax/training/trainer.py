@@ -1,0 +1,298 @@
+"""The training run: opening its inputs, resuming, the training loop, evaluation."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from aecr_jax.data.fingerprint import check_same_data, fingerprint, read_fingerprint, record_damaged
+from aecr_jax.data.pipeline import cache_bytes, check_samples, train_batches
+from aecr_jax.data.reader import DamagedSample, eval_images
+from aecr_jax.data.samples import Sample
+from aecr_jax.data.sources import split_samples
+from aecr_jax.errors import Stopped, UserError, first_line
+from aecr_jax.files import make_folder
+from aecr_jax.inference.evaluate import Score, add_row, score_images, summarize
+from aecr_jax.inference.restore import Restorer
+from aecr_jax.inference.weights import check_folder_name
+from aecr_jax.losses.restoration import RestorationLoss
+from aecr_jax.networks.network import Network
+from aecr_jax.networks.registry import abstract_network, find_network
+from aecr_jax.processes import STATUS, StopRequest, check_shared, initialize, is_main, no_bar
+from aecr_jax.training.checkpoint import Checkpoints, Position
+from aecr_jax.training.config import Config
+from aecr_jax.training.initial import load_initial, make_loss
+from aecr_jax.training.lock import FolderLock
+from aecr_jax.training.mesh import check_batch, make_mesh, replicate, shard_batch
+from aecr_jax.training.meter import Meter, describe
+from aecr_jax.training.runlog import CONFIG, RunLog
+from aecr_jax.training.step import Step, init_state, make_train_step, state_to_model
+
+_PANEL_ROWS = 3
+Say = Callable[[str], None]
+
+
+def train(config: Config, *, say: Say = tqdm.write) -> dict[str, Any]:
+    """Train until step `optim.steps`; if the work directory already holds the run, it resumes from the last checkpoint.
+
+    These are written to `run.workdir`: `config.json`, `versions.json`, `data.json`, `metrics.jsonl`, `panels/*.png` (hazy | restored |
+    clear), `checkpoints/`. A run resumes as follows:
+
+    1. Parameters, their average, running statistics, optimizer state and step are restored bit for bit from the last intact checkpoint.
+    2. The order of the images, the crops and the haze follow from `run.seed`; the checkpoint records how many images have been read.
+    3. Nothing else is random: the initial values, which also come from `run.seed`, are replaced by those of the checkpoint.
+
+    Args:
+      config: the run's settings.
+      say: called with each progress message.
+
+    Returns:
+      The last evaluation's summary: `psnr`, `ssim`, `input_psnr`, `input_ssim`, `images`, `data` (what was evaluated on), `weights`
+      (the parameters or their moving average), `step`.
+
+    Raises:
+      UserError: a setting, a file or a folder is wrong, another run holds the folder, or the loss is not finite.
+      Stopped: the run received SIGTERM or Ctrl-C; its state has been saved.
+    """
+    config.validate()
+    check_folder_name(config.run.workdir)
+    initialize(config.run.coordinator, config.run.processes, config.run.process_id)
+    if not is_main():
+        say = _be_silent
+    inputs = _open_inputs(config, say)
+    workdir = make_folder(config.run.workdir)
+    # Only process 0 writes files, so only it holds the lock on the folder.
+    with FolderLock(workdir, say) if is_main() else contextlib.nullcontext() as lock, _Run(config, inputs, workdir, lock, say) as run:
+        run.restore()
+        run.loop()
+    return run.result()
+
+
+class _Inputs(NamedTuple):
+    """The inputs of a run, opened before anything is written."""
+
+    mesh: Mesh
+    loss: RestorationLoss
+    train: list[Sample]
+    evaluation: list[Sample]
+    evaluated_on: str
+    eval_count: int  # how many images of `evaluation` to score
+    initial: Network | None
+
+
+def _open_inputs(config: Config, say: Say) -> _Inputs:
+    """Open data, features and initial weights, so that errors in them are found before anything is written."""
+    mesh = make_mesh()
+    check_batch(config.optim.batch, config.optim.accumulate, mesh)
+    loss = make_loss(config)
+    train_samples, eval_samples, evaluated_on = split_samples(config.data)
+    if not eval_samples:
+        raise UserError("nothing to evaluate on: set data.eval or data.holdout")
+    if config.data.cache:
+        say(f"keeping {len(train_samples)} images in memory: about {cache_bytes(train_samples, config.data) / 1e9:.1f} GB")
+    check_samples(train_samples, crop=config.data.crop, batch=config.optim.batch, process_count=jax.process_count())
+    count = min(config.run.eval_images, len(eval_samples))
+    for _ in eval_images(eval_samples, limit=count, **_share()):  # read each once now: a damaged one should not stop the first evaluation
+        pass
+    return _Inputs(mesh, loss, train_samples, eval_samples, evaluated_on, count, load_initial(config, say))
+
+
+class _Run:
+    """A run that holds the lock on its folder: call `restore`, `loop` and `result`. Leaving the `with` block finishes all writing."""
+
+    def __init__(self, config: Config, inputs: _Inputs, workdir: Path, lock: FolderLock | None, say: Say):
+        self.config, self.inputs, self.workdir, self.lock, self.say = config, inputs, workdir, lock, say
+        self.network = find_network(config.model.NAME)
+        self.has_statistics = abstract_network(config.model).freeze_statistics()
+        self.checkpoints = Checkpoints(workdir)
+        self.log: RunLog | None = None
+        self.summary: dict[str, Any] = {}
+        self._compiled: tuple[bool, Step] | None = None
+        self._warned = False
+
+    def __enter__(self) -> _Run:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if self.log is not None:
+            self.log.close()
+        try:
+            self.checkpoints.close()
+        except UserError:
+            if error is None or isinstance(error, Stopped):  # the state was not saved after all
+                raise
+        if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+            raise UserError(f"this process cannot continue, or another one of this run has ended: {first_line(error)}") from error
+
+    # ---- set-up
+
+    def restore(self) -> None:
+        """Restore the last checkpoint or take the initial values; then open the log, and the training data at the right position."""
+        config, samples, workdir = self.config, self.inputs.train, self.workdir
+        data = fingerprint(samples)
+        check_data = functools.partial(check_same_data, now=data, samples=samples, workdir=workdir)
+        self.state = replicate(init_state(config, self.inputs.initial), self.inputs.mesh)
+        self.position = Position(0, str(data))
+        restored = self.checkpoints.restore(config, self.state, self.inputs.mesh, check_data)
+        if restored is not None:
+            self.state, self.position = restored.state, restored.position
+            self.say(f"continuing from step {int(self.state.step)} in {workdir}")
+            for change in restored.changes:
+                self.say(f"setting changed since then: {change}")
+        elif config.run.init_from:
+            self.say(f"beginning with the parameters of {config.run.init_from}")
+        if is_main() and (restored is None or read_fingerprint(workdir) is None):
+            data.write(workdir)
+        self.first = int(self.state.step)
+        self.batches = train_batches(
+            samples, config.data, batch=config.optim.batch, seed=config.run.seed, start=self.position.images, **_share()
+        )
+        self.log = RunLog(workdir, config, self.first)
+        check_shared(workdir / CONFIG)
+        self.restorer = Restorer(state_to_model(config, self.state))
+        self.meter = Meter(workdir, samples, self.first, saved=max(self.checkpoints.steps(), default=0))
+        evaluated = f"{len(self.inputs.evaluation)} ({self.inputs.evaluated_on})"
+        self.say(f"training on {len(samples)} images, evaluating on {evaluated}, {self.inputs.mesh.size} device(s)")
+
+    # ---- the loop
+
+    def loop(self) -> None:
+        """Train to the last step; log, evaluate and save when due.
+
+        Raises:
+          UserError: the input fails, a value is not finite, or something cannot be written.
+          Stopped: a signal asked the run to stop.
+        """
+        optim, run, meter = self.config.optim, self.config.run, self.meter
+        progress = tqdm(total=optim.steps, initial=self.first, desc="training", unit="step", smoothing=0.1, disable=no_bar())
+        with StopRequest() as stop, progress as bar:
+            for step in range(self.first + 1, optim.steps + 1):
+                batch = self._next_batch(step, stop)
+                indices = batch.pop("index")
+                self.state, measurements = self._step(step)(self.state, shard_batch(batch, self.inputs.mesh))
+                self.position = self.position._replace(images=self.position.images + optim.batch)
+                meter.add(step, measurements, indices)
+                bar.update()
+                last, stopping = step == optim.steps, stop.at(step) if step < optim.steps else None
+                evaluating = last or (step % run.eval_every == 0 and not stopping)
+                if evaluating or step % run.log_every == 0:
+                    bar.set_postfix_str(self._write_log(step))
+                if evaluating:
+                    self._evaluate(step)
+                if evaluating or stopping or step % run.save_every == 0:
+                    self._save(step, self.summary["psnr"] if evaluating else -np.inf)
+                if stopping:
+                    raise _stopped(stopping, step, self.workdir)
+
+    def result(self) -> dict[str, Any]:
+        """Return the last evaluation's summary; a run that was already complete is evaluated first."""
+        if not self.summary:
+            self.summary = self._score()[0]
+        return self.summary | {"step": int(self.state.step)}
+
+    # ---- parts of a step
+
+    def _next_batch(self, step: int, stop: StopRequest) -> dict[str, np.ndarray]:
+        try:
+            return self.meter.next(self.batches)
+        except (UserError, RuntimeError) as error:
+            # A file is damaged or missing, or a worker has ended: save the steps taken since the last checkpoint.
+            self.meter.check()
+            if isinstance(error, DamagedSample):
+                record_damaged(self.inputs.train[error.index], self.workdir)
+            kept = self._keep(step - 1)
+            if isinstance(error, UserError):
+                raise UserError(f"{error}{kept}") from error
+            if (stopping := stop.at(step)) is not None:
+                raise _stopped(stopping, step - 1, self.workdir) from error
+            raise UserError(
+                f"the input ended at step {step}: {first_line(error)}; if a worker was killed for its memory, lower data.workers or"
+                f" data.threads, or set data.cache False{kept}"
+            ) from error
+
+    def _keep(self, step: int) -> str:
+        """Save the state after `step`, unless it is already saved or several processes would be needed; return the end of a message."""
+        if jax.process_count() > 1:
+            return ""
+        if step not in (self.first, *self.checkpoints.steps()):
+            self.checkpoints.save(self.state, self.config, self.position)
+            self.checkpoints.wait()
+        if step not in self.checkpoints.steps():
+            return ""
+        return f"; the state after step {step} is saved in {self.workdir}, and the same command resumes from it"
+
+    def _step(self, step: int) -> Step:
+        """Return the compiled step; after `optim.freeze_stats_after` steps, one with the network's statistics frozen."""
+        frozen = self.has_statistics and 0 <= self.config.optim.freeze_stats_after < step
+        if self._compiled is None or frozen != self._compiled[0]:
+            if frozen:
+                self.say(f"step {step}: the network's running statistics are frozen from here on")
+            self._compiled = frozen, make_train_step(self.config, self.inputs.loss, self.inputs.mesh, freeze_stats=frozen)
+        return self._compiled[1]
+
+    def _write_log(self, step: int) -> str:
+        assert self.log is not None
+        values = self.meter.read(self.config.optim.batch)
+        self.log.write(step, "train", values)
+        if not self._warned and (warning := self.network.explain(values, self.config.data.crop)):
+            self._warned = True
+            self.say(f"warning: at step {step} {warning}")
+        if not sys.stderr.isatty():  # where there is no progress bar
+            self.say(f"step {step} of {self.config.optim.steps}: {describe(values)}, {values['images_per_second']:.1f} images/s")
+        return describe(values)
+
+    def _evaluate(self, step: int) -> None:
+        assert self.log is not None
+        self.summary, rows = self._score()
+        self.log.write_panel(step, rows)
+        self.log.write(step, "eval", self.summary)
+        self.say(
+            f"step {step}: PSNR {self.summary['psnr']:.2f} dB, SSIM {self.summary['ssim']:.4f}"
+            f" (hazy input {self.summary['input_psnr']:.2f} dB, {self.summary['input_ssim']:.4f})"
+        )
+        self.meter.restart()
+
+    def _score(self) -> tuple[dict[str, Any], list[list[np.ndarray]]]:
+        """Return the summary over all processes, and the first images of this process as rows of a panel."""
+        self.restorer.set_arrays(self.state.eval_arrays)
+        scores: list[Score] = []
+        rows: list[list[np.ndarray]] = []
+        count = self.inputs.eval_count
+        share = len(range(jax.process_index(), count, jax.process_count()))
+        images = eval_images(self.inputs.evaluation, limit=count, **_share())
+        for score, image, restored in score_images(self.restorer, images, share):
+            scores.append(score)
+            if len(rows) < _PANEL_ROWS:
+                add_row(rows, image, restored)
+        about = {"weights": "ema" if self.state.ema else "params", "data": self.inputs.evaluated_on}
+        return summarize(scores, count) | about, rows
+
+    def _save(self, step: int, psnr: float) -> None:
+        self.meter.check()
+        if self.lock is not None:
+            self.lock.check()
+        self.checkpoints.save(self.state, self.config, self.position, psnr)
+        self.meter.saved = step
+
+
+def _share() -> dict[str, int]:
+    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+
+def _stopped(by: signal.Signals, step: int, workdir: Path) -> Stopped:
+    message = f"stopped by {by.name} after step {step}; the state is saved in {workdir}, and the same command resumes the run"
+    return Stopped(message, STATUS[by])
+
+
+def _be_silent(_: str) -> None:
+    pass

@@ -1,0 +1,143 @@
+"""The public API: images in memory, lazy names, and what an import costs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+import aecr_jax
+from aecr_jax.networks.aecr_net import AECRNet, AECRNetConfig
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = AECRNet(AECRNetConfig(width=2, blocks=1), rngs=nnx.Rngs(0))
+    model.train()
+    return model
+
+
+def restored_by_hand(model, hazy):
+    graph, state = nnx.split(model)
+    copy = nnx.merge(graph, state)
+    copy.eval()
+    return np.clip(copy(jnp.asarray(hazy)), 0, 1)
+
+
+def test_arrays_of_each_type_come_back_as_that_type(model):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 17, 22, 3), np.uint8)
+    expected = restored_by_hand(model, pixels.astype(np.float32) / 255)
+    result = aecr_jax.dehaze(pixels, model)
+    assert result.dtype == np.uint8 and result.shape == pixels.shape
+    np.testing.assert_allclose(result / 255, expected, atol=0.51 / 255)
+    one = aecr_jax.dehaze(pixels[1], model)
+    np.testing.assert_array_equal(one, result[1])
+    wide = aecr_jax.dehaze(pixels.astype(np.uint16) * 257, model)
+    assert wide.dtype == np.uint16
+    np.testing.assert_allclose(wide / 65535, expected, atol=1e-4)
+    for dtype, tolerance in ((np.float32, 1e-6), (np.float64, 1e-6), (np.float16, 1e-3)):
+        floats = aecr_jax.dehaze((pixels / 255).astype(dtype), model)
+        assert floats.dtype == dtype
+        np.testing.assert_allclose(floats, expected, atol=tolerance + (1e-2 if dtype == np.float16 else 0))
+    assert aecr_jax.dehaze(pixels[:0], model).shape == (0, 17, 22, 3)
+
+
+def test_the_callers_model_stays_in_its_mode_and_may_change(model):
+    pixels = np.full((8, 8, 3), 0.5, np.float32)
+    before = aecr_jax.dehaze(pixels, model)
+    assert model.fast_deconv.use_running_average is False  # in training mode still
+    bias = model.up3.bias[...]
+    model.up3.bias[...] = bias + 0.5
+    after = aecr_jax.dehaze(pixels, model)
+    model.up3.bias[...] = bias
+    assert after.mean() > before.mean() + 0.05
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "CMYK"])
+def test_pil_images(model, mode):
+    rgb = Image.fromarray(np.random.default_rng(1).integers(0, 256, (12, 16, 3), np.uint8))
+    image = rgb.convert(mode)
+    if "A" in mode:
+        image.putalpha(Image.linear_gradient("L").resize((16, 12)))
+    result = aecr_jax.dehaze(image, model)
+    assert result.mode == (mode if mode in ("RGB", "RGBA", "L", "LA") else "RGB") and result.size == (16, 12)
+    if "A" in mode:
+        np.testing.assert_array_equal(*(np.asarray(picture.getchannel("A")) for picture in (result, image)))
+    expected = aecr_jax.dehaze(np.asarray(image.convert("RGB")), model)
+    if mode == "RGB":
+        np.testing.assert_array_equal(np.asarray(result), expected)
+
+
+def test_large_images_go_in_tiles(model):
+    image = np.random.default_rng(2).random((300, 270, 3), np.float32)
+    tiled, whole = aecr_jax.dehaze(image, model, tile=256), aecr_jax.dehaze(image, model, tile=0)
+    assert tiled.shape == image.shape and 0 < np.abs(tiled - whole).max() < 0.2
+
+
+def test_models_by_path(model, tmp_path):
+    aecr_jax.save_checkpoint(model, tmp_path / "m", about={"name": "tiny", "step": 7})
+    loaded = aecr_jax.load_checkpoint(tmp_path / "m")
+    assert (loaded.name, loaded.step, loaded.config) == ("tiny", 7, model.config)
+    pixels = np.random.default_rng(3).random((8, 12, 3), np.float32)
+    np.testing.assert_allclose(aecr_jax.dehaze(pixels, tmp_path / "m"), aecr_jax.dehaze(pixels, model), atol=1e-6)
+    assert aecr_jax.load_checkpoint().name == "aecr_net_tiny"
+
+
+def test_wrong_images_are_value_errors(model, tmp_path):
+    for image, message in [
+        (np.zeros((8, 8), np.uint8), r"image has shape \(8, 8\) and must be \[H, W, 3\]"),
+        (np.zeros((8, 8, 4), np.uint8), r"image has shape \(8, 8, 4\)"),
+        (np.zeros((8, 8, 3), np.int32), "image has type int32 and must be uint8, uint16 or floating point"),
+        (np.zeros((8, 8, 3), bool), "image has type bool"),
+        (np.full((8, 8, 3), 200.0), r"image has values from 200 to 200 and must be in \[0, 1\]"),
+        (np.full((8, 8, 3), np.nan), r"image has values from nan to nan and must be in \[0, 1\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            aecr_jax.dehaze(image, model)
+    with pytest.raises(ValueError, match=r"tile \(=5\) must be 0 or at least 256"):
+        aecr_jax.dehaze(np.zeros((8, 8, 3), np.uint8), model, tile=5)
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint folder"):
+        aecr_jax.load_checkpoint(tmp_path / "none")
+    with pytest.raises(ValueError, match="is no checkpoint"):
+        aecr_jax.load_checkpoint(tmp_path)
+
+
+def modules_after(code):
+    code += "\nimport sys, json; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_inference_imports_no_training_code(tmp_path):
+    """Nor the libraries of training, beyond what flax itself imports."""
+    unwanted = {"orbax", "grain", "tyro", "tensorstore", "tensorflow_datasets", "optax"} - modules_after("import flax.nnx")
+    loaded = modules_after("import numpy as np, aecr_jax; aecr_jax.dehaze(np.zeros((8, 8, 3), np.uint8)); aecr_jax.evaluate, aecr_jax.psnr")
+    assert not unwanted & loaded
+    assert not [name for name in loaded if name.startswith("aecr_jax.training")]
+
+
+def test_import_is_lazy_and_changes_nothing_of_others():
+    loaded = modules_after("import PIL.Image as I; limit = I.MAX_IMAGE_PIXELS; import aecr_jax; assert I.MAX_IMAGE_PIXELS == limit")
+    assert "jax" not in loaded and "numpy" not in loaded
+    assert set(aecr_jax.__all__) <= set(dir(aecr_jax))
+    for name in aecr_jax.__all__:
+        assert getattr(aecr_jax, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'dehase'"):
+        aecr_jax.dehase  # noqa: B018
+    assert (ROOT / "aecr_jax" / "py.typed").exists()
+
+
+def test_help_needs_no_jax():
+    """So that it takes a fraction of a second: jax alone takes one."""
+    commands = ("train", "eval", "dehaze", "prepare-data", "check-data", "benchmark", "report", "convert-vgg", "convert-aecr")
+    code = "import contextlib\nfrom aecr_jax.__main__ import main\nwith contextlib.suppress(SystemExit): main({})"
+    for arguments in (["--help"], *([command, "--help"] for command in commands), ["unknown"]):
+        assert "jax" not in modules_after(code.format(arguments)), arguments

@@ -1,0 +1,350 @@
+"""The documents: their commands and Python examples run, and the names, links and pictures in them exist.
+
+Every `sh` block is split into commands. Commands of this project are parsed completely: options by the command line's own parser,
+settings by the config's, data opened in small folders with the names that the documents use. The slow tests run them too, a step each
+with narrow networks, except for those that take several machines.
+"""
+
+import importlib.util
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+import textwrap
+import tomllib
+import types
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+from flax import nnx
+from reference import official_weights
+from safetensors.numpy import save_file
+from test_convert import small_vgg
+
+import aecr_jax
+from aecr_jax.__main__ import _RUN, _make_parser, main
+from aecr_jax.convert.vgg import convert_vgg
+from aecr_jax.data.haze import add_haze
+from aecr_jax.data.images import write_image
+from aecr_jax.data.layouts import DATASETS
+from aecr_jax.data.sources import open_samples, split_samples
+from aecr_jax.networks import registry
+from aecr_jax.training.config import Config, load_config, setting_names
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "aecr_jax/pretrained/README.md"]
+ALL = [*DOCUMENTS, ROOT / "NOTICE.md", ROOT / "CHANGELOG.md"]
+HAVE_TORCH = importlib.util.find_spec("torch") is not None
+# Settings at which a step takes moments.
+TINY = shlex.split(
+    "--model.blocks 1 --model.width 4 --model.dtype float32 --data.crop 16 --data.threads 1 --data.cache False"
+    " --optim.batch 8 --optim.steps 1 --run.eval_images 1"
+)
+by_name = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def blocks(document, language):
+    """The code blocks of a document, those in lists without their indentation."""
+    found = re.findall(rf"^([ ]*)```{language}\n(.*?)^\1```$", document.read_text(), re.M | re.S)
+    return [textwrap.dedent(text) for _, text in found]
+
+
+def shell_commands(document):
+    """The commands of a document, one list of words each."""
+    commands = []
+    for line in "\n".join(blocks(document, "sh")).replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        while "&&" in words:
+            commands.append(words[: words.index("&&")])
+            words = words[words.index("&&") + 1 :]
+        commands += [words] if words else []
+    return commands
+
+
+def own_arguments(words):
+    """The arguments of `python -m aecr_jax` that a command of this project amounts to; None for another command."""
+    if words[0] == "gcloud":
+        words = shlex.split(words[-1].rpartition("&& ")[2])
+    words = words[next((i for i, word in enumerate(words) if word.rpartition("/")[2] == "python"), 0) :]
+    if words[1:3] == ["-m", "aecr_jax"]:
+        return words[3:]
+    return [words[1].removesuffix(".py"), *words[2:]] if words[1:2] in (["train.py"], ["eval.py"]) else None
+
+
+def own_commands(document):
+    return [arguments for words in shell_commands(document) if (arguments := own_arguments(words)) is not None]
+
+
+# ---- small data with the names that the documents use
+
+
+def draw_pair(folder, hazy, clear, seed, size=(32, 24)):
+    rng = np.random.default_rng(seed)
+    coarse = rng.random((4, 4, 3)).astype(np.float32)
+    image = np.kron(coarse, np.ones((size[1] // 4, size[0] // 4, 1), np.float32))
+    depth = np.linspace(1, 0.3, size[1], dtype=np.float32)[:, None] * np.ones(size[0], np.float32)
+    write_image(folder / clear, image)
+    for i, name in enumerate(hazy):
+        write_image(folder / name, add_haze(image, depth, 0.9, 0.8 + 0.1 * i))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Small stand-ins for the folders that the documents name."""
+    root = tmp_path_factory.mktemp("data")
+    for i in range(1, 5):
+        names = [f"hazy/{i}_{j}_0.9{j}.png" for j in range(1, 4)]
+        draw_pair(root / "ITS", names, f"clear/{i}.png", i)
+    for i in range(1400, 1450):
+        draw_pair(root / "SOTS/indoor", [f"hazy/{i}_1.png"], f"clear/{i}.png", i)
+    for i in range(1, 56):
+        draw_pair(root / "NH-HAZE", [f"{i:02d}_hazy.png"], f"{i:02d}_GT.png", 100 + i)
+    for i in range(60):
+        draw_pair(root / "NYU", [], f"rgb/{i:05d}.png", 200 + i)
+        depth = np.linspace(1, 0.3, 24, dtype=np.float32)[:, None, None] * np.ones((1, 32, 3), np.float32)
+        write_image(root / "NYU/depth" / f"{i:05d}.png", depth)
+    draw_pair(root, ["photo.png"], "more_photos/second.png", 0)
+    (root / "photo.png").rename(root / "photo.jpg")  # readers look at the content
+    for name in ("ITS", "SOTS"):
+        (root / "archives").mkdir(exist_ok=True)
+        (root / "archives" / name).symlink_to(root / name)
+    (root / "data").symlink_to(root)  # as the configs name them
+    return root
+
+
+@pytest.fixture
+def world(data, tmp_path, monkeypatch):
+    """A folder with the data, in which the commands of one document run."""
+    for path in (*data.iterdir(), ROOT / "configs"):
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def ready_world(world):
+    """A folder that has the files, too, which commands of other documents write."""
+    save_file(small_vgg(), "torchvision.safetensors")
+    convert_vgg("torchvision.safetensors", "ready-vgg19.safetensors")
+    if HAVE_TORCH:
+        import torch
+
+        torch.save({name: torch.from_numpy(array) for name, array in small_vgg().items()}, "vgg19-dcbb9e9d.pth")
+        torch.save({"model": {f"module.{k}": torch.from_numpy(v) for k, v in official_weights(0).items()}}, "official.pk")
+    assert main(["train", "--config", "configs/demo.py", *TINY, "--data.train", "scenes:8:32x24", "--loss.cr", "0"]) == 0
+    return world
+
+
+def tiny(arguments):
+    """The arguments with settings and sizes at which a command takes seconds."""
+    command, *rest = arguments
+    rest = [re.sub(r"/checkpoints/\d+$", "/checkpoints/1", word) for word in rest]
+    if "--against" in rest:  # test_benchmark compares with PyTorch
+        del rest[rest.index("--against") : rest.index("--against") + 2]
+    if command == "train":
+        options, overrides = _make_parser().parse_known_args([command, *rest])
+        run = load_config(options.config, overrides).run
+        begin = re.sub(r"/checkpoints/\d+$", "/checkpoints/1", run.init_from)
+        features = ["--loss.features", "ready-vgg19.safetensors"] if not Path("vgg19.safetensors").exists() else []
+        rest += [*TINY, *features, "--run.init_from", begin]
+    elif command == "check-data" and "--config" in rest:
+        rest += ["--data.crop", "16"]
+    elif command == "benchmark":
+        sizes = {
+            "data": "--seconds 0.1 --workers 0 --data.crop 16 --optim.batch 8",
+            "op": "--size 8 --channels 8 --rounds 1",
+            "model": "--size 8 --width 4 --rounds 1",
+            "train": "--size 16 --width 4 --rounds 1 --batch 1",
+            "growth": "--sizes 8 16 --batches 1 2 --width 4 --rounds 1",
+        }
+        rest += sizes[rest[0]].split()
+    return [command, *rest]
+
+
+# ---- the README
+
+
+def test_the_readme_has_at_most_1000_words():
+    """As `wc -w` counts: everything between white space, tables and code included."""
+    assert len(README.read_text().split()) <= 1000
+
+
+def test_the_readme_has_the_two_commands():
+    assert {"make demo", "make test"} <= {" ".join(words) for words in shell_commands(README)}
+
+
+# ---- commands
+
+
+@by_name
+def test_every_command_is_known(document):
+    """Commands of others are few, and what they name exists."""
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
+    jax = next(line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith("jax>"))
+    for words in shell_commands(document):
+        if own_arguments(words) is not None or words[0] in ("git", "cd", "."):
+            continue
+        if words[0] == "make":
+            assert words[1] in targets
+        elif words[:2] == ["pip", "install"]:
+            assert [re.sub(r"\[\w+\]", "", word) for word in words[2:]] == [jax]
+        elif words[:3] == ["python", "-m", "pytest"]:
+            assert all((ROOT / word).exists() for word in words if word.startswith("tests/"))
+        else:
+            pytest.fail(f"unknown command: {' '.join(words)}")
+
+
+@by_name
+def test_every_command_is_parsed(document, world):
+    parser = _make_parser()
+    for arguments in own_commands(document):
+        options, rest = parser.parse_known_args(arguments)
+        assert options.command in _RUN
+        config = getattr(options, "config", None)
+        if config:
+            config = load_config(config, rest)
+            if config.data.train not in DATASETS:
+                assert split_samples(config.data).train
+        else:
+            assert not rest, f"{' '.join(arguments)}: {rest}"
+        for spec in (getattr(options, "data", None), getattr(options, "test", None)):
+            if spec and spec not in DATASETS:
+                assert open_samples(re.sub("^scenes$", "scenes:1:32x24", spec))[0]
+
+
+def test_every_config_of_the_repository_is_in_the_documents():
+    text = "".join(path.read_text() for path in DOCUMENTS)
+    for path in (ROOT / "configs").glob("*.py"):
+        assert f"configs/{path.name}" in text
+
+
+@pytest.mark.slow
+@by_name
+def test_every_command_runs(document, ready_world, capsys):
+    for words in shell_commands(document):
+        arguments = own_arguments(words)
+        if arguments is None or "--run.coordinator" in arguments:
+            continue
+        if not HAVE_TORCH and any(Path(word).suffix in (".pth", ".pk") or word == "converted/" for word in arguments):
+            continue
+        status = main(tiny(arguments))
+        assert status == 0, f"{' '.join(arguments)}: {capsys.readouterr().err}"
+
+
+# ---- Python
+
+
+@pytest.mark.slow
+@by_name
+def test_every_python_example_runs(document, world, monkeypatch):
+    monkeypatch.setattr(registry, "_NETWORKS", dict(registry._NETWORKS))
+    module = types.ModuleType("example")
+    monkeypatch.setitem(sys.modules, "example", module)  # dataclasses look there for their own module
+    for code in blocks(document, "python"):
+        exec(compile(code, str(document), "exec"), module.__dict__)
+
+
+def test_the_network_of_the_guide_keeps_the_contract(monkeypatch):
+    module = types.ModuleType("example")
+    monkeypatch.setitem(sys.modules, "example", module)
+    monkeypatch.setattr(registry, "_NETWORKS", dict(registry._NETWORKS))
+    exec(blocks(ROOT / "CONTRIBUTING.md", "python")[0], module.__dict__)
+    registry.register_network(module.Toy)
+    model = registry.make_network(registry.config_from_dict({"name": "toy", "features": 3}), rngs=nnx.Rngs(0))
+    assert model(jnp.full((2, 7, 5, 3), 0.5)).shape == (2, 7, 5, 3)
+
+
+# ---- names, links, pictures
+
+
+@by_name
+def test_settings_configs_and_files_in_the_text_exist(document):
+    names = setting_names(Config())
+    quoted = re.findall(r"`([^`\n]+)`", document.read_text())
+    for text in quoted:
+        for name in re.findall(r"--([a-z]+\.[a-z_]+)\b", text):
+            assert name in names or name == "model.features"  # of the guide's example
+        for config in re.findall(r"configs/\w+\.py(?::[\w:]+)?", text):
+            load_config(ROOT / config)
+        for path in re.findall(r"(?:aecr_jax|configs|docs|tests|benchmarks)/[\w./-]*\w", text):
+            assert "NAME" in path or "toy" in path or (ROOT / path).exists(), path
+    for name in re.findall(r"`:(\w+(?::\w+)?)`", document.read_text()):
+        assert any(name in runpy.run_path(str(path)).get("configs", {}) for path in (ROOT / "configs").glob("*.py")), name
+
+
+def slugs(document):
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", document.read_text(), flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", ALL, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_and_pictures_exist(document):
+    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+        if re.match(r"https?://", target):
+            continue
+        file, _, anchor = target.partition("#")
+        path = document.parent / file if file else document
+        assert path.is_file(), target
+        assert not anchor or anchor in slugs(path), target
+
+
+def test_every_public_name_is_in_the_reference():
+    text = (ROOT / "docs/api.md").read_text()
+    assert not [name for name in aecr_jax.__all__ if f"::: aecr_jax.{name}\n" not in text]
+
+
+def test_every_document_is_reached():
+    """From the README and from the web site's navigation."""
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert pages - {"index.md"} == set(re.findall(r"\]\(docs/(\w+\.md)\)", README.read_text()))
+    assert pages == {page for entry in yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"] for page in entry.values()}
+
+
+def test_the_picture_of_the_architecture_is_of_this_code():
+    script = runpy.run_path(str(ROOT / "docs/architecture.py"))
+    graph, rows = script["imports"](), {name: place[2] for name, place in script["PACKAGES"].items()}
+    assert script["draw"](graph) == script["PICTURE"].read_text(), "run python docs/architecture.py"
+    assert all(rows[name] > rows[below] for name, others in graph.items() for below in others)
+    packages = {path.parent.name for path in (ROOT / "aecr_jax").glob("*/__init__.py")}
+    assert packages == set(rows) - {"__main__"}
+
+
+def test_the_web_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs", reason="needs the extra docs")
+    pytest.importorskip("mkdocstrings", reason="needs the extra docs")
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    page = (tmp_path / "api" / "index.html").read_text()
+    assert "Restores hazy images" in page and "Remove the haze from an image" in page  # docstrings
+
+
+# ---- citation and requirements
+
+
+def test_the_citation_is_of_this_version_and_of_the_paper():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0" and citation["version"] == aecr_jax.__version__ and citation["license"] == "Apache-2.0"
+    paper = citation["preferred-citation"]
+    assert paper["title"] in README.read_text() and f"pages = {{{paper['start']}--{paper['end']}}}" in README.read_text()
+    assert all(f"{author['family-names']}, {author['given-names']}" in README.read_text() for author in paper["authors"])
+
+
+def test_the_extra_for_documents_is_what_the_tests_install():
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["docs"]
+    assert set(extra) <= set((ROOT / "requirements-test.txt").read_text().splitlines())
+
+
+# ---- the split of the headline score
+
+
+def test_the_split_of_the_headline_score(data):
+    """Every fifth scene of SOTS indoor, of whatever the folder holds of each: here one hazy image of all 50."""
+    samples, name = open_samples(f"{data}/SOTS/indoor@sots_indoor_10/test")
+    assert [sample.scene for sample in samples] == [str(scene) for scene in range(1400, 1450, 5)]
+    assert name == f"sots_indoor_10/test of {data}/SOTS/indoor"

@@ -1,0 +1,123 @@
+"""Networks by name: a network of ten lines goes through every command, because generic code names no network."""
+
+import json
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from test_commands import fails, lines
+from test_data import picture
+
+from aecr_jax import load_checkpoint, save_checkpoint
+from aecr_jax.__main__ import main
+from aecr_jax.data.images import read_image
+from aecr_jax.networks import registry
+from aecr_jax.networks.aecr_net import AECRNet, AECRNetConfig
+from aecr_jax.networks.arrays import count_parameters
+from aecr_jax.networks.network import Network, NetworkConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyConfig(NetworkConfig):
+    NAME = "toy"
+    features: int = 4
+
+
+class Toy(Network):
+    Config = ToyConfig
+
+    def __init__(self, config, *, rngs):
+        self.config = config
+        self.first = nnx.Conv(3, config.features, (3, 3), rngs=rngs)
+        self.last = nnx.Conv(config.features, 3, (3, 3), rngs=rngs)
+
+    def __call__(self, hazy):
+        return hazy + self.last(nnx.relu(self.first(hazy)))
+
+
+@pytest.fixture(autouse=True)
+def toy(monkeypatch):
+    monkeypatch.setattr(registry, "_NETWORKS", dict(registry._NETWORKS))
+    registry.register_network(Toy)
+
+
+@pytest.mark.parametrize("cr", ["0", "0.1"])
+def test_a_new_network_goes_through_every_command(config_file, tmp_path, capsys, cr):
+    workdir = tmp_path / "w"
+    aecr = ["train", "--config", config_file, "--run.workdir", str(workdir), "--loss.cr", cr]
+    train = [*aecr, "--model.name", "toy", "--model.features", "5"]
+    assert main([*train, "--optim.steps", "2"]) == 0
+    assert main([*train, "--optim.steps", "4", "--optim.freeze_stats_after", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "continuing from step 2" in said and "frozen" not in said  # it has no statistics
+    assert json.loads((workdir / "config.json").read_text())["model"] == {"name": "toy", **vars(ToyConfig(features=5))}
+    logged = lines(workdir, "train")
+    assert [entry["step"] for entry in logged] == [1, 2, 3, 4] and ("cr" in logged[-1]) == (cr != "0")
+    assert not {"mix1", "offset_max"} & set(logged[-1]) and logged[-1]["l1"] < logged[0]["l1"] + 0.1
+    assert "model.name is toy there and aecr_net here" in fails(capsys, *aecr)
+
+    model = load_checkpoint(workdir / "checkpoints" / "4")
+    assert isinstance(model, Toy) and model.config == ToyConfig(features=5) and model.step == 4 and model.name == "w"
+    x = np.random.default_rng(0).random((1, 9, 11, 3), np.float32)
+    save_checkpoint(model, tmp_path / "exported")
+    np.testing.assert_array_equal(load_checkpoint(tmp_path / "exported")(x), model(x))
+
+    assert main(["eval", "--checkpoint", str(workdir), "--data", "scenes", "--output", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["images"] == 20
+    a = picture(tmp_path / "a.png", (20, 12))
+    assert main(["dehaze", str(a), "--checkpoint", str(tmp_path / "exported"), "--output", str(tmp_path / "clean")]) == 0
+    expected = np.clip(model(read_image(a)[None])[0], 0, 1)
+    np.testing.assert_allclose(read_image(tmp_path / "clean" / "a.png"), expected, atol=0.51 / 255)
+    assert main(["report", str(workdir)]) == 0 and "toy" in (workdir / "report.html").read_text()
+
+
+def test_a_new_network_is_measured(tmp_path):
+    for what, size in (("model", "8"), ("train", "16")):
+        output = tmp_path / f"{what}.json"
+        options = ["--network", "toy", "--size", size, "--batch", "1", "--rounds", "1", "--output", str(output)]
+        assert main(["benchmark", what, *options]) == 0
+        assert "toy" in output.read_text()
+
+
+def test_what_a_network_does_not_say_has_defaults_that_do_nothing():
+    model = Toy(ToyConfig(), rngs=nnx.Rngs(0))
+    assert model.MULTIPLE == 1 and not model.freeze_statistics() and model.diagnostics({}) == {} and model.explain({}, 16) == ""
+    assert not model.predicts_offsets("first.kernel") and count_parameters(model) == 4 * 28 + 3 * 37
+    with pytest.raises(ValueError, match="Toy cannot be widened"):
+        model.widen(ToyConfig(features=8), rngs=nnx.Rngs(0))
+
+
+def test_fine_tuning_from_another_network_is_refused(config_file, model_dir, tmp_path, capsys):
+    train = ["train", "--config", config_file, "--run.workdir", tmp_path / "w", "--run.init_from", model_dir, "--model.name", "toy"]
+    assert f"run.init_from (={model_dir}) is another network: model.name is aecr_net there and toy here" in fails(capsys, *train)
+
+
+def test_saved_configs_carry_the_name():
+    assert registry.config_to_dict(AECRNetConfig(width=8))["name"] == "aecr_net"
+    assert registry.config_from_dict({"width": 8}) == AECRNetConfig(width=8)  # saved before there were others
+    assert registry.config_from_dict({"name": "toy", "features": 6}) == ToyConfig(features=6)
+    with pytest.raises(ValueError, match=r"model.name \(='tou'\) must be one of the networks, such as toy"):
+        registry.config_from_dict({"name": "tou"})
+    with pytest.raises(ValueError, match=r"model.width is no setting of toy; it has dtype, features, param_dtype"):
+        registry.config_from_dict({"name": "toy", "width": 6})
+
+
+def test_unknown_networks_are_one_line(config_file, tmp_path, capsys):
+    train = ["train", "--config", config_file, "--run.workdir", tmp_path / "w"]
+    assert "model.name (='aecr') must be one of the networks, such as aecr_net" in fails(capsys, *train, "--model.name", "aecr")
+    assert "unknown setting --model.blocks" in fails(capsys, *train, "--model.name", "toy", "--model.blocks", "2")
+    assert "model.name (='tiny') must be one of" in fails(capsys, "benchmark", "model", "--network", "tiny", "--output", tmp_path / "b")
+    assert "model.width is no setting of toy" in fails(capsys, "benchmark", "model", "--network", "toy", "--width", "8")
+
+
+def test_every_registered_network_restores_any_size():
+    """The contract of `Network`, for all of them."""
+    for name in registry.network_names():
+        config = AECRNetConfig(width=2, blocks=1) if name == "aecr_net" else registry.find_network(name).Config()
+        model = registry.make_network(config, rngs=nnx.Rngs(0))
+        model.eval()
+        restored = model(jnp.full((2, 13, 10, 3), 0.5))
+        assert restored.shape == (2, 13, 10, 3) and restored.dtype == jnp.float32 and np.isfinite(restored).all(), name
+    assert isinstance(registry.make_network(AECRNetConfig(width=2), rngs=nnx.Rngs(0)), AECRNet)
