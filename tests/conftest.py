@@ -20,8 +20,8 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-# Files that take minutes, so that they do not begin when the other worker has nothing left to do.
-_LONG_FILES = ("test_survival", "test_commands", "test_resume", "test_benchmark", "test_step", "test_compilation", "test_networks")
+# Files that take minutes, so that they do not begin when the other worker has nothing left to do. The first compiles what test_step reads.
+_LONG_FILES = ("test_compilation", "test_survival", "test_commands", "test_resume", "test_benchmark", "test_step", "test_networks")
 
 
 def pytest_collection_modifyitems(items):
