@@ -8,10 +8,8 @@ Expected score: 37.17 dB, 0.9901 (paper, Table 1); not reproduced by this projec
 On a laptop: `python train.py --config configs/its.py:laptop --loss.features vgg19.safetensors`, a narrow network with less of everything.
 """
 
-import dataclasses
-
 from aecr_jax.networks.aecr_net import AECRNetConfig
-from aecr_jax.training.config import Config, DataConfig, OptimConfig, RunConfig
+from aecr_jax.training.config import Config, DataConfig, RunConfig, for_laptop
 
 paper = Config(
     model=AECRNetConfig(dtype="bfloat16"),
@@ -19,13 +17,4 @@ paper = Config(
     run=RunConfig(workdir="runs/its"),
 )
 
-configs = {
-    "paper": paper,
-    "laptop": dataclasses.replace(
-        paper,
-        model=AECRNetConfig(width=16),
-        data=dataclasses.replace(paper.data, crop=128),
-        optim=OptimConfig(batch=4, steps=5000),
-        run=RunConfig(workdir="runs/its_laptop", eval_every=1000),
-    ),
-}
+configs = {"paper": paper, "laptop": for_laptop(paper)}

@@ -14,10 +14,8 @@ On a laptop, with a narrow network and less of everything:
 `python train.py --config configs/nh_haze.py:laptop --loss.features vgg19.safetensors`
 """
 
-import dataclasses
-
 from aecr_jax.networks.aecr_net import AECRNetConfig
-from aecr_jax.training.config import Config, DataConfig, OptimConfig, RunConfig
+from aecr_jax.training.config import Config, DataConfig, OptimConfig, RunConfig, for_laptop
 
 paper = Config(
     model=AECRNetConfig(dtype="bfloat16"),
@@ -26,13 +24,4 @@ paper = Config(
     run=RunConfig(workdir="runs/nh_haze", eval_every=1000),
 )
 
-configs = {
-    "paper": paper,
-    "laptop": dataclasses.replace(
-        paper,
-        model=AECRNetConfig(width=16),
-        data=dataclasses.replace(paper.data, crop=128),
-        optim=OptimConfig(batch=4, steps=5000),
-        run=RunConfig(workdir="runs/nh_haze_laptop", eval_every=1000),
-    ),
-}
+configs = {"paper": paper, "laptop": for_laptop(paper)}

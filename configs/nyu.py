@@ -11,10 +11,8 @@ On a laptop, with a narrow network and less of everything:
 `python train.py --config configs/nyu.py:laptop --data.train NYU --loss.features vgg19.safetensors`; or see `configs/nyu_narrow.py`.
 """
 
-import dataclasses
-
 from aecr_jax.networks.aecr_net import AECRNetConfig
-from aecr_jax.training.config import Config, DataConfig, OptimConfig, RunConfig
+from aecr_jax.training.config import Config, DataConfig, RunConfig, for_laptop
 
 paper = Config(
     model=AECRNetConfig(dtype="bfloat16"),
@@ -22,13 +20,4 @@ paper = Config(
     run=RunConfig(workdir="runs/nyu"),
 )
 
-configs = {
-    "paper": paper,
-    "laptop": dataclasses.replace(
-        paper,
-        model=AECRNetConfig(width=16),
-        data=dataclasses.replace(paper.data, crop=128),
-        optim=OptimConfig(batch=4, steps=5000),
-        run=RunConfig(workdir="runs/nyu_laptop", eval_every=1000),
-    ),
-}
+configs = {"paper": paper, "laptop": for_laptop(paper)}

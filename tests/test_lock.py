@@ -34,7 +34,7 @@ except UserError as error:
 
 @contextlib.contextmanager
 def holders(folder, count):
-    """Processes that take the lock at a line on their input, print "held" or "refused", and let go at the next."""
+    """Start processes that take the lock when they read a line, print "held" or "refused", and release it at the next line."""
     command = [sys.executable, "-c", _HOLD, folder]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
     with contextlib.ExitStack() as stack:

@@ -155,6 +155,17 @@ class Config:
         self.data.validate()
 
 
+def for_laptop(config: Config) -> Config:
+    """Return a config of the same experiment for a laptop: an AECR-Net of width 16, crops of 128, a batch of 4, and 5,000 steps."""
+    return dataclasses.replace(
+        config,
+        model=AECRNetConfig(width=16),
+        data=dataclasses.replace(config.data, crop=128),
+        optim=OptimConfig(batch=4, steps=5000),
+        run=RunConfig(workdir=f"{config.run.workdir}_laptop", eval_every=1000),
+    )
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Run a config file and apply overrides such as `["--optim.steps", "100"]`.
 
