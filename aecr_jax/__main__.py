@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # orbax and grain log routine events at levels that suggest problems, and repeat real problems many times.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _report_unraisable
     try:
         try:
             parser = _make_parser()
@@ -98,6 +99,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(complaint(explanation), file=sys.stderr)
         return 2
+
+
+def _report_unraisable(error: Any) -> None:
+    """Report an error that no caller can receive, unless it follows from a checkpoint that could not be written.
+
+    After one file of a checkpoint could not be written, orbax closes its event loop, and each other file that is still being written
+    raises this error in a thread of tensorstore. Its traceback would be printed in the middle of the command's own message.
+    """
+    if not (isinstance(error.exc_value, RuntimeError) and str(error.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(error)
 
 
 def _flush(stream: Any) -> None:

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import os
 import platform
+import warnings
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -59,6 +60,8 @@ def set_up() -> None:
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+    # If a program cannot be written, for example because the disk is full, the command goes on without the cache.
+    warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry")
     # Together, the many small programs around the large one take seconds to compile, so they are cached too.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
