@@ -14,6 +14,7 @@ import logging
 import os
 import select
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -58,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _report_unraisable
+    warnings.filterwarnings("ignore", "coroutine 'async_serialize")  # it follows from a checkpoint that could not be written
     try:
         try:
             parser = _make_parser()
