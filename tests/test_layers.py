@@ -5,24 +5,42 @@ import pytest
 from flax import nnx
 from jax import lax
 
-from aecr_jax.networks.layers import DeformConv, FastDeconv, Mixup, UpConv, inverse_square_root
+from aecr_jax.networks.layers import Conv, ConvTranspose, DeformConv, FastDeconv, Mixup, inverse_square_root
 from aecr_jax.ops.conv import conv_few_inputs, conv_few_outputs
 
 TYPES = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 
 
-def test_up_conv_equals_xla_transposed_convolution():
-    """PyTorch's ConvTranspose2d(3, stride=2, padding=1, output_padding=1) is an input-dilated convolution padded by (1, 2)."""
-    layer = UpConv(5, 4, **TYPES, rngs=nnx.Rngs(0))
+@pytest.mark.parametrize(
+    ("size", "padding", "output_padding"), [(3, 1, (1, 1)), (3, 1, (0, 1)), (3, 1, (0, 0)), (3, 0, (0, 0)), (4, 1, (0, 0)), (2, 0, (0, 0))]
+)
+def test_conv_transpose_is_an_input_dilated_convolution(size, padding, output_padding):
+    """PyTorch's ConvTranspose2d(k, stride=2, padding=p, output_padding=q) pads the dilated input by k - 1 - p and k - 1 - p + q."""
+    layer = ConvTranspose(5, 4, size, padding=padding, **TYPES, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (2, 3, 6, 5))
+    pads = [(size - 1 - padding, size - 1 - padding + extra) for extra in output_padding]
 
     def xla(kernel):
-        y = lax.conv_general_dilated(
-            x, kernel[::-1, ::-1], (1, 1), ((1, 2), (1, 2)), lhs_dilation=(2, 2), dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
+        y = lax.conv_general_dilated(x, kernel[::-1, ::-1], (1, 1), pads, lhs_dilation=(2, 2), dimension_numbers=("NHWC", "HWIO", "NHWC"))
         return y + layer.bias[...].reshape(1, 1, 1, -1)
 
-    np.testing.assert_allclose(layer(x), xla(layer.kernel[...]), atol=1e-5)
+    np.testing.assert_allclose(layer(x, output_padding), xla(layer.kernel[...]), atol=1e-5)
+
+
+def test_conv_transpose_doubles_the_size_by_default():
+    x = jnp.ones((1, 3, 6, 2))
+    for size, padding, expected in ((3, 1, (6, 12)), (4, 1, (6, 12)), (2, 0, (6, 12)), (3, 0, (7, 13))):
+        assert ConvTranspose(2, 2, size, padding=padding, **TYPES, rngs=nnx.Rngs(0))(x).shape[1:3] == expected
+
+
+@pytest.mark.parametrize("reflect", [False, True])
+def test_a_convolution_with_an_even_kernel_halves_the_size(reflect):
+    """Expected: the input padded by 1 on each side (by NumPy), then XLA's convolution without padding."""
+    layer = Conv(2, 3, 4, stride=2, reflect=reflect, **TYPES, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (1, 6, 8, 2))
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect" if reflect else "constant")
+    y = lax.conv_general_dilated(padded, layer.kernel[...], (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    np.testing.assert_allclose(layer(x), y + layer.bias[...][None, None, None], atol=1e-5)
 
 
 @pytest.mark.parametrize(("conv", "channels"), [(conv_few_inputs, (2, 5)), (conv_few_outputs, (5, 2))])

@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from aecr_jax.networks.arrays import get_arrays, replace_arrays
-from aecr_jax.networks.layers import Conv, DeformConv, FABlock, FastDeconv, Mixup, UpConv
+from aecr_jax.networks.layers import Conv, ConvTranspose, DeformConv, FABlock, FastDeconv, Mixup
 from aecr_jax.networks.network import Network, NetworkConfig
 from aecr_jax.ops.conv import conv_few_inputs, conv_few_outputs
 from aecr_jax.settings import bounded
@@ -94,8 +94,8 @@ class AECRNet(Network):
         if config.mixup == "adaptive":
             self.mix1 = Mixup(_THETA_DEEP, param_dtype=types["param_dtype"])
             self.mix2 = Mixup(_THETA_SHALLOW, param_dtype=types["param_dtype"])
-        self.up1 = UpConv(4 * w, 2 * w, **types)
-        self.up2 = UpConv(2 * w, w, **types)
+        self.up1 = ConvTranspose(4 * w, 2 * w, 3, padding=1, **types)
+        self.up2 = ConvTranspose(2 * w, w, 3, padding=1, **types)
         self.up3 = Conv(w, 3, 7, reflect=True, conv_general_dilated=conv_few_outputs, **types)
 
     def __call__(self, hazy: ArrayLike) -> Array:

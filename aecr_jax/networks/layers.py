@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from aecr_jax.ops.conv import double_conv_transpose
+from aecr_jax.ops.conv import conv_transpose
 from aecr_jax.ops.deform_conv import deform_conv2d
 
 DType = Any
@@ -32,7 +32,11 @@ def uniform_within(fan_in: int) -> nnx.Initializer:
 
 
 class Conv(nnx.Conv):
-    """A square convolution with PyTorch's initial values, padded so that the output has the input's size divided by the stride."""
+    """A square convolution with PyTorch's initial values, padded so that the output has the input's size divided by the stride.
+
+    The padding is (size - 1) // 2 on each side: zeros, or the input's reflection. With an even `size`, the stride must be 2 and the
+    input's height and width even.
+    """
 
     def __init__(
         self,
@@ -49,13 +53,14 @@ class Conv(nnx.Conv):
         **options: Any,
     ):
         init = nnx.initializers.zeros_init() if zero_init else uniform_within(in_features * size * size)
+        self.reflected = (size - 1) // 2 if reflect else 0
         super().__init__(
             in_features,
             out_features,
             (size, size),
             strides=stride,
             # "SAME" would pad an even input on one side only when the stride is 2.
-            padding="REFLECT" if reflect else size // 2,
+            padding="VALID" if reflect else (size - 1) // 2,
             kernel_init=init,
             bias_init=init,
             dtype=dtype,
@@ -64,20 +69,34 @@ class Conv(nnx.Conv):
             **options,
         )
 
+    def __call__(self, x: Array) -> Array:
+        if self.reflected:
+            x = jnp.pad(x, ((0, 0), (self.reflected, self.reflected), (self.reflected, self.reflected), (0, 0)), mode="reflect")
+        return super().__call__(x)
 
-class UpConv(nnx.Module):
-    """3x3 transposed convolution, stride 2, padding 1, output padding 1: `[N, H, W, C] -> [N, 2H, 2W, O]`."""
 
-    def __init__(self, in_features: int, out_features: int, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs):
-        # PyTorch computes the fan-in from the second axis of [in, out, 3, 3].
-        init = uniform_within(out_features * 9)
-        self.dtype = dtype
-        self.kernel = nnx.Param(init(rngs.params(), (3, 3, in_features, out_features), param_dtype))
+class ConvTranspose(nnx.Module):
+    """A square transposed convolution with stride 2 and PyTorch's initial values: `[N, H, W, C] -> [N, about 2H, about 2W, O]`.
+
+    The call takes `output_padding`, the number of rows and of columns, 0 or 1 each, added at the bottom and at the right; by default it
+    is what gives exactly twice the input's size, or none if the kernel alone reaches that size.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, size: int, *, padding: int = 0, dtype: DType, param_dtype: DType, rngs: nnx.Rngs
+    ):
+        # PyTorch computes the fan-in from the second axis of [in, out, size, size].
+        init = uniform_within(out_features * size * size)
+        self.padding, self.dtype = padding, dtype
+        self.kernel = nnx.Param(init(rngs.params(), (size, size, in_features, out_features), param_dtype))
         self.bias = nnx.Param(init(rngs.params(), (out_features,), param_dtype))
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, output_padding: Sequence[int] | None = None) -> Array:
         kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
-        return double_conv_transpose(x.astype(self.dtype), kernel) + bias[None, None, None]
+        missing = max(0, 2 * self.padding + 2 - kernel.shape[0])
+        if output_padding is None:
+            output_padding = (missing, missing)
+        return conv_transpose(x.astype(self.dtype), kernel, padding=self.padding, output_padding=output_padding) + bias[None, None, None]
 
 
 class FastDeconv(nnx.Module):

@@ -3,38 +3,53 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 
-def double_conv_transpose(x: Array, kernel: Array) -> Array:
-    """Apply a transposed convolution that doubles height and width: stride 2, padding 1, output padding 1.
+def conv_transpose(x: Array, kernel: Array, *, padding: int = 0, output_padding: Sequence[int] = (0, 0)) -> Array:
+    """Apply a transposed convolution with stride 2, as PyTorch's `ConvTranspose2d` defines it.
 
-    Each of the four output phases (even and odd rows and columns) is computed by a separate convolution with its share of the nine
-    taps, and the four results are interleaved. The usual form, one convolution with `lhs_dilation`, has a weight gradient that XLA
-    computes in a naive loop on the CPU.
+    Each of the four output phases (even and odd rows and columns) is computed by a separate convolution with its share of the taps,
+    and the four results are interleaved. The usual form, one convolution with `lhs_dilation`, has a weight gradient that XLA computes
+    in a naive loop on the CPU.
 
     Args:
       x: `[N, H, W, C]`.
-      kernel: `[3, 3, C, O]`.
+      kernel: `[k, k, C, O]`, k at least 2.
+      padding: number of rows and columns removed from each side of the full result.
+      output_padding: number of rows and of columns, 0 or 1 each, added at the bottom and at the right.
 
     Returns:
-      `[N, 2H, 2W, O]`.
+      `[N, 2 (H - 1) + k - 2 padding + output_padding[0], ..., O]`.
     """
-    n, h, w, _ = x.shape
-    padded = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
-    # Input row i contributes to output row 2i + tap - 1. Thus even output row 2i uses tap 1 on input row i, and odd output row
-    # 2i + 1 uses tap 2 on input row i and tap 0 on input row i + 1.
-    even, odd = slice(1, 2), slice(None, None, -2)
-    even_even = _conv(x, kernel[even, even])
-    even_odd = _conv(padded[:, :-1], kernel[even, odd])
-    odd_even = _conv(padded[:, :, :-1], kernel[odd, even])
-    odd_odd = _conv(padded, kernel[odd, odd])
-    rows = [jnp.stack([even_even, even_odd], 3), jnp.stack([odd_even, odd_odd], 3)]  # [N, H, W, 2, O] each
+    n, o = x.shape[0], kernel.shape[3]
+    sizes = [2 * (x.shape[axis] - 1) + kernel.shape[0] - 2 * padding + output_padding[axis - 1] for axis in (1, 2)]
+    rows, columns = (-(-size // 2) for size in sizes)  # of one phase
+    taps, shifts, befores = [], [], []
+    for phase in (0, 1):
+        # Input i contributes to output 2 i + tap - padding. Output 2 j + phase thus uses the taps first, first + 2, ... on the inputs
+        # j + shift, j + shift - 1, ...
+        shift, first = divmod(phase + padding, 2)
+        taps.append(slice(first, None, 2))
+        shifts.append(shift)
+        befores.append(len(range(first, kernel.shape[0], 2)) - 1 - shift)
+    before = max(0, *befores)
+    after = [max(0, count + max(shifts) - x.shape[axis]) for axis, count in ((1, rows), (2, columns))]
+    padded = jnp.pad(x, ((0, 0), (before, after[0]), (before, after[1]), (0, 0)))
+
+    def compute(row: int, column: int) -> Array:
+        window = kernel[taps[row], taps[column]][::-1, ::-1]
+        top, left = before - befores[row], before - befores[column]
+        part = padded[:, top : top + rows + window.shape[0] - 1, left : left + columns + window.shape[1] - 1]
+        return _conv(part, window)
+
+    phases = [jnp.stack([compute(row, 0), compute(row, 1)], 3) for row in (0, 1)]  # [N, rows, columns, 2, O] each
     # The last axis cannot be given as -1, because its size would be undefined for a batch of 0 images.
-    return jnp.stack(rows, 2).reshape(n, 2 * h, 2 * w, kernel.shape[3])
+    return jnp.stack(phases, 2).reshape(n, 2 * rows, 2 * columns, o)[:, : sizes[0], : sizes[1]]
 
 
 def _conv(x: Array, kernel: Array) -> Array:
