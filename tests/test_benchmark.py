@@ -1,7 +1,6 @@
 import json
 import signal
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +14,12 @@ from aecr_jax.benchmark.growth import _draw
 from aecr_jax.benchmark.work import Work, count_macs, prepare
 from aecr_jax.errors import UserError
 
-BENCHMARKS = Path(__file__).parents[1] / "aecr_jax" / "benchmark"
-
 
 @pytest.fixture
-def twin(monkeypatch):
-    """The module of the PyTorch twin, and a deformable convolution by grid_sample (CI has no torchvision)."""
+def twin():
+    """The module of AECR-Net in PyTorch, and a deformable convolution by grid_sample (CI has no torchvision)."""
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import pytorch_twin
+    from aecr_jax.benchmark.twins import aecr_net
 
     def deform_conv2d(x, offset, weight, bias, padding, mask):
         assert padding == 1
@@ -38,8 +34,8 @@ def twin(monkeypatch):
             total = total + torch.einsum("nchw,oc->nohw", sampled, weight[:, :, tap // 3, tap % 3])
         return total
 
-    pytorch_twin.test_deform_conv2d = deform_conv2d
-    return pytorch_twin
+    aecr_net.test_deform_conv2d = deform_conv2d
+    return aecr_net
 
 
 def official_twin(twin, seed, dtype):
@@ -64,16 +60,18 @@ def test_twin_has_the_official_loss_and_gradient(twin):
     """Losses and gradient norm before the first step of the official code's trajectory (tests/golden), in float64."""
     import torch
 
+    from aecr_jax.benchmark.twins import contrastive
+
     d = load("train_trajectory")
     model = official_twin(twin, d["weight_seed"], torch.float64).train()
-    features = twin.VGG19().double()
+    features = contrastive.VGG19().double()
     for conv, (_, weight, bias) in zip(features.convs, vgg19_tensors(d["vgg_seed"])):
         conv.weight.copy_(torch.from_numpy(weight))
         conv.bias.copy_(torch.from_numpy(bias))
     hazy, clear = (torch.from_numpy(d[name][0]).double() for name in ("hazy", "clear"))
     restored = model(hazy)
     l1 = torch.nn.functional.l1_loss(restored, clear)
-    cr = twin.contrastive_regularization(features, restored, clear, hazy)
+    cr = contrastive.contrastive_regularization(features, restored, clear, hazy)
     total = l1 + 0.1 * cr
     total.backward()
     norm = torch.sqrt(sum(p.grad.square().sum() for p in model.parameters()))

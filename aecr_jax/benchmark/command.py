@@ -93,10 +93,8 @@ def _benchmark_speed(options: argparse.Namespace, rest: list[str]) -> int:
         sizes, batches = sorted(set(options.sizes)), sorted(set(options.batches))
         benchmark_growth(sizes, batches, width=options.width, rounds=options.rounds, output=options.output, plot=options.plot)
         return 0
-    if options.against and getattr(options, "network", "aecr_net") != "aecr_net":
-        raise UserError(f"--network (={options.network}) must be aecr_net with --against: there is no other network on PyTorch's side")
-    if options.against and options.what != "op" and options.size % 4:
-        raise UserError(f"--size (={options.size}) must be a multiple of 4 with --against: PyTorch's side does not pad")
+    if options.against and options.what != "op":
+        _check_twin(options.network, options.size)
     if options.against:  # set before the backend starts, because JAX would otherwise reserve most of a GPU's memory
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from aecr_jax.benchmark.speed import benchmark
@@ -112,3 +110,18 @@ def _benchmark_speed(options: argparse.Namespace, rest: list[str]) -> int:
     torch_python = options.torch_python if options.against else None
     benchmark(works, rounds=options.rounds, torch_python=torch_python, output=options.output)
     return 0
+
+
+def _check_twin(network: str, size: int) -> None:
+    """Raise UserError if the PyTorch side does not have the network or cannot process images of this size."""
+    from aecr_jax.benchmark.opponent import has_twin
+    from aecr_jax.networks.registry import find_network
+
+    if not has_twin(network):
+        raise UserError(f"--network (={network}) cannot be measured with --against: it is not written in PyTorch")
+    try:
+        multiple = find_network(network).MULTIPLE
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if size % multiple:
+        raise UserError(f"--size (={size}) must be a multiple of {multiple} with --against, because PyTorch's network does not pad")

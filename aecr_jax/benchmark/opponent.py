@@ -94,6 +94,11 @@ def check_opponent(platform: str) -> None:
         raise UserError(f"--against torch needs {WORKER}: run it in a clone of the repository")
 
 
+def has_twin(network: str) -> bool:
+    """Return whether the PyTorch side has the network."""
+    return (WORKER.parent / "twins" / f"{network}.py").exists()
+
+
 def fastest(python: str, work: Work, platform: str) -> tuple[Opponent, list[dict[str, Any]]]:
     """Run every combination of channels-last or not and compiled or not; return the fastest process, still running, and all times.
 
@@ -104,7 +109,8 @@ def fastest(python: str, work: Work, platform: str) -> tuple[Opponent, list[dict
     error: UserError | None = None
     for channels_last, compile_ in product((False, True), (False, True)):
         how = {"channels_last": channels_last, "compile": compile_, "autocast": work.dtype == "bfloat16"}
-        request = {**asdict(work), **how, "work": work.kind, "device": _DEVICES[platform], "threads": count_cores()}
+        settings = asdict(work.model_config())
+        request = {**asdict(work), **how, "work": work.kind, "settings": settings, "device": _DEVICES[platform], "threads": count_cores()}
         try:
             opponent = Opponent(python, request)
             seconds = min(opponent.run() for _ in range(3))

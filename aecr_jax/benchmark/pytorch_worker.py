@@ -7,6 +7,7 @@ any number of requests `{"do": "run"}` or `{"do": "peak"}` follow. The worker ne
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import sys
 import time
@@ -15,20 +16,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pytorch_twin import VGG19, AECRNet, contrastive_regularization
-from torchvision.ops import deform_conv2d
+from twins.contrastive import VGG19, contrastive_regularization
 
 Run = Callable[[], Any]
 answers = sys.stdout
-
-
-def deform(x: torch.Tensor, offset: torch.Tensor, weight: torch.Tensor, bias: Any, padding: int, mask: torch.Tensor) -> torch.Tensor:
-    """Apply torchvision's operator, which runs in float32 also under autocast.
-
-    The operator does not support bfloat16 on CPUs, and on GPUs autocast runs it in float32.
-    """
-    with torch.autocast(x.device.type, enabled=False):
-        return deform_conv2d(x.float(), offset.float(), weight, bias, padding=padding, mask=mask.float()).to(x.dtype)
 
 
 def prepare(request: dict[str, Any]) -> Run:
@@ -50,6 +41,8 @@ def prepare(request: dict[str, Any]) -> Run:
 
 
 def _op(request: dict[str, Any], device: torch.device) -> Run:
+    from twins.aecr_net import deform
+
     n, c, size = request["batch"], request["channels"], request["size"]
     dtype = torch.bfloat16 if request["autocast"] else torch.float32
     x = _images(request, torch.randn(n, c, size, size, device=device, dtype=dtype))
@@ -67,7 +60,7 @@ def _op(request: dict[str, Any], device: torch.device) -> Run:
 
 
 def _model(request: dict[str, Any], device: torch.device) -> Run:
-    model = _layout(request, AECRNet(deform, request["width"] or 64).to(device)).eval()
+    model = _layout(request, _network(request).to(device)).eval()
     x = _images(request, torch.rand(request["batch"], 3, request["size"], request["size"], device=device))
     call = _compiled(request, model)
 
@@ -79,7 +72,7 @@ def _model(request: dict[str, Any], device: torch.device) -> Run:
 
 
 def _train(request: dict[str, Any], device: torch.device) -> Run:
-    model = _layout(request, AECRNet(deform, request["width"] or 64).to(device)).train()
+    model = _layout(request, _network(request).to(device)).train()
     features = _layout(request, VGG19().to(device)) if request["cr"] else None
     shape = (request["batch"], 3, request["size"], request["size"])
     hazy, clear = (_images(request, torch.rand(shape, device=device)) for _ in range(2))
@@ -100,6 +93,10 @@ def _train(request: dict[str, Any], device: torch.device) -> Run:
         optimizer.step()
 
     return step
+
+
+def _network(request: dict[str, Any]) -> torch.nn.Module:
+    return importlib.import_module(f"twins.{request['network']}").make(request["settings"])
 
 
 def _images(request: dict[str, Any], x: torch.Tensor) -> torch.Tensor:

@@ -5,19 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
-from flax import nnx
 from jax import Array
 
 from aecr_jax.losses.contrastive import LAYER_WEIGHTS, combine_distances, contrastive_distances
+from aecr_jax.losses.loss import Loss
 from aecr_jax.losses.vgg import VGG19Features
 
 
-class RestorationLoss(nnx.Module):
+class RestorationLoss(Loss):
     """`L1(restored, clear) + cr * regularization`, as a function of images `[N, H, W, 3]` in [0, 1].
 
     The call `loss(restored, clear, hazy)` returns the total and measurements for the log: `l1`, `cr`, and for each feature level i the
-    distances `d_ap_i` to the clear and `d_an_i` to the hazy image. Any module with the same call can replace this loss. A loss is a
-    module and not a function, so that its weights are an argument of the compiled step: as constants, they would slow down compilation.
+    distances `d_ap_i` to the clear and `d_an_i` to the hazy image.
 
     Args:
       features: the feature extractor for the regularization, or None to use only L1.
@@ -36,13 +35,13 @@ class RestorationLoss(nnx.Module):
         self.features = features if cr else None
         self.cr, self.positives, self.negatives, self.dtype = cr, positives, negatives, jnp.dtype(dtype)
 
-    def __call__(self, restored: Array, clear: Array, hazy: Array) -> tuple[Array, dict[str, Array]]:
+    def __call__(self, prediction: Array, clear: Array, hazy: Array) -> tuple[Array, dict[str, Array]]:
         # The mean is computed in at least float32, because the sum of millions of bfloat16 differences would be inaccurate.
-        l1 = jnp.mean(jnp.abs(restored.astype(jnp.promote_types(restored.dtype, jnp.float32)) - clear))
+        l1 = jnp.mean(jnp.abs(prediction.astype(jnp.promote_types(prediction.dtype, jnp.float32)) - clear))
         measurements = {"l1": l1}
         if self.features is None:
             return l1, measurements
-        anchor, positive, negative = (images.astype(self.dtype) for images in (restored, clear, hazy))
+        anchor, positive, negative = (images.astype(self.dtype) for images in (prediction, clear, hazy))
         d_ap, d_an = contrastive_distances(anchor, positive, negative, self.features, positives=self.positives, negatives=self.negatives)
         cr = combine_distances(d_ap, d_an, weights=LAYER_WEIGHTS, negatives=self.negatives)
         measurements["cr"] = cr

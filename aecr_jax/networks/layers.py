@@ -69,10 +69,11 @@ class Conv(nnx.Conv):
             **options,
         )
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
         if self.reflected:
-            x = jnp.pad(x, ((0, 0), (self.reflected, self.reflected), (self.reflected, self.reflected), (0, 0)), mode="reflect")
-        return super().__call__(x)
+            pads = (self.reflected, self.reflected)
+            inputs = jnp.pad(inputs, ((0, 0), pads, pads, (0, 0)), mode="reflect")
+        return super().__call__(inputs, out_sharding)
 
 
 class ConvTranspose(nnx.Module):

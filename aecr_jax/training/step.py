@@ -18,6 +18,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from aecr_jax.losses.loss import Loss
 from aecr_jax.networks.arrays import get_arrays, replace_arrays
 from aecr_jax.networks.network import Network
 from aecr_jax.networks.registry import abstract_network, build_network, find_network, make_network
@@ -66,7 +67,7 @@ def state_to_model(config: Config, state: TrainState) -> Network:
     return build_network(config.model, state.eval_arrays)
 
 
-def make_train_step(config: Config, loss: nnx.Module, mesh: Mesh, *, freeze_stats: bool = False) -> Step:
+def make_train_step(config: Config, loss: Loss, mesh: Mesh, *, freeze_stats: bool = False) -> Step:
     """Return a function `(state, {"hazy", "clear"}) -> (state, measurements)` that is compiled on first use and donates its state.
 
     Measurements are scalars: `total`, those of the loss, those of the network (`Network.diagnostics`), the norms of gradient, update
@@ -74,7 +75,7 @@ def make_train_step(config: Config, loss: nnx.Module, mesh: Mesh, *, freeze_stat
 
     Args:
       config: the settings; those of the optimizer and the model are used.
-      loss: a module, such as `RestorationLoss`, that is called as `loss(restored, clear, hazy)` and returns the total and measurements.
+      loss: what is minimized, such as `RestorationLoss`.
       mesh: the devices.
       freeze_stats: use the network's running statistics as in evaluation, and do not update them.
     """
@@ -89,8 +90,9 @@ def make_train_step(config: Config, loss: nnx.Module, mesh: Mesh, *, freeze_stat
 
     def loss_fn(params: dict[str, Array], stats: dict[str, Array], loss_state: Any, batch: Batch) -> tuple[Array, Any]:
         model = nnx.merge(graph, replace_arrays(abstract, {**params, **stats}))
-        restored, intermediates = _call_and_capture(model, batch["hazy"])
-        total, measurements = nnx.merge(loss_graph, loss_state)(restored, batch["clear"], batch["hazy"])
+        loss = nnx.merge(loss_graph, loss_state)
+        prediction, intermediates = _predict_and_capture(model, loss, batch["hazy"])
+        total, measurements = loss(prediction, batch["clear"], batch["hazy"])
         measurements = {"total": total, **measurements, **model.diagnostics(intermediates)}
         return total, (get_arrays(model, nnx.BatchStat), measurements)
 
@@ -133,9 +135,9 @@ def make_train_step(config: Config, loss: nnx.Module, mesh: Mesh, *, freeze_stat
     return functools.partial(compiled, jax.device_put(loss_state, replicated))
 
 
-def _call(model: Network, hazy: Array) -> Array:
-    return model(hazy)
+def _predict(model: Network, loss: Loss, hazy: Array) -> Any:
+    return loss.predict(model, hazy)
 
 
-# Returns the output and the values that the layers sow. It is Any because flax's annotation does not cover the use as a decorator.
-_call_and_capture: Any = nnx.capture(nnx.Intermediate)(_call)
+# Returns the prediction and the values that the layers sow. It is Any because flax's annotation does not cover the use as a decorator.
+_predict_and_capture: Any = nnx.capture(nnx.Intermediate)(_predict)

@@ -25,7 +25,7 @@ from aecr_jax.files import make_folder
 from aecr_jax.inference.evaluate import Score, add_row, score_images, summarize
 from aecr_jax.inference.restore import Restorer
 from aecr_jax.inference.weights import check_folder_name
-from aecr_jax.losses.restoration import RestorationLoss
+from aecr_jax.losses.loss import Loss
 from aecr_jax.networks.network import Network
 from aecr_jax.networks.registry import abstract_network, find_network
 from aecr_jax.processes import STATUS, StopRequest, check_shared, initialize, is_main, no_bar
@@ -82,7 +82,7 @@ class _Inputs(NamedTuple):
     """The inputs of a run, opened before anything is written."""
 
     mesh: Mesh
-    loss: RestorationLoss
+    loss: Loss
     train: list[Sample]
     evaluation: list[Sample]
     evaluated_on: str

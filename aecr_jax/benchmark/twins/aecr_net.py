@@ -1,13 +1,9 @@
-"""The same network, features and loss in PyTorch, as a baseline for benchmarks. aecr_jax itself does not use this module.
-
-It was written from the paper and from the facts in docs/fidelity.md. The tensors have the names of the official checkpoint, so that
-weights converted by `convert-aecr` can be loaded and a test can compare outputs and gradients. Images are NCHW in [0, 1].
-"""
+"""AECR-Net in PyTorch, written from the paper and from the facts in docs/fidelity.md."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +12,21 @@ from torch import Tensor, nn
 # (x, offset, weight, bias, padding=, mask=) -> y, for example torchvision.ops.deform_conv2d
 DeformConv2d = Callable[..., Tensor]
 
-VGG_CHANNELS = [64, 64, 128, 128, 256, 256, 256, 256, 512, 512, 512, 512, 512]
-VGG_POOL_BEFORE = (2, 4, 8, 12)  # indices of convolutions; the paper's feature levels are the outputs of convolution 0 and of these
-LEVEL_WEIGHTS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0)
+
+def make(settings: dict[str, Any]) -> nn.Module:
+    """Return the network with the given `width`; the other settings must be the defaults."""
+    return AECRNet(deform, settings["width"])
+
+
+def deform(x: Tensor, offset: Tensor, weight: Tensor, bias: Any, padding: int, mask: Tensor) -> Tensor:
+    """Apply torchvision's operator, which runs in float32 also under autocast.
+
+    The operator does not support bfloat16 on CPUs, and on GPUs autocast runs it in float32.
+    """
+    from torchvision.ops import deform_conv2d
+
+    with torch.autocast(x.device.type, enabled=False):
+        return deform_conv2d(x.float(), offset.float(), weight, bias, padding=padding, mask=mask.float()).to(x.dtype)
 
 
 class FastDeconv(nn.Module):
@@ -158,39 +166,3 @@ class AECRNet(nn.Module):
             y = self.block(y)
         up1 = self.up1(self.mix1(down3, self.dcn_block(y)))
         return self.up3(self.up2(self.mix2(down2, up1)))
-
-
-class VGG19(nn.Module):
-    """The five VGG-19 feature maps of the regularization, with random weights, which do not affect the speed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        channels = [3, *VGG_CHANNELS]
-        self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1) for i, o in itertools.pairwise(channels))
-        for conv in self.convs:
-            nn.init.kaiming_normal_(conv.weight)
-        self.requires_grad_(False)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        features = []
-        for i, conv in enumerate(self.convs):
-            if i in VGG_POOL_BEFORE:
-                x = F.max_pool2d(x, 2)
-            x = F.relu(conv(x))
-            if i == 0 or i in VGG_POOL_BEFORE:
-                features.append(x)
-        return features
-
-
-def contrastive_regularization(
-    features: Callable[[Tensor], Sequence[Tensor]], anchor: Tensor, positive: Tensor, negative: Tensor
-) -> Tensor:
-    """Return the regularization term of Eq. 4; the features of the clear and hazy images are treated as constants."""
-    of_anchor = features(anchor)
-    with torch.no_grad():
-        of_positive, of_negative = features(positive), features(negative)
-    terms = [
-        w * F.l1_loss(a, p) / (F.l1_loss(a, n) + 1e-7)  # autocast computes l1_loss in float32
-        for w, a, p, n in zip(LEVEL_WEIGHTS, of_anchor, of_positive, of_negative)
-    ]
-    return torch.stack(terms).sum()

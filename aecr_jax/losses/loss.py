@@ -1,0 +1,32 @@
+"""The interface of a loss, as the training step uses it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flax import nnx
+from jax import Array
+
+from aecr_jax.networks.network import Network
+
+
+class Loss(nnx.Module):
+    """Computes what is minimized from the network's prediction.
+
+    A loss is a module and not a function, so that its weights are an argument of the compiled step: as constants, they would slow down
+    compilation.
+    """
+
+    def predict(self, model: Network, hazy: Array) -> Any:
+        """Return what the loss needs of the network for hazy images `[N, H, W, 3]` in [0, 1]; by default the restored images."""
+        return model(hazy)
+
+    def __call__(self, prediction: Any, clear: Array, hazy: Array) -> tuple[Array, dict[str, Array]]:
+        """Return the total, a scalar, and measurements for the log, as a mapping from names to scalars.
+
+        Args:
+          prediction: the result of `predict` for `hazy`.
+          clear: clear images `[N, H, W, 3]` in [0, 1].
+          hazy: hazy images of the same shape.
+        """
+        raise NotImplementedError
