@@ -232,10 +232,22 @@ def _make_parser() -> argparse.ArgumentParser:
     vgg.add_argument("--output", required=True, metavar="FILE", help="the .safetensors to write")
     vgg.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
 
-    aecr = commands.add_parser("convert-aecr", help="official PyTorch checkpoints, both ways", allow_abbrev=False)
-    aecr.add_argument("file", metavar="FILE", help="official .pk or .pth, or one of this project's checkpoint folders, to convert back")
-    aecr.add_argument("--output", required=True, metavar="PATH", help="folder to write, or the .pth file of the way back")
-    aecr.add_argument("--overwrite", action="store_true", help="replace --output if it exists: the file, or a model's files in the folder")
+    convert = commands.add_parser("convert", help="checkpoints of other projects' networks, both ways", allow_abbrev=False)
+    convert.add_argument("--network", metavar="NAME", help="the network; by default it is recognized by the names of the tensors")
+    aecr = commands.add_parser("convert-aecr", help="convert --network aecr_net", allow_abbrev=False)
+    aecr.set_defaults(network="aecr_net")
+    for parser_ in (convert, aecr):
+        parser_.add_argument(
+            "file",
+            metavar="FILE",
+            help="authors' .pth, .pk, .safetensors or .npz; or a checkpoint folder, to convert back",
+        )
+        parser_.add_argument(
+            "--output", required=True, metavar="PATH", help="folder to write, or the .pth, .safetensors or .npz of the way back"
+        )
+        parser_.add_argument(
+            "--overwrite", action="store_true", help="replace --output if it exists: the file, or a model's files in the folder"
+        )
     return parser
 
 
@@ -332,10 +344,10 @@ def _convert_vgg(options: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
-def _convert_aecr(options: argparse.Namespace, rest: list[str]) -> int:
-    from aecr_jax.convert.aecr_net import convert_aecr
+def _convert(options: argparse.Namespace, rest: list[str]) -> int:
+    from aecr_jax.convert.networks import convert
 
-    print(convert_aecr(options.file, options.output, overwrite=options.overwrite))
+    print(convert(options.file, options.output, network=options.network, overwrite=options.overwrite))
     return 0
 
 
@@ -348,7 +360,8 @@ _RUN = {
     "benchmark": run_benchmark,
     "report": _report,
     "convert-vgg": _convert_vgg,
-    "convert-aecr": _convert_aecr,
+    "convert": _convert,
+    "convert-aecr": _convert,
 }
 
 if __name__ == "__main__":

@@ -4,7 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
+from aecr_jax.convert.aecr_net import FORMAT
 from aecr_jax.losses.vgg import CONVOLUTIONS, VGG19Features
+from aecr_jax.networks.aecr_net import AECRNetConfig
+from aecr_jax.networks.arrays import get_arrays
+from aecr_jax.networks.registry import abstract_network
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -41,6 +45,11 @@ def official_weights(seed):
             z = z * np.float32((0.3 if "conv_offset_mask" in name else 1.2) / np.sqrt(fan_in))
         tensors[name] = z
     return tensors
+
+
+def our_arrays(official):
+    """The official network's tensors with our names and layouts."""
+    return FORMAT.to_ours(official, list(get_arrays(abstract_network(AECRNetConfig()))))
 
 
 def vgg19_tensors(seed):

@@ -1,3 +1,4 @@
+import functools
 import sys
 from pathlib import Path
 
@@ -6,18 +7,20 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from reference import load, nhwc, official_weights, vgg19, vgg19_tensors
+from reference import load, nhwc, official_weights, our_arrays, vgg19, vgg19_tensors
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from aecr_jax import AECRNetConfig, UserError, VGG19Features, load_checkpoint, load_vgg19
 from aecr_jax.__main__ import main
-from aecr_jax.convert.aecr_net import NAMES, convert_aecr, official_arrays, our_arrays
+from aecr_jax.convert.aecr_net import FORMAT
+from aecr_jax.convert.networks import convert
 from aecr_jax.convert.vgg import convert_vgg
 from aecr_jax.inference.weights import save_checkpoint
 from aecr_jax.networks.aecr_net import AECRNet
 from aecr_jax.networks.arrays import get_arrays
 
+convert_aecr = functools.partial(convert, network="aecr_net")
 GENUINE = Path(__file__).parents[2] / "shared" / "weights" / "vgg19_caffe_to_conv5_1.safetensors"
 INDICES = (0, 2, 5, 7, 10, 12, 14, 16, 19, 21, 23, 25, 28)
 
@@ -222,8 +225,8 @@ def test_what_starts_at_zero_may_stay_there(tmp_path):
 def test_names_of_the_official_checkpoint_round_trip():
     """Bit by bit, and every official tensor has a name of ours."""
     official = official_weights(0)
-    back = official_arrays(our_arrays(official))
-    assert set(back) == set(official) == {theirs for theirs, _ in NAMES.values()}
+    back = FORMAT.to_theirs(our_arrays(official))
+    assert set(back) == set(official)
     for name, array in official.items():
         np.testing.assert_array_equal(back[name], array)
 
@@ -281,7 +284,7 @@ def test_a_failed_way_back_leaves_the_file_that_was_there(tmp_path, monkeypatch)
 def test_other_networks_have_no_way_back(tmp_path):
     pytest.importorskip("torch", reason="writing .pth files needs PyTorch")
     save_checkpoint(AECRNet(AECRNetConfig(width=2, mixup="sum"), rngs=nnx.Rngs(0)), tmp_path / "ours")
-    with pytest.raises(UserError, match="is not the official network"):
+    with pytest.raises(UserError, match="is not the official AECR-Net"):
         convert_aecr(tmp_path / "ours", tmp_path / "x.pth")
 
 
@@ -325,9 +328,9 @@ class Touch:
 def test_a_pickle_with_code_is_refused_and_runs_nothing(tmp_path):
     torch = pytest.importorskip("torch", reason="reading .pth files needs PyTorch")
     torch.save({"model": Touch(str(tmp_path / "ran"))}, tmp_path / "evil.pth")
-    for convert in (convert_aecr, convert_vgg):
+    for convert_file in (convert_aecr, convert_vgg):
         with pytest.raises(UserError, match="would run code and is refused"):
-            convert(tmp_path / "evil.pth", tmp_path / "out.safetensors")
+            convert_file(tmp_path / "evil.pth", tmp_path / "out.safetensors")
     assert not (tmp_path / "ran").exists()
 
 

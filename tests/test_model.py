@@ -6,10 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from reference import load, nhwc, official_weights
+from reference import load, nhwc, official_weights, our_arrays
 
 from aecr_jax import AECRNet, AECRNetConfig
-from aecr_jax.convert.aecr_net import our_arrays
 from aecr_jax.networks.arrays import count_parameters, get_arrays
 from aecr_jax.networks.registry import abstract_network, build_network
 

@@ -8,10 +8,10 @@ import optax
 import pytest
 from flax import nnx
 from jax.ad_checkpoint import print_saved_residuals
-from reference import load, nhwc, official_weights, vgg19
+from reference import load, nhwc, official_weights, our_arrays, vgg19
 
 from aecr_jax import AECRNet, AECRNetConfig, UserError, contrastive_regularization
-from aecr_jax.convert.aecr_net import official_arrays, our_arrays
+from aecr_jax.convert.aecr_net import FORMAT
 from aecr_jax.losses.contrastive import LAYER_WEIGHTS, combine_distances, contrastive_distances
 from aecr_jax.losses.restoration import RestorationLoss
 from aecr_jax.losses.vgg import random_vgg19
@@ -51,7 +51,7 @@ def test_five_steps_of_the_official_code(x64):
             np.testing.assert_allclose(measured[name], d[name][i], rtol=1e-6, err_msg=f"{name} of step {i + 1}")
     output = state_to_model(config, state)(jnp.array(nhwc(d["eval_input"])))
     np.testing.assert_allclose(output, nhwc(d["final_eval_output"]), atol=1e-8)
-    official = official_arrays({k: np.asarray(v) for k, v in {**state.params, **state.stats}.items()})
+    official = FORMAT.to_theirs({k: np.asarray(v) for k, v in {**state.params, **state.stats}.items()})
     np.testing.assert_allclose(official["deconv.running_mean"], d["final_running_mean"], rtol=1e-8)
     np.testing.assert_allclose(official["deconv.running_deconv"], d["final_running_deconv"], atol=1e-8)
     np.testing.assert_allclose([official["mix1.w"][0], official["mix2.w"][0]], d["final_mix"], rtol=1e-8)
