@@ -227,7 +227,7 @@ def _make_parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="one HTML page about a training run", allow_abbrev=False)
     report.add_argument("workdir", metavar="WORKDIR", help="work directory of the run; report.html is written there")
 
-    vgg = commands.add_parser("convert-vgg", help="VGG-19 weights for contrastive regularization", allow_abbrev=False)
+    vgg = commands.add_parser("convert-vgg", help="VGG weights for contrastive regularization and perceptual loss", allow_abbrev=False)
     vgg.add_argument("file", metavar="FILE", help="torchvision's .pth, or a .safetensors or .npz with the names of torchvision or timm")
     vgg.add_argument("--output", required=True, metavar="FILE", help="the .safetensors to write")
     vgg.add_argument("--overwrite", action="store_true", help="replace --output if it exists")

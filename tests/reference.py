@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from aecr_jax.convert.aecr_net import FORMAT
-from aecr_jax.losses.vgg import CONVOLUTIONS, VGG19Features
+from aecr_jax.losses.vgg import VGG19Features
 from aecr_jax.networks.aecr_net import AECRNetConfig
 from aecr_jax.networks.arrays import get_arrays
 from aecr_jax.networks.registry import abstract_network
@@ -55,7 +55,7 @@ def our_arrays(official):
 def vgg19_tensors(seed):
     """Layers of a full VGG-19 in PyTorch's layout: [(name, weight [O, I, 3, 3], bias [O])]."""
     rng, channels, layers = np.random.default_rng(int(seed)), 3, []
-    for name in CONVOLUTIONS:
+    for name in VGG19Features.CONVOLUTIONS:
         out = 64 * min(2 ** (int(name[4]) - 1), 8)
         weight = rng.standard_normal((out, channels, 3, 3)).astype(np.float32) * np.float32(np.sqrt(2 / (9 * channels)))
         layers.append((name, weight, rng.standard_normal(out).astype(np.float32) * np.float32(0.05)))

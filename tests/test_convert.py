@@ -17,6 +17,7 @@ from aecr_jax.convert.aecr_net import FORMAT
 from aecr_jax.convert.networks import convert
 from aecr_jax.convert.vgg import convert_vgg
 from aecr_jax.inference.weights import save_checkpoint
+from aecr_jax.losses.vgg import VGG16Features
 from aecr_jax.networks.aecr_net import AECRNet
 from aecr_jax.networks.arrays import get_arrays
 
@@ -51,6 +52,19 @@ def test_safetensors_of_torchvision_or_timm(tmp_path):
     assert {"source", "sha256", "licence"} <= set(metadata) and len(metadata["sha256"]) == 64
 
 
+def test_a_vgg16_is_recognized_by_its_seventeenth_layer(tmp_path):
+    """torchvision's indices of VGG-16: 0, 2, 5, 7, 10, 12, 14 for the convolutions up to relu3_3, and 17 for the next one."""
+    rng, tensors, channels = np.random.default_rng(0), {}, 3
+    for index in (0, 2, 5, 7, 10, 12, 14, 17):
+        tensors[f"features.{index}.weight"] = rng.standard_normal((4, channels, 3, 3)).astype(np.float32)
+        tensors[f"features.{index}.bias"] = rng.standard_normal(4).astype(np.float32)
+        channels = 4
+    save_file(tensors, tmp_path / "x.safetensors")
+    assert "VGG-16, 3 of 3 levels" in convert_vgg(tmp_path / "x.safetensors", tmp_path / "vgg16.safetensors")
+    kernel = VGG16Features.load(tmp_path / "vgg16.safetensors").weights["conv3_3_kernel"]
+    np.testing.assert_array_equal(kernel, tensors["features.14.weight"].transpose(2, 3, 1, 0))
+
+
 def test_a_network_that_ends_early_serves_fewer_levels(tmp_path):
     tensors = {name: tensor for name, tensor in small_vgg().items() if int(name.split(".")[1]) <= 7}
     np.savez(tmp_path / "early.npz", **tensors)
@@ -61,7 +75,10 @@ def test_a_network_that_ends_early_serves_fewer_levels(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"features.17.weight": np.zeros((4, 4, 3, 3), np.float32)}, "this is a VGG-16, VGG-19 is needed"),
+        (
+            {"features.17.weight": np.zeros((4, 4, 3, 3), np.float32), "features.14.bias": None},
+            r"features.14.bias \(conv3_3\) is missing: VGG-16 of torchvision",
+        ),
         ({"features.1.running_mean": np.zeros(4, np.float32)}, "VGG with batch normalization"),
         ({"features.28.bias": None}, r"tensor features.28.bias \(conv5_1\) is missing"),
         (

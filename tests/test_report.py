@@ -126,7 +126,7 @@ def test_healthy_run(workdir, capsys):
     scores = [["best", "20", "24.00", "0.2400"], ["last", "40", "22.50", "0.2250"], ["hazy input", "", "11.50", "0.4000"]]
     assert page.rows[1:4] == scores
     assert "8 images of scenes; PSNR and SSIM on RGB as in the official code; moving average of the parameters" in page.text
-    titles = ["PSNR (dB), RGB over steps", "SSIM over steps", "L1 over steps", "mixup factors over steps"]
+    titles = ["PSNR (dB), RGB over steps", "SSIM over steps", "pixel distance over steps", "mixup factors over steps"]
     assert [svg["aria-label"] for svg in page.all("svg")] == titles
     assert "psnr 22.5" in page.text and "l1 0.025" in page.text  # the last values: 22.5, and 1 / 40
     assert [img["alt"] for img in page.all("img")] == ["panel of step 40", "panel of step 20"]

@@ -14,7 +14,7 @@ from aecr_jax import AECRNet, AECRNetConfig, UserError, contrastive_regularizati
 from aecr_jax.convert.aecr_net import FORMAT
 from aecr_jax.losses.contrastive import LAYER_WEIGHTS, combine_distances, contrastive_distances
 from aecr_jax.losses.restoration import RestorationLoss
-from aecr_jax.losses.vgg import random_vgg19
+from aecr_jax.losses.vgg import VGG19Features
 from aecr_jax.networks.arrays import get_arrays
 from aecr_jax.networks.layers import FastDeconv
 from aecr_jax.networks.registry import build_network
@@ -26,7 +26,7 @@ from aecr_jax.training.step import init_state, make_train_step, state_to_model
 
 def loss_of(config):
     rates = {"positives": config.loss.positives, "negatives": config.loss.negatives}
-    return RestorationLoss(random_vgg19(width=2), cr=config.loss.cr, dtype=config.model.dtype, **rates)
+    return RestorationLoss(VGG19Features.random(width=2), cr=config.loss.cr, dtype=config.model.dtype, **rates)
 
 
 FLOAT64 = {"dtype": "float64", "param_dtype": "float64"}
@@ -120,7 +120,7 @@ def test_the_step_is_the_pmap_of_a_step_per_device(x64, monkeypatch):
     config = Config(model=SMALL64, optim=OptimConfig(batch=8, steps=10))
     batch = batches(1)[0]
     expected, measured = run(config, 8, [batch])
-    state, features, optimizer = init_state(config), random_vgg19(width=2), make_optimizer(config.optim, AECRNet.predicts_offsets)
+    state, features, optimizer = init_state(config), VGG19Features.random(width=2), make_optimizer(config.optim, AECRNet.predicts_offsets)
     patches = FastDeconv._patches
     monkeypatch.setattr(FastDeconv, "_patches", lambda self, x: jax.lax.all_gather(patches(self, x), "device", tiled=True))
 
@@ -284,7 +284,7 @@ def test_the_step_uses_the_rates(rates):
     batch = {k: v * np.linspace(0.1, 1, 8, dtype=np.float32).reshape(8, 1, 1, 1) for k, v in batch.items()}
     model = state_to_model(config, init_state(config))
     model.train()
-    expected = contrastive_regularization(model(batch["hazy"]), batch["clear"], batch["hazy"], random_vgg19(width=2), **rates)
+    expected = contrastive_regularization(model(batch["hazy"]), batch["clear"], batch["hazy"], VGG19Features.random(width=2), **rates)
     np.testing.assert_allclose(run(config, 1, [batch])[1]["cr"], expected, rtol=1e-4)
 
 

@@ -1,11 +1,14 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax import lax
 from reference import load, nhwc, vgg19
 from safetensors.numpy import save_file
 
 from aecr_jax import UserError, VGG19Features, load_vgg19
-from aecr_jax.losses.vgg import random_vgg19, vgg_metadata
+from aecr_jax.losses.vgg import VGG16Features
 
 
 def test_all_five_levels():
@@ -17,17 +20,17 @@ def test_all_five_levels():
     np.testing.assert_allclose(features[4], nhwc(d["relu5_1_anchor"]), atol=1e-4)
 
 
-def tiny_weights():
+def tiny_weights(network=VGG19Features):
     return {
         name.replace("_kernel", ".kernel").replace("_bias", ".bias"): np.asarray(v[...])
-        for name, v in random_vgg19(width=2).weights.items()
+        for name, v in network.random(width=2).weights.items()
     }
 
 
 def test_file_round_trip(tmp_path):
     path = tmp_path / "vgg.safetensors"
     weights = tiny_weights()
-    save_file(weights, path, metadata=vgg_metadata(source="test"))
+    save_file(weights, path, metadata=VGG19Features.metadata(source="test"))
     x = jnp.asarray(np.random.default_rng(0).random((1, 16, 16, 3), np.float32))
     for ours, expected in zip(load_vgg19(path)(x), VGG19Features(weights)(x), strict=True):
         np.testing.assert_array_equal(ours, expected)
@@ -87,12 +90,12 @@ def test_a_missing_file_says_how_to_get_one(tmp_path):
 
 def test_small_images_are_refused():
     with pytest.raises(ValueError, match="images of 8x8 must be at least 16x16 for 5 levels"):
-        random_vgg19(width=2)(jnp.ones((1, 8, 8, 3)))
+        VGG19Features.random(width=2)(jnp.ones((1, 8, 8, 3)))
 
 
 def test_refuses_images_that_are_not_floats():
     """Weights cast to integers are zero, and so were the features."""
-    features = random_vgg19(width=2)
+    features = VGG19Features.random(width=2)
     for dtype in (np.uint8, np.bool_):
         with pytest.raises(ValueError, match=rf"images has type {np.dtype(dtype)} and must be floating point in \[0, 1\]"):
             features(np.ones((1, 16, 16, 3), dtype))
@@ -100,4 +103,28 @@ def test_refuses_images_that_are_not_floats():
 
 
 def test_no_images_have_no_features():
-    assert [f.shape for f in random_vgg19(width=2)(jnp.zeros((0, 16, 16, 3)))] == [(0, 16 >> i, 16 >> i, 2 << min(i, 3)) for i in range(5)]
+    features = VGG19Features.random(width=2)(jnp.zeros((0, 16, 16, 3)))
+    assert [f.shape for f in features] == [(0, 16 >> i, 16 >> i, 2 << min(i, 3)) for i in range(5)]
+
+
+def test_vgg16_has_a_map_at_the_end_of_each_stage():
+    """By hand: relu1_2, relu2_2 and relu3_3 of a network of width 2, with a 2x2 max pooling between the stages."""
+    features = VGG16Features.random(width=2)
+    x = jax.random.uniform(jax.random.key(0), (1, 8, 12, 3))
+    y, expected = x, []
+    for name in ("conv1_1", "conv1_2", "conv2_1", "conv2_2", "conv3_1", "conv3_2", "conv3_3"):
+        if name in ("conv2_1", "conv3_1"):
+            y = nnx.max_pool(y, (2, 2), (2, 2))
+        kernel = features.weights[f"{name}_kernel"][...]
+        y = nnx.relu(lax.conv_general_dilated(y, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")))
+        if name in ("conv1_2", "conv2_2", "conv3_3"):
+            expected.append(y)
+    for got, wanted in zip(features(x), expected, strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-5)
+
+
+def test_a_file_of_the_other_network_is_refused(tmp_path):
+    save_file(tiny_weights(VGG16Features), tmp_path / "vgg16.safetensors", metadata=VGG16Features.metadata(source="test"))
+    assert VGG16Features.load(tmp_path / "vgg16.safetensors").levels == 3
+    with pytest.raises(UserError, match=r"vgg16.safetensors holds vgg16 and must hold VGG-19: get torchvision's vgg19-dcbb9e9d.pth"):
+        load_vgg19(tmp_path / "vgg16.safetensors")

@@ -18,7 +18,7 @@ from jax.extend.core import jaxprs_in_params
 
 from aecr_jax.errors import UserError
 from aecr_jax.losses.restoration import RestorationLoss
-from aecr_jax.losses.vgg import random_vgg19
+from aecr_jax.losses.vgg import VGG19Features
 from aecr_jax.networks.network import NetworkConfig
 from aecr_jax.networks.registry import config_from_dict, make_network
 from aecr_jax.ops.deform_conv import deform_conv2d
@@ -139,7 +139,7 @@ def _train(work: Work) -> tuple[Any, tuple[Any, ...], int | None]:
         optim=OptimConfig(batch=work.batch),
     )
     mesh = make_mesh(jax.devices()[:1])
-    loss = RestorationLoss(random_vgg19(width=64) if work.cr else None, cr=config.loss.cr, dtype=work.dtype)
+    loss = RestorationLoss(VGG19Features.random(width=64) if work.cr else None, cr=config.loss.cr, dtype=work.dtype)
     step = make_train_step(config, loss, mesh)
     rng = np.random.default_rng(0)
     images = {key: rng.random((work.batch, work.size, work.size, 3), np.float32) for key in ("hazy", "clear")}

@@ -1,4 +1,4 @@
-"""Conversion of VGG-19 weights from torchvision or timm to the file that the contrastive regularization reads."""
+"""Conversion of VGG-19 and VGG-16 weights from torchvision or timm to the files that the losses read."""
 
 from __future__ import annotations
 
@@ -11,21 +11,27 @@ from safetensors.numpy import save
 from aecr_jax.convert.tensors import Tensors, check_output, read_tensors, to_float32
 from aecr_jax.errors import UserError
 from aecr_jax.files import refuse_existing, replacing
-from aecr_jax.losses.vgg import CONVOLUTIONS, check_weights, vgg_metadata
+from aecr_jax.losses.vgg import VGG16Features, VGG19Features, VGGFeatures
 
 # Index of each convolution in torchvision's and timm's `features`.
-_TORCHVISION = dict(zip(CONVOLUTIONS, (0, 2, 5, 7, 10, 12, 14, 16, 19, 21, 23, 25, 28)))
+_INDICES = {
+    VGG19Features: dict(zip(VGG19Features.CONVOLUTIONS, (0, 2, 5, 7, 10, 12, 14, 16, 19, 21, 23, 25, 28))),
+    VGG16Features: dict(zip(VGG16Features.CONVOLUTIONS, (0, 2, 5, 7, 10, 12, 14))),
+}
 _VGG16_ONLY = "features.17.weight"  # a convolution in VGG-16, but a ReLU in VGG-19
 # Known files by the first digits of their SHA-256, which torchvision includes in its file names.
-_KNOWN = {"dcbb9e9d": ("torchvision VGG-19 (IMAGENET1K_V1)", "BSD-3-Clause (torchvision); trained on ImageNet")}
+_KNOWN = {
+    "dcbb9e9d": ("torchvision VGG-19 (IMAGENET1K_V1)", "BSD-3-Clause (torchvision); trained on ImageNet"),
+    "397923af": ("torchvision VGG-16 (IMAGENET1K_V1)", "BSD-3-Clause (torchvision); trained on ImageNet"),
+}
 
 
 def convert_vgg(file: str | Path, output: str | Path, *, overwrite: bool = False) -> str:
-    """Convert VGG-19 weights to the file that `load_vgg19` reads, and return a line that describes them.
+    """Convert VGG weights to a file that `VGG19Features.load` or `VGG16Features.load` reads, and return a line that describes them.
 
-    The weights may be torchvision's `vgg19-*.pth` (which requires PyTorch), or a `.safetensors` or `.npz` file with the names of
-    torchvision or timm. A truncated network supports fewer levels. Weights may have any floating-point type, including bfloat16, and are
-    converted to float32.
+    The weights may be torchvision's `vgg19-*.pth` or `vgg16-*.pth` (which requires PyTorch), or a `.safetensors` or `.npz` file with the
+    names of torchvision or timm. A truncated network is taken for a VGG-19 and supports fewer levels. Weights may have any
+    floating-point type, including bfloat16, and are converted to float32.
 
     Args:
       file: the file with the weights.
@@ -42,32 +48,32 @@ def convert_vgg(file: str | Path, output: str | Path, *, overwrite: bool = False
     refuse_existing(output, overwrite=overwrite)
     tensors = read_tensors(file)
     try:
-        weights = _from_torchvision(tensors)
-        levels = check_weights(weights)
+        network = VGG16Features if _VGG16_ONLY in tensors else VGG19Features
+        weights = _from_torchvision(tensors, network)
+        levels = network.check_weights(weights)
     except ValueError as error:
         raise UserError(f"{file}: {error}") from error
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     source, licence = _KNOWN.get(digest[:8], (f"{file.name}, not a known file", "not known: see where the file came from"))
     with replacing(output) as partial:
-        partial.write_bytes(save(weights, metadata=vgg_metadata(source=source, sha256=digest, licence=licence)))
-    about = f"{levels} of 5 levels, input RGB in [0, 1]"
+        partial.write_bytes(save(weights, metadata=network.metadata(source=source, sha256=digest, licence=licence)))
+    about = f"{network.TITLE}, {levels} of {len(network.TAPS)} levels, input RGB in [0, 1]"
     return f"{output}: {source}, {about}, SHA-256 {digest[:16]}..., licence {licence}"
 
 
-def _from_torchvision(tensors: Tensors) -> Tensors:
+def _from_torchvision(tensors: Tensors, network: type[VGGFeatures]) -> Tensors:
     if any(name.endswith("running_mean") for name in tensors):
         raise ValueError(
             "this is a VGG with batch normalization; VGG-19 without it is needed (tensor features.1.running_mean is unexpected)"
         )
-    if _VGG16_ONLY in tensors:
-        raise ValueError(f"this is a VGG-16, VGG-19 is needed (tensor {_VGG16_ONLY} is unexpected)")
     weights: Tensors = {}
-    for name, index in _TORCHVISION.items():
+    indices = _INDICES[network]
+    for name, index in indices.items():
         for part, ours in (("weight", "kernel"), ("bias", "bias")):
             if (theirs := f"features.{index}.{part}") in tensors:
                 weights[f"{name}.{ours}"] = _to_hwio(tensors[theirs], theirs)
-            elif any(f"features.{later}.weight" in tensors for later in _TORCHVISION.values() if later >= index) or not weights:
-                raise ValueError(f"tensor {theirs} ({name}) is missing: VGG-19 of torchvision or timm is needed")
+            elif any(f"features.{later}.weight" in tensors for later in indices.values() if later >= index) or not weights:
+                raise ValueError(f"tensor {theirs} ({name}) is missing: {network.TITLE} of torchvision or timm is needed")
     return weights
 
 

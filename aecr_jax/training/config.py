@@ -28,16 +28,28 @@ from aecr_jax.settings import bounded, check_settings, parse_value
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The loss, Eq. 4: `L1 + cr * regularization`."""
+    """The loss. By default it is the paper's, Eq. 4: `L1 + cr * regularization`."""
 
+    kind: Literal["restoration", "transmission", "distillation"] = "restoration"
+    """What is compared: "restoration", the restored image with the clear one, by the settings below; "transmission", the transmission
+    that DehazeNet predicts with that of the haze, which must have the airlight 1; "distillation", in addition to the restored image,
+    the features of KDDN's student with those of its teacher."""
+    pixel: Literal["l1", "l2", "smooth_l1"] = "l1"
+    """Pixel distance between the restored and the clear image."""
     cr: float = bounded(0.1, 0)
-    """Weight of contrastive regularization (beta in the paper); with 0, the loss is L1 alone."""
+    """Weight of contrastive regularization (beta in the paper); 0 turns it off."""
     positives: int = bounded(1, 1)
     """Number of clear images that each restored image is compared with (Table 4)."""
     negatives: int = bounded(1, 0)
     """Number of hazy images that each restored image is compared with (Table 4); 0 is the paper's CR*, which uses positives only."""
     features: str = "vgg19.safetensors"
     """File of VGG-19 weights, written by `convert-vgg`; or "random" for a narrow network with random weights, to try things out."""
+    perceptual: float = bounded(0.0, 0)
+    """Weight of the perceptual loss, the mean squared difference of VGG-16 features (0.04 in GridDehazeNet); 0 turns it off."""
+    perceptual_features: str = "vgg16.safetensors"
+    """File of VGG-16 weights for the perceptual loss, written by `convert-vgg`; or "random"."""
+    teacher: str = ""
+    """Checkpoint of the teacher for "distillation", a network that restores clear images from themselves."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +60,20 @@ class OptimConfig:
     """Number of optimizer steps. The official code calls 5000 steps an epoch and trains for 100 epochs."""
     batch: int = bounded(16, 1, 2**31 - 1)
     """Number of images per step, over all devices."""
-    optimizer: Literal["adam", "muon"] = "adam"
+    optimizer: Literal["adam", "muon", "sgd"] = "adam"
     """The paper uses Adam. Muon (orthogonal steps for the convolution kernels, Nesterov Adam for the rest) learns faster in short
-    runs, at a learning rate such as 3e-3."""
+    runs, at a learning rate such as 3e-3. SGD has a momentum of 0.9."""
     learning_rate: float = 2e-4
     """Peak learning rate: 2e-4 in the paper (Adam), 1e-4 in the official code."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Learning rate schedule: cosine annealing to 0 at the last step, or a constant rate."""
+    schedule: Literal["cosine", "constant", "steps"] = "cosine"
+    """Learning rate schedule: cosine annealing to 0 at the last step, a constant rate, or a rate that is multiplied by `decay_factor`
+    after every `decay_every` steps."""
+    decay_every: int = bounded(100_000, 1, 2**31 - 1)
+    """Number of steps between the decays of the schedule "steps"."""
+    decay_factor: float = bounded(0.5, 0)
+    """Factor on the learning rate at each decay of the schedule "steps"."""
+    weight_decay: float = bounded(0.0, 0)
+    """Factor of the parameters that is added to their gradients, as PyTorch's optimizers do."""
     warmup: int = bounded(0, 0, 2**31 - 1)
     """Number of steps over which the learning rate rises linearly from 0, in addition to the schedule."""
     accumulate: int = bounded(1, 1)

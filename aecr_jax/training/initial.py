@@ -3,30 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from flax import nnx
 
 from aecr_jax.errors import UserError
 from aecr_jax.inference.weights import has_checkpoint, load_with_info
+from aecr_jax.losses.loss import Loss
 from aecr_jax.losses.restoration import RestorationLoss
-from aecr_jax.losses.vgg import load_vgg19, random_vgg19
+from aecr_jax.losses.vgg import VGG16Features, VGG19Features, VGGFeatures
 from aecr_jax.networks.network import Network
 from aecr_jax.training.config import Config
 
 
-def make_loss(config: Config) -> RestorationLoss:
+def make_loss(config: Config) -> Loss:
     """Return the loss that the settings describe.
 
     Raises:
-      UserError: the file of feature weights is missing or wrong, or the crops are too small for the features.
+      UserError: a file of weights is missing or wrong, the crops are too small for the features, or the loss does not fit the network.
     """
-    features = None
-    if config.loss.cr:
-        features = random_vgg19() if config.loss.features == "random" else load_vgg19(config.loss.features)
-        if config.data.crop < (least := 2 ** (features.levels - 1)):
-            raise UserError(f"data.crop (={config.data.crop}) must be at least {least} for the {features.levels} levels of the features")
-    rates = {"positives": config.loss.positives, "negatives": config.loss.negatives}
-    return RestorationLoss(features, cr=config.loss.cr, dtype=config.model.dtype, **rates)
+    loss, dtype = config.loss, config.model.dtype
+    features = _load_features(VGG19Features, loss.features, config.data.crop) if loss.cr else None
+    perceptual = _load_features(VGG16Features, loss.perceptual_features, config.data.crop) if loss.perceptual else None
+    return RestorationLoss(
+        features,
+        cr=loss.cr,
+        positives=loss.positives,
+        negatives=loss.negatives,
+        pixel=loss.pixel,
+        perceptual=loss.perceptual,
+        perceptual_features=perceptual,
+        dtype=dtype,
+    )
+
+
+def _load_features(network: type[VGGFeatures], file: str, crop: int) -> Any:
+    features = network.random() if file == "random" else network.load(file)
+    if crop < (least := 2 ** (features.levels - 1)):
+        raise UserError(f"data.crop (={crop}) must be at least {least} for the {features.levels} levels of the features")
+    return features
 
 
 def load_initial(config: Config, say: Callable[[str], None]) -> Network | None:

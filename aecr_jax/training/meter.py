@@ -100,6 +100,10 @@ class Meter:
         )
 
 
+# The parts of the losses, of which a run has some.
+_SHOWN = ("l1", "l2", "smooth_l1", "transmission", "perceptual", "distillation", "cr")
+
+
 def describe(values: dict[str, Any]) -> str:
     """Return the measurements to show as progress, such as "l1 0.1234, cr 0.9876"."""
-    return ", ".join(f"{name} {values[name]:.4f}" for name in ("l1", "cr") if name in values)
+    return ", ".join(f"{name} {values[name]:.4f}" for name in _SHOWN if name in values)

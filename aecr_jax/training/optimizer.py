@@ -20,6 +20,12 @@ def learning_rate(optim: OptimConfig) -> optax.Schedule:
     """
     if optim.schedule == "cosine":
         decay = optax.cosine_decay_schedule(optim.learning_rate, optim.steps)
+    elif optim.schedule == "steps":
+        # One step ahead, as for the cosine, would decay one step early.
+        staircase = optax.exponential_decay(optim.learning_rate, optim.decay_every, optim.decay_factor, staircase=True)
+
+        def decay(taken: Any) -> Any:
+            return staircase(taken - 1)
     else:
         decay = optax.constant_schedule(optim.learning_rate)
 
@@ -31,7 +37,9 @@ def learning_rate(optim: OptimConfig) -> optax.Schedule:
 
 
 def make_optimizer(optim: OptimConfig, predicts_offsets: Callable[[str], bool]) -> optax.GradientTransformation:
-    """Return the paper's Adam (0.9, 0.999) with PyTorch's epsilon, or Muon, with gradient clipping and a factor for offsets if set.
+    """Return the paper's Adam (0.9, 0.999) with PyTorch's epsilon, Muon, or SGD with a momentum of 0.9.
+
+    Gradient clipping, weight decay and a factor for offsets are added if they are set.
 
     Muon (Jordan et al., 2024) treats each convolution kernel as a matrix of all inputs by outputs and makes its steps orthogonal, with
     a root mean square of 0.2 times the learning rate (Liu et al., 2025, arXiv 2502.16982). Biases, mixup factors, and kernels with at
@@ -44,8 +52,12 @@ def make_optimizer(optim: OptimConfig, predicts_offsets: Callable[[str], bool]) 
     """
     if optim.optimizer == "muon":
         update = muon(learning_rate(optim), muon_weight_dimension_numbers=_muon_kernels, consistent_rms=0.2)
+    elif optim.optimizer == "sgd":
+        update = optax.sgd(learning_rate(optim), momentum=0.9)
     else:
         update = optax.adam(learning_rate(optim), b1=0.9, b2=0.999, eps=1e-8)
+    if optim.weight_decay:
+        update = optax.chain(optax.add_decayed_weights(optim.weight_decay), update)
     # The chain always has three parts, so that a run can resume with other values of these settings.
     return optax.chain(
         optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity(),

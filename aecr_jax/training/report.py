@@ -33,7 +33,9 @@ _LEVELS = range(1, 6)
 _CURVES: list[tuple[str, str, list[str], bool]] = [
     ("PSNR (dB), RGB", "eval", ["psnr", "input_psnr"], False),
     ("SSIM", "eval", ["ssim", "input_ssim"], False),
-    ("L1", "train", ["l1"], True),
+    ("pixel distance", "train", ["l1", "l2", "smooth_l1"], True),
+    ("squared error of the transmission", "train", ["transmission"], True),
+    ("perceptual loss and distillation", "train", ["perceptual", "distillation"], True),
     ("contrastive regularization", "train", ["cr"], False),
     ("distance to the clear image, by feature level", "train", [f"d_ap_{i}" for i in _LEVELS], True),
     ("distance to the hazy image, by feature level", "train", [f"d_an_{i}" for i in _LEVELS], True),
