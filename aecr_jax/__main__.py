@@ -207,6 +207,15 @@ def _make_parser() -> argparse.ArgumentParser:
         help="images of more than N x N pixels go in overlapping tiles (0: never); default 1536",
     )
 
+    compare = commands.add_parser("compare", help="one sheet of pictures by several models", allow_abbrev=False)
+    compare.add_argument("image", nargs="+", metavar="IMAGE", help="image files, one row each")
+    compare.add_argument("--models", required=True, metavar="A,B,...", help="checkpoints as eval takes them, one column each")
+    compare.add_argument("--clear", metavar="PATH", help="folder of clear images, or the clear image of the only image, for scores")
+    compare.add_argument("--output", required=True, metavar="FILE", help="the picture to write, such as sheet.png")
+    compare.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
+    compare.add_argument("--width", type=int, default=320, metavar="N", help="width of a column in pixels; default 320")
+    compare.add_argument("--tile", type=int, default=1536, metavar="N", help="as for dehaze; default 1536")
+
     prepare = commands.add_parser("prepare-data", help="build a data set from its authors' archives", allow_abbrev=False)
     prepare.add_argument("name", metavar="NAME", help="reside/its, ots, sots_indoor, sots_outdoor, hsts or rtts; nh_haze, dense_haze")
     prepare.add_argument("--source", required=True, metavar="DIR", help="folder where the archives were unpacked")
@@ -330,6 +339,22 @@ def _check_data(options: argparse.Namespace, rest: list[str]) -> int:
     return int(report.mistaken)
 
 
+def _compare(options: argparse.Namespace, rest: list[str]) -> int:
+    from aecr_jax.inference.compare import compare
+
+    table = compare(
+        options.image,
+        options.models.split(","),
+        options.output,
+        clear=options.clear,
+        width=options.width,
+        tile=options.tile,
+        overwrite=options.overwrite,
+    )
+    print((f"{table}\n" if table else "") + f"sheet: {options.output}")
+    return 0
+
+
 def _report(options: argparse.Namespace, rest: list[str]) -> int:
     from aecr_jax.training.report import write_report
 
@@ -359,6 +384,7 @@ _RUN = {
     "check-data": _check_data,
     "benchmark": run_benchmark,
     "report": _report,
+    "compare": _compare,
     "convert-vgg": _convert_vgg,
     "convert": _convert,
     "convert-aecr": _convert,

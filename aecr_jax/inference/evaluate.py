@@ -43,7 +43,8 @@ class Score:
 
 
 @bounded_jit
-def _measure(prediction: jax.Array, target: jax.Array) -> jax.Array:
+def measure(prediction: jax.Array, target: jax.Array) -> jax.Array:
+    """Return PSNR and SSIM of one image `[H, W, 3]`, as an array of two numbers."""
     return jnp.concatenate([psnr(prediction[None], target[None]), ssim(prediction[None], target[None])])
 
 
@@ -59,7 +60,7 @@ def score_images(
     for image in tqdm(images, "evaluating", total, leave=False, disable=no_bar()):
         try:
             restored = restorer(image.hazy)
-            after, before = (_measure(x, image.clear) for x in (restored, image.hazy))
+            after, before = (measure(x, image.clear) for x in (restored, image.hazy))
             score = Score(image.name, float(after[0]), float(after[1]), float(before[0]), float(before[1]))
             if not all(map(math.isfinite, astuple(score)[1:])):
                 raise UserError("the score is not finite: look at the values of the clear image")

@@ -72,7 +72,7 @@ def dehaze_files(
     for source, target in tqdm(todo, "dehazing", unit="image", disable=None):
         try:
             _check_name(source, target)
-            restored = _restore(restorer, source, tile)
+            restored = restore_any_size(restorer, read_image(source), tile, str(source))
         except UserError as error:
             failed += 1
             _complain(str(error))
@@ -87,9 +87,12 @@ def dehaze_files(
     return not failed
 
 
-def _restore(restorer: Restorer, source: Path, tile: int) -> np.ndarray:
-    """Return the restored image, `[H, W, 3]`. Error messages begin with the name of the file."""
-    image = read_image(source)
+def restore_any_size(restorer: Restorer, image: np.ndarray, tile: int, name: str) -> np.ndarray:
+    """Restore an image `[H, W, 3]`, in tiles if it has more than `tile * tile` pixels.
+
+    Raises:
+      UserError: the image or its result is not finite, or it does not fit into memory; the message begins with `name`.
+    """
     h, w = image.shape[:2]
     large = tile > 0 and h * w > tile * tile
     try:
@@ -99,9 +102,9 @@ def _restore(restorer: Restorer, source: Path, tile: int) -> np.ndarray:
         share = 0.5 if error.available is None else 0.8 * error.available / error.needed
         side = int(math.sqrt(pixels * share)) // OVERLAP * OVERLAP
         side = max(LEAST_TILE, min(side, USUAL_TILE))
-        raise UserError(f"{source}: {error}" + (f": use --tile {side}" if side * side < pixels else "")) from error
+        raise UserError(f"{name}: {error}" + (f": use --tile {side}" if side * side < pixels else "")) from error
     except UserError as error:
-        raise UserError(f"{source}: {error}") from error
+        raise UserError(f"{name}: {error}") from error
 
 
 def _check_name(source: Path, target: Path) -> None:
