@@ -57,7 +57,7 @@ def test_overrides_are_typed():
         (["--run.workdir", "gs://bucket/run"], r"run.workdir \(=gs://bucket/run\) must be a folder"),
         (["--run.processes", "2"], r"run.coordinator \(=''\) must be HOST:PORT"),
         (["--optim.freeze_stats_after", "-2"], r"optim.freeze_stats_after \(=-2\) must be at least -1"),
-        (["--optim.freeze_stats_after", "0"], r"optim.freeze_stats_after \(=0\) needs run.init_from"),
+        (["--optim.freeze_stats_after", "0"], r"freeze_stats_after \(=0\) needs run.init_from, .*, set it to a few hundred steps"),
         (["--optim.ema", "1"], r"optim.ema \(=1.0\) must be less than 1"),
         (["--data.train", ""], r"data.train is empty: name a folder, HAZY,CLEAR"),
         (["--data.eval", "x", "--data.holdout", "5"], r"data.holdout \(=5\) and data.eval \(=x\) both say what to evaluate on"),

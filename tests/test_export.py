@@ -112,6 +112,17 @@ def test_a_round_trip_is_bit_exact(tmp_path, dtype, x64):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_the_step_is_exported(folder, tmp_path):
+    """That of the model, unless `about` has another; a model that was never trained has none."""
+    model = load_checkpoint(folder)
+    assert model.step is None
+    model.step = 12
+    for about, step in ((None, 12), ({"name": "mine"}, 12), ({"step": 9}, 9)):
+        save_checkpoint(model, tmp_path / "exported", about)
+        assert json.loads((tmp_path / "exported" / CONFIG).read_text())["about"] == {"step": step} | (about or {})
+        assert load_checkpoint(tmp_path / "exported").step == step
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_weights_that_are_not_finite_are_neither_written_nor_read(tmp_path, folder, value):
     model = load_checkpoint(folder)

@@ -62,7 +62,9 @@ def test_a_new_network_goes_through_every_command(config_file, tmp_path, capsys,
     assert isinstance(model, Toy) and model.config == ToyConfig(features=5) and model.step == 4 and model.name == "w"
     x = np.random.default_rng(0).random((1, 9, 11, 3), np.float32)
     save_checkpoint(model, tmp_path / "exported")
-    np.testing.assert_array_equal(load_checkpoint(tmp_path / "exported")(x), model(x))
+    exported = load_checkpoint(tmp_path / "exported")
+    assert exported.step == 4  # an exported run keeps its step
+    np.testing.assert_array_equal(exported(x), model(x))
 
     assert main(["eval", "--checkpoint", str(workdir), "--data", "scenes", "--output", str(tmp_path / "out")]) == 0
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["images"] == 20

@@ -46,6 +46,7 @@ def test_the_card_tells_the_model():
     assert f"{about['parameters']:,} parameters" in CARD
     assert CARD.startswith(f"# Model card: {about['name']}\n")
     score = about["sots_indoor_10_scenes"]
+    assert model.step == sum(about["steps"]) and f"| steps in total | {model.step:,} |" in CARD
     assert f"**{score['psnr']:.2f} dB**" in CARD and f"{score['ssim']:.4f}" in CARD
     assert sum(file.stat().st_size for file in DEFAULT_MODEL.iterdir()) < 11e6
     assert all((DEFAULT_MODEL / link).is_file() for link in re.findall(r"\]\(([^):#]+)\)", CARD))

@@ -1,7 +1,10 @@
 """The one notation for images: what each form opens, what it is called, and what a wrong one is told."""
 
+import pickle
+from dataclasses import FrozenInstanceError
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from test_commands import fails
 from test_data import picture
@@ -44,6 +47,32 @@ def test_drawn_scenes():
     assert drawn_test_scenes("scenes:150:192x144") == "scenes/test:20:192x144" and drawn_test_scenes("scenes") == "scenes/test"
 
 
+def test_samples_by_their_files(tmp_path):
+    """RESIDE's names: the hazy file names the pair, and the clear one its scene."""
+    pair, scene = Pair(tmp_path / "1400_2.png", tmp_path / "1400.jpg"), DepthScene(tmp_path / "7.jpg", tmp_path / "7_d.png")
+    assert (pair.name, pair.scene, pair.origin, pair.dataset) == ("1400_2", "1400", str(tmp_path / "1400_2.png"), "")
+    assert (scene.name, scene.scene, scene.origin, scene.dataset) == ("7", "7", str(tmp_path / "7.jpg"), "")
+
+
+def test_samples_are_immutable_and_reach_worker_processes_whole(tmp_path):
+    """Equal after pickling; drawn scenes, which are equal only to themselves, by their values."""
+    clear, depth = np.full((2, 3, 3), 0.25, np.float32), np.ones((2, 3), np.float32)
+    drawn = DrawnScene("a", clear, depth)
+    for sample in (Pair(tmp_path / "a", tmp_path / "b"), DepthScene(tmp_path / "a", tmp_path / "b"), drawn):
+        assert not hasattr(sample, "__dict__")
+        with pytest.raises(FrozenInstanceError):
+            sample.clear = None
+        copy = pickle.loads(pickle.dumps(sample))
+        if sample is drawn:
+            assert (copy.name, copy.scene, copy.origin, copy.dataset, copy.kind) == ("a", "a", "a", "", "depth")
+            np.testing.assert_array_equal(copy.clear, clear)
+            np.testing.assert_array_equal(copy.depth, depth)
+        else:
+            assert copy == sample and hash(copy) == hash(sample)
+    assert drawn == drawn and drawn != DrawnScene("a", clear, depth) and len({drawn, drawn}) == 1
+    assert Pair(tmp_path / "a", tmp_path / "b") != DepthScene(tmp_path / "a", tmp_path / "b")
+
+
 def test_built_data_sets_and_parts_of_splits(tmp_path):
     for i in range(1, 56):
         picture(tmp_path / "NH-HAZE" / f"{i:02d}_hazy.png", seed=i), picture(tmp_path / "NH-HAZE" / f"{i:02d}_GT.png", seed=i + 99)
@@ -51,6 +80,7 @@ def test_built_data_sets_and_parts_of_splits(tmp_path):
     for spec in ("nh_haze", "nh_haze:full"):
         samples, name = open_samples(spec, data_dir=str(tmp_path / "built"))
         assert len(samples) == 55 and name == "nh_haze:full, NTIRE 2020" and samples[0].dataset == "nh_haze"
+        assert (samples[0].name, samples[0].scene, samples[0].origin, samples[0].kind) == ("01_hazy", "01_GT", "nh_haze 01_hazy", "pair")
         assert set(samples[0].files) == {"records"}
     folder = str(tmp_path / "NH-HAZE")
     for spec, options in ((folder, {}), ("nh_haze", {"data_dir": str(tmp_path / "built")})):

@@ -14,8 +14,9 @@ import re
 import shutil
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import grain
 import numpy as np
@@ -23,7 +24,7 @@ import tensorflow_datasets as tfds
 
 from aecr_jax.data.images import read_pixels
 from aecr_jax.data.layouts import DATASETS, Layout, Part, find_layout, missing_images
-from aecr_jax.data.samples import Kind, fit_clear
+from aecr_jax.data.samples import Sample, fit_clear
 from aecr_jax.errors import UserError, first_line
 from aecr_jax.files import make_folder
 
@@ -154,19 +155,18 @@ def _read_boxes(image: Path) -> list[dict[str, Any]]:
     return boxes
 
 
-class Record(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Record(Sample):
     """One pair of a built data set."""
 
-    dataset: str
+    # field(), because otherwise the properties of the base class would become the default values
+    dataset: str = field()
     source: Any
     position: int
-    name: str
-    scene: str
+    name: str = field()
+    scene: str = field()
 
-    @property
-    def kind(self) -> Kind:
-        """Always "pair"."""
-        return "pair"
+    kind = "pair"
 
     @property
     def origin(self) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -16,33 +18,44 @@ Kind = Literal["pair", "depth"]
 _RESIDE_FRAME, _RESIDE_CROP, _RESIDE_BORDER = (480, 640), (460, 620), 10
 
 
-class Sample(Protocol):
-    """A hazy image with its clear one, or a clear image with depth from which haze is made."""
+class Sample(ABC):
+    """A hazy image with its clear one, or a clear image with depth from which haze is made.
+
+    The properties below are those of a sample with image files of its own; other kinds of samples override them. A sample must be
+    picklable, because worker processes read samples too.
+    """
+
+    __slots__ = ()
+
+    kind: ClassVar[Kind]
+    """The kind of images that `read` returns: "pair" (hazy and clear) or "depth" (clear and depth)."""
+
+    @property
+    @abstractmethod
+    def files(self) -> Mapping[str, Path]:
+        """The files that the sample is read from: `hazy`, `clear`, `depth`, or `records`; empty if it is in memory."""
 
     @property
     def name(self) -> str:
-        """The image's name, unique in most data sets."""
+        """The image's name, unique in most data sets: the name of the first file, without extension."""
+        return self._first_file.stem
 
     @property
     def scene(self) -> str:
-        """The name of the scene, which the hazy versions of one clear image share."""
+        """The name of the scene, which the hazy versions of one clear image share: the name of the clear file, without extension."""
+        return self.files["clear"].stem
 
     @property
     def origin(self) -> str:
-        """How messages refer to the sample: by its file, or by its data set and name."""
+        """How messages refer to the sample: by the path of its first file, or by its data set and name."""
+        return str(self._first_file)
 
     @property
     def dataset(self) -> str:
         """The built data set that the sample belongs to, such as "reside/its"; empty if it belongs to none."""
+        return ""
 
-    @property
-    def kind(self) -> Kind:
-        """The kind of images that `read` returns: "pair" (hazy and clear) or "depth" (clear and depth)."""
-
-    @property
-    def files(self) -> Mapping[str, Path]:
-        """The files that the sample is read from: `hazy`, `clear`, `depth`, or `records`; empty if it is in memory."""
-
+    @abstractmethod
     def read(self) -> dict[str, np.ndarray]:
         """Read the images: `hazy` and `clear` `[H, W, 3]` as `read_pixels` returns them, `depth` `[H, W]` in (0, 1].
 
@@ -50,37 +63,19 @@ class Sample(Protocol):
           UserError: a file cannot be read, or the sizes do not match.
         """
 
+    @property
+    def _first_file(self) -> Path:
+        return next(iter(self.files.values()))
 
-class Pair(NamedTuple):
+
+@dataclass(frozen=True, slots=True)
+class Pair(Sample):
     """A hazy image with its clear one."""
 
     hazy: Path
     clear: Path
 
-    @property
-    def kind(self) -> Kind:
-        """Always "pair"."""
-        return "pair"
-
-    @property
-    def dataset(self) -> str:
-        """Empty, because the sample belongs to no built data set."""
-        return ""
-
-    @property
-    def name(self) -> str:
-        """The name of the hazy file, without extension."""
-        return self.hazy.stem
-
-    @property
-    def origin(self) -> str:
-        """The path of the hazy file, for messages."""
-        return str(self.hazy)
-
-    @property
-    def scene(self) -> str:
-        """The name of the scene, which the hazy versions of one clear image share."""
-        return self.clear.stem
+    kind = "pair"
 
     @property
     def files(self) -> dict[str, Path]:
@@ -97,36 +92,14 @@ class Pair(NamedTuple):
         return {"hazy": hazy, "clear": fit_clear(hazy, clear, str(self.hazy), str(self.clear))}
 
 
-class DepthScene(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class DepthScene(Sample):
     """A clear image with its depth map, from which haze is made."""
 
     clear: Path
     depth: Path
 
-    @property
-    def kind(self) -> Kind:
-        """Always "depth"."""
-        return "depth"
-
-    @property
-    def dataset(self) -> str:
-        """Empty, because the sample belongs to no built data set."""
-        return ""
-
-    @property
-    def name(self) -> str:
-        """The name of the clear file, without extension."""
-        return self.clear.stem
-
-    @property
-    def origin(self) -> str:
-        """The path of the clear file, for messages."""
-        return str(self.clear)
-
-    @property
-    def scene(self) -> str:
-        """The same as `name`, because every clear image is a scene of its own."""
-        return self.clear.stem
+    kind = "depth"
 
     @property
     def files(self) -> dict[str, Path]:
@@ -160,27 +133,20 @@ def fit_clear(hazy: np.ndarray, clear: np.ndarray, hazy_name: str, clear_name: s
     return clear
 
 
-class DrawnScene(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)  # eq compares fields, and arrays cannot be compared in this way
+class DrawnScene(Sample):
     """An embedded scene, held in memory."""
 
-    name: str
+    name: str = field()  # field(), because otherwise the property of the base class would become the default value
     clear: np.ndarray
     depth: np.ndarray
 
-    @property
-    def kind(self) -> Kind:
-        """Always "depth"."""
-        return "depth"
+    kind = "depth"
 
     @property
-    def dataset(self) -> str:
-        """Empty, because the sample belongs to no built data set."""
-        return ""
-
-    @property
-    def origin(self) -> str:
-        """The name of the scene, for messages."""
-        return self.name
+    def files(self) -> dict[str, Path]:
+        """Empty, because the scene is in memory."""
+        return {}
 
     @property
     def scene(self) -> str:
@@ -188,9 +154,9 @@ class DrawnScene(NamedTuple):
         return self.name
 
     @property
-    def files(self) -> dict[str, Path]:
-        """Empty, because the scene is in memory."""
-        return {}
+    def origin(self) -> str:
+        """The name of the scene, for messages."""
+        return self.name
 
     def read(self) -> dict[str, np.ndarray]:
         """Return `clear` `[H, W, 3]` and `depth` `[H, W]`."""

@@ -43,7 +43,8 @@ log = logging.getLogger(__name__)
 def load_checkpoint(path: str | Path = DEFAULT_MODEL) -> Network:
     """Load a model in evaluation mode, ready to be called.
 
-    `model.name`, `model.config` and `model.step` describe the model; `model.step` is None if the step is not known.
+    `model.name`, `model.config` and `model.step` describe the model. `model.step` is None if it is not known; for the shipped model, which
+    was trained in several runs, it is the total number of steps.
 
     Args:
       path: the work directory of a training run or its `checkpoints` folder (the checkpoint with the best validation PSNR is loaded),
@@ -89,6 +90,8 @@ def load_with_info(path: str | Path) -> tuple[Network, dict[str, Any]]:
 def save_checkpoint(model: Network, path: str | Path, about: dict[str, Any] | None = None) -> None:
     """Write a model as a folder that `load_checkpoint` can read; `about` (JSON) is stored next to the model's config.
 
+    If `about` has no `step`, `model.step` is stored as such, unless it is None.
+
     An existing model in the folder is replaced only after the new one has been written completely.
 
     Raises:
@@ -102,7 +105,8 @@ def save_checkpoint(model: Network, path: str | Path, about: dict[str, Any] | No
     except ValueError as error:
         raise UserError(f"model {path} is not written: {error}") from error
     config = config_to_dict(model.config)
-    text = json.dumps({"model": config, "about": about or {}, "sha256": _sha256(arrays, config)}, indent=2)
+    about = ({} if model.step is None else {"step": model.step}) | (about or {})
+    text = json.dumps({"model": config, "about": about, "sha256": _sha256(arrays, config)}, indent=2)
     with replacing(path / _WEIGHTS) as weights_file, replacing(path / _CONFIG) as config_file:
         weights_file.write_bytes(save(arrays, metadata={"format": "aecr_jax.model"}))
         config_file.write_text(text + "\n")

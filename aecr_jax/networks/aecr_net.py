@@ -13,7 +13,6 @@ from flax import nnx
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from aecr_jax.networks.arrays import get_arrays, replace_arrays
 from aecr_jax.networks.layers import Conv, ConvTranspose, DeformConv, FABlock, FastDeconv, Mixup
 from aecr_jax.networks.network import Network, NetworkConfig
 from aecr_jax.ops.conv import conv_few_inputs, conv_few_outputs
@@ -178,13 +177,12 @@ class AECRNet(Network):
         if config.width < self.config.width:
             raise ValueError(f"width (={config.width}) must be at least the model's, {self.config.width}")
         wide = AECRNet(config, rngs=rngs)
-        arrays = get_arrays(wide)
-        for name, array in get_arrays(self).items():
-            target = arrays[name]
-            if array.ndim == 4:  # [kh, kw, inputs, outputs]
-                target = target.at[:, :, array.shape[2] :, : array.shape[3]].set(0)
-            arrays[name] = target.at[tuple(slice(size) for size in array.shape)].set(array)
-        graph, state = nnx.split(wide)
-        wide = nnx.merge(graph, replace_arrays(state, arrays))
+
+        def enlarge(old: Array, new: Array) -> Array:
+            if old.ndim == 4:  # [kh, kw, inputs, outputs]
+                new = new.at[:, :, old.shape[2] :, : old.shape[3]].set(0)
+            return new.at[tuple(slice(size) for size in old.shape)].set(old)
+
+        nnx.update(wide, jax.tree.map(enlarge, nnx.state(self), nnx.state(wide)))
         wide.eval()
         return wide

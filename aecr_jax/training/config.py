@@ -148,7 +148,8 @@ class Config:
         optim, run = self.optim, self.run
         if optim.freeze_stats_after == 0 and not run.init_from:
             raise UserError(
-                "optim.freeze_stats_after (=0) needs run.init_from: a new network has no statistics to keep; else some hundred steps"
+                "optim.freeze_stats_after (=0) needs run.init_from, because a new network has no statistics to keep; for a new network, set"
+                " it to a few hundred steps, or to -1 to turn freezing off"
             )
         if not optim.learning_rate > 0:
             raise UserError(f"optim.learning_rate (={optim.learning_rate}) must be positive")
