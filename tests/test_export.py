@@ -44,6 +44,13 @@ def refused(folder, expected):
     return False
 
 
+def test_a_description_that_is_no_object_is_refused(folder):
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | {"about": None}))
+    with pytest.raises(UserError, match="damaged or half written: config.json has None under 'about', which must be an object"):
+        load_checkpoint(folder)
+
+
 def test_no_flipped_bit_of_the_weights_passes(folder):
     """The header included; there, a few bits say nothing about the model (the padding, the format's name)."""
     content, expected = (folder / WEIGHTS).read_bytes(), bits(load_checkpoint(folder))

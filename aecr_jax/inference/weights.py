@@ -191,6 +191,8 @@ def _load_exported(path: Path) -> tuple[Network, dict[str, Any]]:
         config = json.loads((path / _CONFIG).read_text())
         if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
             raise ValueError(f"{_CONFIG} has no settings under 'model'")
+        if not isinstance(about := config.get("about", {}), dict):
+            raise ValueError(f"{_CONFIG} has {about!r} under 'about', which must be an object")
         arrays = load_file(path / _WEIGHTS)
         # Models that were exported before checksums were introduced have none.
         if config.get("sha256", expected := _sha256(arrays, config["model"])) != expected:
@@ -202,7 +204,6 @@ def _load_exported(path: Path) -> tuple[Network, dict[str, Any]]:
             raise UserError(f"model {path} cannot be used: {error}") from error
         dtype = jnp.dtype(model_config.param_dtype)
         model = build_network(model_config, {name: array.astype(dtype) for name, array in arrays.items()})
-        about = config.get("about", {})
         model.name, model.step = str(about.get("name", path.resolve().name)), about.get("step")
         return model, config
     except UserError:
