@@ -41,7 +41,20 @@ class Case:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-CASES: dict[str, Case] = {}
+CASES: dict[str, Case] = {
+    "aod_net": Case(parameters=1_761, features={f"e_conv{layer}": f"conv{layer}" for layer in (1, 3, 5)}),
+    "grid_dehaze_net": Case(
+        parameters=958_051,
+        images=lambda x: (x + 1) / 2,
+        features={
+            "conv_in": "conv_in",
+            "rdb_in": "block_in",
+            "rdb_module.2_2": "blocks.2.2",
+            "upsample_module.1_3": "ups.1.0",
+            "rdb_out": "block_out",
+        },
+    ),
+}
 
 
 def weights_by_rule(seed: int, gain: float, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
@@ -122,7 +135,7 @@ def test_layers_and_odd_sizes_in_float64(name, x64):
     _, captured = nnx.capture(lambda model, x: run(name, model, x, "float64"), nnx.Intermediate, method_outputs=nnx.Intermediate)(
         model, file["x"]
     )
-    outputs = {".".join(map(str, path)): leaf for path, leaf in zip(*nnx.to_flat_state(captured))} if CASES[name].features else {}
+    outputs = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(captured)} if CASES[name].features else {}
     for theirs, ours in CASES[name].features.items():
         got = outputs[f"{ours}.__call__"].get_value()[0]
         expected = file[f"feat_{theirs}"]  # stored as float32
