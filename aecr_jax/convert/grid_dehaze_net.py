@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
+from collections import Counter
 
 from aecr_jax.convert.format import SAME, Format, rename
 from aecr_jax.convert.tensors import Tensors
@@ -28,11 +29,11 @@ def _read_config(tensors: Tensors) -> GridDehazeNetConfig:
     # Use the most frequent sizes, so that a single wrong tensor is reported itself and not the correct ones.
     widths = [len(tensors[name]) for name in ("conv_in.weight", "conv_in.bias", "rdb_in.conv_1x1.bias") if _has_axes(tensors, name)]
     growths = [len(tensors[name]) for name in tensors if re.fullmatch(r"rdb_.*\.0\.conv\.bias", name) and _has_axes(tensors, name)]
-    layers = [int(found[1]) for name in tensors if (found := re.fullmatch(r"rdb_.*\.residual_dense_layers\.(\d+)\.conv\.bias", name))]
+    layers = Counter(found[1] for name in tensors if (found := re.fullmatch(r"(rdb_.*)\.residual_dense_layers\.\d+\.conv\.bias", name)))
     if not widths or not growths or not layers:
         raise ValueError("tensor conv_in.weight of shape (16, 3, 3, 3) is missing: this is no checkpoint of GridDehazeNet")
-    width, growth = statistics.mode(widths), statistics.mode(growths)
-    return GridDehazeNetConfig(width=width, growth=growth, dense_layers=1 + max(layers))
+    width, growth, dense_layers = (statistics.mode(sizes) for sizes in (widths, growths, layers.values()))
+    return GridDehazeNetConfig(width=width, growth=growth, dense_layers=dense_layers)
 
 
 def _has_axes(tensors: Tensors, name: str) -> bool:
