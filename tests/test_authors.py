@@ -18,12 +18,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from aecr_jax.convert.networks import find_format
+from aecr_jax import load_checkpoint, psnr
+from aecr_jax.convert.networks import convert, find_format
+from aecr_jax.data.images import read_image
 from aecr_jax.networks.arrays import count_parameters, get_arrays
 from aecr_jax.networks.registry import abstract_network, build_network, find_network
 
 GOLDEN = Path(__file__).parent / "golden" / "networks"
 SHARED = Path(__file__).parents[2] / "shared" / "networks"
+WEIGHTS, SOTS = SHARED.with_name("weights"), SHARED.with_name("data") / "sots_indoor_subset"
 
 
 @dataclass
@@ -41,7 +44,20 @@ class Case:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-CASES: dict[str, Case] = {}
+CASES: dict[str, Case] = {
+    "aod_net": Case(parameters=1_761, features={f"e_conv{layer}": f"conv{layer}" for layer in (1, 3, 5)}),
+    "grid_dehaze_net": Case(
+        parameters=958_051,
+        images=lambda x: (x + 1) / 2,
+        features={
+            "conv_in": "conv_in",
+            "rdb_in": "block_in",
+            "rdb_module.2_2": "blocks.2.2",
+            "upsample_module.1_3": "ups.1.0",
+            "rdb_out": "block_out",
+        },
+    ),
+}
 
 
 def weights_by_rule(seed: int, gain: float, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
@@ -122,7 +138,7 @@ def test_layers_and_odd_sizes_in_float64(name, x64):
     _, captured = nnx.capture(lambda model, x: run(name, model, x, "float64"), nnx.Intermediate, method_outputs=nnx.Intermediate)(
         model, file["x"]
     )
-    outputs = {".".join(map(str, path)): leaf for path, leaf in zip(*nnx.to_flat_state(captured))} if CASES[name].features else {}
+    outputs = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(captured)} if CASES[name].features else {}
     for theirs, ours in CASES[name].features.items():
         got = outputs[f"{ours}.__call__"].get_value()[0]
         expected = file[f"feat_{theirs}"]  # stored as float32
@@ -149,3 +165,37 @@ def test_pytorch_twin(name):
         y = case.call(twin, x).numpy()
     y = np.moveaxis(np.asarray(case.output(np.moveaxis(y, 1, -1))), -1, 1)
     np.testing.assert_allclose(y, file["y64"], rtol=0, atol=1e-9 * np.abs(file["y64"]).max())
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "reference", "expected"),
+    [
+        ("aod_net", "aod_net_caffe.npz", "aod_net_real.npz", "y"),
+        ("grid_dehaze_net", "grid_dehaze_net_indoor.pth", "grid_dehaze_net_indoor_real.npz", "y"),
+        ("grid_dehaze_net", "grid_dehaze_net_outdoor.pth", "grid_dehaze_net_indoor_real.npz", "y_outdoor"),
+    ],
+)
+def test_own_weights_restore_a_crop(name, weights, reference, expected, tmp_path):
+    """The expected values are outputs of the definitions in PyTorch, for a crop of a SOTS image."""
+    file = np.load(SHARED / reference)
+    y = run(name, convert_own(weights, tmp_path), file["x"], "float32")
+    np.testing.assert_allclose(y, file[expected], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("weights", "expected"), [("aod_net_caffe.npz", 21.055), ("aod_net_mayank.pth", 20.781)])
+def test_own_weights_of_aod_net_restore_an_image(weights, expected, tmp_path):
+    """The expected PSNR of the clipped output was measured in PyTorch."""
+    if not SOTS.exists():
+        pytest.skip("images of SOTS are in ../shared/data")
+    hazy, clear = (jnp.asarray(read_image(SOTS / name))[None] for name in ("hazy/1400_1.png", "clear/1400.png"))
+    restored = jnp.clip(convert_own(weights, tmp_path)(hazy), 0, 1)
+    np.testing.assert_allclose(psnr(restored, clear), [expected], atol=0.001)
+
+
+def convert_own(weights, folder):
+    if not (WEIGHTS / weights).exists():
+        pytest.skip("the networks' own weights are in ../shared/weights")
+    if weights.endswith(".pth"):
+        pytest.importorskip("torch", reason="reading .pth files needs PyTorch")
+    convert(WEIGHTS / weights, folder / "model")
+    return load_checkpoint(folder / "model")

@@ -43,16 +43,17 @@ def test_a_convolution_with_an_even_kernel_halves_the_size(reflect):
     np.testing.assert_allclose(layer(x), y + layer.bias[...][None, None, None], atol=1e-5)
 
 
+@pytest.mark.parametrize("padding", ["VALID", ((3, 3), (2, 1))])
 @pytest.mark.parametrize(("conv", "channels"), [(conv_few_inputs, (2, 5)), (conv_few_outputs, (5, 2))])
-def test_narrow_convolutions_are_xla_convolutions(conv, channels):
+def test_narrow_convolutions_are_xla_convolutions(conv, channels, padding):
     x = jax.random.normal(jax.random.key(0), (2, 11, 9, channels[0]))
     kernel = jax.random.normal(jax.random.key(1), (7, 5, *channels))
 
     def plain(x, kernel):
-        return lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
     def ours(x, kernel):
-        return conv(x, kernel, (1, 1), "VALID")
+        return conv(x, kernel, (1, 1), padding)
 
     np.testing.assert_allclose(ours(x, kernel), plain(x, kernel), atol=1e-4)
     cotangent = jax.random.normal(jax.random.key(2), plain(x, kernel).shape)

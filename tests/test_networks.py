@@ -114,12 +114,33 @@ def test_unknown_networks_are_one_line(config_file, tmp_path, capsys):
     assert "model.width is no setting of toy" in fails(capsys, "benchmark", "model", "--network", "toy", "--width", "8")
 
 
+SMALL = {"aecr_net": {"width": 2, "blocks": 1}, "grid_dehaze_net": {"width": 2, "growth": 2, "dense_layers": 1}}
+
+
 def test_every_registered_network_restores_any_size():
-    """The contract of `Network`, for all of them."""
+    """The contract of `Network`, for all of them; large ones with the settings in `SMALL`."""
     for name in registry.network_names():
-        config = AECRNetConfig(width=2, blocks=1) if name == "aecr_net" else registry.find_network(name).Config()
+        config = registry.find_network(name).Config(**SMALL.get(name, {}))
         model = registry.make_network(config, rngs=nnx.Rngs(0))
         model.eval()
         restored = model(jnp.full((2, 13, 10, 3), 0.5))
         assert restored.shape == (2, 13, 10, 3) and restored.dtype == jnp.float32 and np.isfinite(restored).all(), name
     assert isinstance(registry.make_network(AECRNetConfig(width=2), rngs=nnx.Rngs(0)), AECRNet)
+
+
+@pytest.mark.parametrize("name", registry.network_names())
+def test_a_registered_network_checks_its_arguments(name):
+    """One pixel and no images are accepted; what is no batch of images is refused by name."""
+    network = registry.find_network(name)
+    model = registry.make_network(network.Config(**SMALL.get(name, {})), rngs=nnx.Rngs(0))
+    model.eval()
+    for shape in ((1, 1, 1, 3), (0, 3, 2, 3)):
+        restored = model(jnp.full(shape, 0.5))
+        assert restored.shape == shape and np.isfinite(restored).all()
+    assert model(np.full((1, 3, 2, 3), 0.5, np.float16)).dtype == jnp.float16
+    with pytest.raises(ValueError, match=r"hazy has type uint8 and must be floating point in \[0, 1\], such as float32"):
+        model(np.zeros((1, 8, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"hazy has shape \(8, 8, 3\) and must be \[N, H, W, 3\], H and W at least 1"):
+        model(np.zeros((8, 8, 3), np.float32))
+    with pytest.raises(ValueError, match=rf"config \(=None\) must be of type {network.Config.__name__}"):
+        network(None, rngs=nnx.Rngs(0))

@@ -32,10 +32,10 @@ def uniform_within(fan_in: int) -> nnx.Initializer:
 
 
 class Conv(nnx.Conv):
-    """A square convolution with PyTorch's initial values, padded so that the output has the input's size divided by the stride.
+    """A square convolution, padded so that the output has the input's size divided by the stride.
 
     The padding is (size - 1) // 2 on each side: zeros, or the input's reflection. With an even `size`, the stride must be 2 and the
-    input's height and width even.
+    input's height and width even. The initial values are PyTorch's, and the kernel's are those of `kernel_init` if it is given.
     """
 
     def __init__(
@@ -46,13 +46,13 @@ class Conv(nnx.Conv):
         *,
         stride: int = 1,
         reflect: bool = False,
-        zero_init: bool = False,
+        kernel_init: nnx.Initializer | None = None,
         dtype: DType,
         param_dtype: DType,
         rngs: nnx.Rngs,
         **options: Any,
     ):
-        init = nnx.initializers.zeros_init() if zero_init else uniform_within(in_features * size * size)
+        init = uniform_within(in_features * size * size)
         self.reflected = (size - 1) // 2 if reflect else 0
         super().__init__(
             in_features,
@@ -61,7 +61,7 @@ class Conv(nnx.Conv):
             strides=stride,
             # "SAME" would pad an even input on one side only when the stride is 2.
             padding="VALID" if reflect else (size - 1) // 2,
-            kernel_init=init,
+            kernel_init=kernel_init or init,
             bias_init=init,
             dtype=dtype,
             param_dtype=param_dtype,

@@ -57,13 +57,15 @@ def _conv(x: Array, kernel: Array) -> Array:
 
 
 def conv_few_inputs(x: Array, kernel: Array, strides: Any, padding: Any, **_: Any) -> Array:
-    """Convolve an input of few channels, with stride 1 and no padding: `[N, H, W, C], [kh, kw, C, O] -> [N, H', W', O]`.
+    """Convolve an input of few channels, with stride 1: `[N, H, W, C], [kh, kw, C, O] -> [N, H', W', O]`.
+
+    `padding` is "VALID" or the numbers of zeros around the image, `((top, bottom), (left, right))`.
 
     The taps of each kernel row become input channels, so that only a convolution along columns remains. On a CPU, this speeds up
     the gradient with respect to `x`, which is a convolution with few outputs (see `conv_few_outputs`). The function replaces
     `lax.conv_general_dilated` in `nnx.Conv(conv_general_dilated=...)`.
     """
-    _check_plain(strides, padding)
+    x = _pad(x, strides, padding)
     kh, kw, c, o = kernel.shape
     width = x.shape[2] - kw + 1
     shifted = jnp.concatenate([x[:, :, j : j + width] for j in range(kw)], -1)
@@ -76,7 +78,7 @@ def conv_few_outputs(x: Array, kernel: Array, strides: Any, padding: Any, **_: A
     The taps of each kernel row become output channels, which are then shifted and summed. Three output channels would leave most
     of a CPU's vector registers unused: a direct 7x7 convolution of 64 channels took half of the network's time.
     """
-    _check_plain(strides, padding)
+    x = _pad(x, strides, padding)
     kh, kw, c, o = kernel.shape
     width = x.shape[2] - kw + 1
     taps = _conv(x, kernel.swapaxes(1, 2).reshape(kh, 1, c, kw * o))
@@ -85,6 +87,11 @@ def conv_few_outputs(x: Array, kernel: Array, strides: Any, padding: Any, **_: A
     return functools.reduce(jnp.add, terms).astype(x.dtype)
 
 
-def _check_plain(strides: Any, padding: Any) -> None:
-    if tuple(strides) != (1, 1) or padding != "VALID":
-        raise ValueError(f"strides (={strides}) must be (1, 1) and padding (={padding!r}) 'VALID'")
+def _pad(x: Array, strides: Any, padding: Any) -> Array:
+    if tuple(strides) != (1, 1):
+        raise ValueError(f"strides (={strides}) must be (1, 1)")
+    if padding == "VALID":
+        return x
+    if isinstance(padding, str):
+        raise ValueError(f"padding (={padding!r}) must be 'VALID' or two pairs of numbers")
+    return jnp.pad(x, ((0, 0), *padding, (0, 0)))
