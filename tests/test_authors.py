@@ -41,7 +41,19 @@ class Case:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-CASES: dict[str, Case] = {}
+CASES: dict[str, Case] = {
+    "ffa_net": Case(
+        parameters=4_455_913,
+        images=lambda x: x * np.array([0.14, 0.15, 0.152])[None, None, None] + np.array([0.64, 0.60, 0.58])[None, None, None],
+        features={"pre": "first", "g1.gp.0": "groups.0.layers.0", "g2": "groups.1", "ca": "group_attention"},
+    ),
+    "pfdn": Case(
+        parameters=11_268_611,
+        images=lambda x: (x + 1) / 2,
+        output=lambda y: 2 * y - 1,
+        features={"pfdbs.0.fdu": "blocks.0.dehazing", "pfdbs": "blocks.8"},
+    ),
+}
 
 
 def weights_by_rule(seed: int, gain: float, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
@@ -122,7 +134,7 @@ def test_layers_and_odd_sizes_in_float64(name, x64):
     _, captured = nnx.capture(lambda model, x: run(name, model, x, "float64"), nnx.Intermediate, method_outputs=nnx.Intermediate)(
         model, file["x"]
     )
-    outputs = {".".join(map(str, path)): leaf for path, leaf in zip(*nnx.to_flat_state(captured))} if CASES[name].features else {}
+    outputs = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(captured)} if CASES[name].features else {}
     for theirs, ours in CASES[name].features.items():
         got = outputs[f"{ours}.__call__"].get_value()[0]
         expected = file[f"feat_{theirs}"]  # stored as float32
