@@ -28,6 +28,11 @@ class Case:
 CASES = {
     "aod_net": Case({}, "e_conv4.weight"),
     "grid_dehaze_net": Case({"width": 2, "growth": 3, "dense_layers": 2}, "rdb_module.1_2.conv_1x1.weight"),
+    "ffa_net": Case({"width": 8, "blocks": 2}, "g3.gp.1.calayer.ca.2.weight"),
+    "pfdn": Case({"width": 4, "blocks": 2}, "pfdbs.1.fdu.fc.2.weight"),
+    "msbdn": Case({"width": 2, "blocks": 3}, "fusion_1.down_convs.3.conv.weight"),
+    "kddn": Case({"width": 2, "blocks": 2}, "res3.1.conv2.weight"),
+    "kddn_teacher": Case({"width": 2}, "res6.model.1.conv.weight"),
 }
 
 

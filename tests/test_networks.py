@@ -114,7 +114,12 @@ def test_unknown_networks_are_one_line(config_file, tmp_path, capsys):
     assert "model.width is no setting of toy" in fails(capsys, "benchmark", "model", "--network", "toy", "--width", "8")
 
 
-SMALL = {"aecr_net": {"width": 2, "blocks": 1}, "grid_dehaze_net": {"width": 2, "growth": 2, "dense_layers": 1}}
+SMALL = {
+    "aecr_net": {"width": 2, "blocks": 1},
+    "grid_dehaze_net": {"width": 2, "growth": 2, "dense_layers": 1},
+    "ffa_net": {"width": 8, "blocks": 1},
+    "pfdn": {"width": 4, "blocks": 1},
+}
 
 
 def test_every_registered_network_restores_any_size():

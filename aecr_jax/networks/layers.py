@@ -7,7 +7,7 @@ follow PyTorch's defaults (uniform in ±1/sqrt(fan_in)), because the paper's rec
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -173,6 +173,11 @@ def inverse_square_root(matrix: Array, steps: int) -> Array:
     return z / jnp.sqrt(norm)
 
 
+def gate(x: Array, down: Callable[[Array], Array], up: Callable[[Array], Array]) -> Array:
+    """Return the factors in [0, 1], `sigmoid(up(relu(down(x))))`, by which attention scales features; `down` has few output channels."""
+    return nnx.sigmoid(up(nnx.relu(down(x))))
+
+
 class FABlock(nnx.Module):
     """Feature-attention block (FFA-Net, Qin et al., AAAI 2020): two convolutions, channel attention, pixel attention."""
 
@@ -192,8 +197,8 @@ class FABlock(nnx.Module):
         y = nnx.relu(self.conv1(x)) + x
         y = self.conv2(y)
         mean = y.mean((1, 2), keepdims=True)
-        y = y * nnx.sigmoid(self.channel_up(nnx.relu(self.channel_down(mean))))
-        y = y * nnx.sigmoid(self.pixel_up(nnx.relu(self.pixel_down(y))))
+        y = y * gate(mean, self.channel_down, self.channel_up)
+        y = y * gate(y, self.pixel_down, self.pixel_up)
         return y + x
 
 

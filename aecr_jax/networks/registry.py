@@ -19,6 +19,8 @@ _NETWORKS: dict[str, str | type[Network]] = {
     "aecr_net": "aecr_jax.networks.aecr_net:AECRNet",
     "aod_net": "aecr_jax.networks.aod_net:AODNet",
     "grid_dehaze_net": "aecr_jax.networks.grid_dehaze_net:GridDehazeNet",
+    "ffa_net": "aecr_jax.networks.ffa_net:FFANet",
+    "pfdn": "aecr_jax.networks.pfdn:PFDN",
 }
 # The network of configs saved before configs contained a network's name.
 DEFAULT = "aecr_net"

@@ -1,0 +1,47 @@
+"""The checkpoints of FFA-Net's authors."""
+
+from __future__ import annotations
+
+import re
+import statistics
+
+from aecr_jax.convert.format import Format, Layout, rename
+from aecr_jax.convert.tensors import Tensors
+from aecr_jax.networks.ffa_net import FFANetConfig
+
+_layers = rename(
+    [
+        (r"first", "pre.0"),
+        (r"group_attention\.down", "ca.1"),
+        (r"group_attention\.up", "ca.3"),
+        (r"(.*\.)?channel_down", r"\1calayer.ca.0"),
+        (r"(.*\.)?channel_up", r"\1calayer.ca.2"),
+        (r"(.*\.)?pixel_down", r"\1palayer.pa.0"),
+        (r"(.*\.)?pixel_up", r"\1palayer.pa.2"),
+        (r"last1", "post.0"),
+        (r"last2", "post.1"),
+    ]
+)
+
+
+def _rename(ours: str) -> tuple[str, Layout]:
+    # The authors count the groups from 1.
+    return _layers(re.sub(r"groups\.(\d)\.layers", lambda group: f"g{int(group[1]) + 1}.gp", ours))
+
+
+def _read_config(tensors: Tensors) -> FFANetConfig:
+    # Use the most frequent width, so that a single wrong tensor is reported itself and not the correct ones.
+    names = ("pre.0.weight", "pre.0.bias", "post.0.bias")
+    widths = [len(tensors[name]) for name in names if name in tensors and tensors[name].ndim]
+    blocks = {int(found[1]) for name in tensors if (found := re.fullmatch(r"g[123]\.gp\.(\d+)\.conv[12]\.weight", name))}
+    if len(widths) < 2 or not all(widths) or not blocks:
+        raise ValueError("tensor pre.0.weight of shape (64, 3, 3, 3) is missing: this is no checkpoint of FFA-Net")
+    return FFANetConfig(width=statistics.mode(widths), blocks=max(blocks) + 1)
+
+
+FORMAT = Format(
+    title="the authors' FFA-Net",
+    signature=r"g1\.gp\.0\.calayer\.ca\.0\.weight",
+    read_config=_read_config,
+    rename=_rename,
+)
