@@ -17,6 +17,7 @@ from aecr_jax.networks.network import Network, NetworkConfig
 # Maps each name to "module:class", or to the class itself once it is imported or registered.
 _NETWORKS: dict[str, str | type[Network]] = {
     "aecr_net": "aecr_jax.networks.aecr_net:AECRNet",
+    "msbdn": "aecr_jax.networks.msbdn:MSBDN",
 }
 # The network of configs saved before configs contained a network's name.
 DEFAULT = "aecr_net"
