@@ -42,6 +42,8 @@ class Case:
     features: Mapping[str, str] = field(default_factory=dict)
     """Maps the file's names of layers to ours."""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    slow: bool = False
+    """Whether the gradients take too long for the quick tests."""
 
 
 CASES: dict[str, Case] = {
@@ -67,6 +69,18 @@ CASES: dict[str, Case] = {
         images=lambda x: (x + 1) / 2,
         output=lambda y: 2 * y - 1,
         features={"pfdbs.0.fdu": "blocks.0.dehazing", "pfdbs": "blocks.8"},
+    ),
+    "msbdn": Case(
+        parameters=31_353_061,
+        features={
+            "conv_input": "conv_in",
+            "fusion1": "encoder_fusions.0",
+            "fusion4": "encoder_fusions.3",
+            "dehaze": "bottleneck",
+            "convd16x": "ups.0",
+            "fusion_4": "decoder_fusions.0",
+        },
+        slow=True,
     ),
 }
 
@@ -117,7 +131,7 @@ def test_output_in_float32(name):
     np.testing.assert_allclose(y, file["y64"], rtol=0, atol=2e-5 * np.abs(file["y64"]).max())
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if case.slow else name for name, case in CASES.items()])
 def test_output_and_gradients_in_float64(name, x64):
     file = np.load(GOLDEN / f"{name}.npz")
     model = reference_model(name, file, "float64")

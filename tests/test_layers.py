@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 from jax import lax
 
-from aecr_jax.networks.layers import Conv, ConvTranspose, DeformConv, FastDeconv, Mixup, inverse_square_root
+from aecr_jax.networks.layers import Conv, ConvTranspose, DeformConv, FastDeconv, Mixup, PReLU, inverse_square_root
 from aecr_jax.ops.conv import conv_few_inputs, conv_few_outputs
 
 TYPES = {"dtype": jnp.float32, "param_dtype": jnp.float32}
@@ -83,6 +83,14 @@ def test_fast_deconv_averages_the_patches_and_uses_the_averages():
     evaluated = layer(x)
     assert not np.allclose(trained, evaluated)
     np.testing.assert_array_equal(layer.running_mean[...], mean)
+
+
+def test_prelu_scales_what_is_negative():
+    """By hand. PyTorch's initial slope is 0.25; the gradient with respect to the slope is the sum of the negative inputs."""
+    layer, x = PReLU(param_dtype=jnp.float32), jnp.array([-2.0, -1.0, 0.0, 3.0])
+    np.testing.assert_array_equal(layer(x), [-0.5, -0.25, 0, 3])
+    assert layer(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    assert nnx.grad(lambda layer: layer(x).sum())(layer).slope.get_value() == -3
 
 
 def test_mixup_starts_at_its_theta():

@@ -119,6 +119,7 @@ SMALL = {
     "grid_dehaze_net": {"width": 2, "growth": 2, "dense_layers": 1},
     "ffa_net": {"width": 8, "blocks": 1},
     "pfdn": {"width": 4, "blocks": 1},
+    "msbdn": {"width": 1, "blocks": 1},
 }
 
 

@@ -100,6 +100,16 @@ class ConvTranspose(nnx.Module):
         return conv_transpose(x.astype(self.dtype), kernel, padding=self.padding, output_padding=output_padding) + bias[None, None, None]
 
 
+class PReLU(nnx.Module):
+    """Parametric ReLU with one learned slope for all channels: `x` where x is positive, `slope * x` elsewhere."""
+
+    def __init__(self, *, param_dtype: DType):
+        self.slope = nnx.Param(jnp.array(0.25, param_dtype))
+
+    def __call__(self, x: Array) -> Array:
+        return jnp.where(x > 0, x, self.slope[...].astype(x.dtype) * x)
+
+
 class FastDeconv(nnx.Module):
     """Network deconvolution (Ye et al., ICLR 2020) as used before the first layer in the official code: 3x3, 3 -> 3 channels.
 

@@ -21,6 +21,7 @@ _NETWORKS: dict[str, str | type[Network]] = {
     "grid_dehaze_net": "aecr_jax.networks.grid_dehaze_net:GridDehazeNet",
     "ffa_net": "aecr_jax.networks.ffa_net:FFANet",
     "pfdn": "aecr_jax.networks.pfdn:PFDN",
+    "msbdn": "aecr_jax.networks.msbdn:MSBDN",
 }
 # The network of configs saved before configs contained a network's name.
 DEFAULT = "aecr_net"
