@@ -174,7 +174,7 @@ def test_settings_have_types():
     ]:
         with pytest.raises(ValueError, match=rf"{name} \(={value!r}\) must be {wanted}"):
             AECRNetConfig(**{name: value})
-    with pytest.raises(ValueError, match=r"config \(=None\) must be an AECRNetConfig"):
+    with pytest.raises(ValueError, match=r"config \(=None\) must be of type AECRNetConfig"):
         AECRNet(None, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"rngs \(=0\) must be an nnx.Rngs, such as nnx.Rngs\(0\)"):
         AECRNet(TINY, rngs=0)

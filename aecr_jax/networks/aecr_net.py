@@ -15,10 +15,9 @@ from jax.typing import ArrayLike
 
 from aecr_jax.networks.arrays import get_arrays, replace_arrays
 from aecr_jax.networks.layers import Conv, ConvTranspose, DeformConv, FABlock, FastDeconv, Mixup
-from aecr_jax.networks.network import Network, NetworkConfig
+from aecr_jax.networks.network import Network, NetworkConfig, as_images
 from aecr_jax.ops.conv import conv_few_inputs, conv_few_outputs
 from aecr_jax.settings import bounded
-from aecr_jax.validation import IN_0_TO_1, as_floating
 
 # Initial theta of the deep and the shallow mixup in the official code.
 _THETA_DEEP, _THETA_SHALLOW = -1.0, -0.6
@@ -76,11 +75,7 @@ class AECRNet(Network):
     MULTIPLE = 4
 
     def __init__(self, config: AECRNetConfig = AECRNetConfig(), *, rngs: nnx.Rngs):
-        if not isinstance(config, AECRNetConfig):
-            raise ValueError(f"config (={config!r}) must be an AECRNetConfig")
-        if not isinstance(rngs, nnx.Rngs):
-            raise ValueError(f"rngs (={rngs!r}) must be an nnx.Rngs, such as nnx.Rngs(0)")
-        self.config = config
+        super().__init__(config, rngs=rngs)
         types: dict[str, Any] = dict(dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.param_dtype))
         types["rngs"] = rngs
         w = config.width
@@ -99,11 +94,9 @@ class AECRNet(Network):
         self.up3 = Conv(w, 3, 7, reflect=True, conv_general_dilated=conv_few_outputs, **types)
 
     def __call__(self, hazy: ArrayLike) -> Array:
-        hazy = as_floating(hazy, "hazy", IN_0_TO_1)
-        if hazy.ndim != 4 or hazy.shape[-1] != 3 or 0 in hazy.shape[1:3]:
-            raise ValueError(f"hazy has shape {hazy.shape} and must be [N, H, W, 3], H and W at least 1")
+        hazy = as_images(hazy)
         h, w = hazy.shape[1:3]
-        x = jnp.pad(hazy, ((0, 0), (0, -h % self.MULTIPLE), (0, -w % self.MULTIPLE), (0, 0)), mode="reflect")
+        x = self.pad(hazy)
         if self.fast_deconv is not None:
             x = self.fast_deconv(x)
         down1 = self._apply(self.down1, x, relu=True)  # [n, h, w, width]

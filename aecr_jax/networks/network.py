@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.typing import ArrayLike
 
 from aecr_jax.settings import check_settings
+from aecr_jax.validation import IN_0_TO_1, as_floating
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +44,30 @@ class NetworkConfig:
         return [(f"model.{name}", here, there) for name, here, there in pairs if here != there]
 
 
+def as_images(hazy: ArrayLike) -> Array:
+    """Convert the argument of a network to an array, and reject what no network accepts.
+
+    Raises:
+      ValueError: `hazy` is not floating point, such as 8-bit images, or does not have the shape `[N, H, W, 3]` with H and W at least 1.
+    """
+    images = as_floating(hazy, "hazy", IN_0_TO_1)
+    if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape[1:3]:
+        raise ValueError(f"hazy has shape {images.shape} and must be [N, H, W, 3], H and W at least 1")
+    return images
+
+
 class Network(nnx.Module):
     """Restores hazy images: `[N, H, W, 3]` in [0, 1] -> the same shape, approximately in [0, 1], not clipped, for any H and W.
 
-    A subclass sets `Config`, and its constructor takes `(config, *, rngs)`. Normalisation and padding are part of the network.
-    `model.train()` and `model.eval()` work as in nnx. Everything below is optional.
+    A subclass sets `Config`, and its constructor takes `(config, *, rngs)`. Normalisation and padding are part of the network; see
+    `as_images` and `pad`. `model.train()` and `model.eval()` work as in nnx. Everything below is optional.
+
+    Args:
+      config: the network's settings.
+      rngs: the source of the initial values (stream `params`).
+
+    Raises:
+      ValueError: an argument has the wrong type.
     """
 
     Config: ClassVar[type[NetworkConfig]]
@@ -58,7 +80,16 @@ class Network(nnx.Module):
     """The training step of a loaded model, if it is known."""
 
     def __init__(self, config: Any, *, rngs: nnx.Rngs):
+        if not isinstance(config, self.Config):
+            raise ValueError(f"config (={config!r}) must be of type {self.Config.__name__}")
+        if not isinstance(rngs, nnx.Rngs):
+            raise ValueError(f"rngs (={rngs!r}) must be an nnx.Rngs, such as nnx.Rngs(0)")
         self.config = config
+
+    def pad(self, images: Array) -> Array:
+        """Pad images `[N, H, W, C]` by reflection at the bottom and the right, so that H and W are multiples of `MULTIPLE`."""
+        h, w = images.shape[1:3]
+        return jnp.pad(images, ((0, 0), (0, -h % self.MULTIPLE), (0, -w % self.MULTIPLE), (0, 0)), mode="reflect")
 
     @classmethod
     def predicts_offsets(cls, name: str) -> bool:
