@@ -41,7 +41,9 @@ class Case:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-CASES: dict[str, Case] = {}
+CASES: dict[str, Case] = {
+    "kddn": Case(6_116_419, features={"res1.0": "groups.0.layers.0", "res1": "groups.0", "res6": "groups.5"}),
+}
 
 
 def weights_by_rule(seed: int, gain: float, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
@@ -122,7 +124,7 @@ def test_layers_and_odd_sizes_in_float64(name, x64):
     _, captured = nnx.capture(lambda model, x: run(name, model, x, "float64"), nnx.Intermediate, method_outputs=nnx.Intermediate)(
         model, file["x"]
     )
-    outputs = {".".join(map(str, path)): leaf for path, leaf in zip(*nnx.to_flat_state(captured))} if CASES[name].features else {}
+    outputs = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(captured)} if CASES[name].features else {}
     for theirs, ours in CASES[name].features.items():
         got = outputs[f"{ours}.__call__"].get_value()[0]
         expected = file[f"feat_{theirs}"]  # stored as float32

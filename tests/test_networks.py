@@ -112,10 +112,13 @@ def test_unknown_networks_are_one_line(config_file, tmp_path, capsys):
     assert "model.width is no setting of toy" in fails(capsys, "benchmark", "model", "--network", "toy", "--width", "8")
 
 
+SMALL = {"aecr_net": {"width": 2, "blocks": 1}, "kddn": {"width": 2, "blocks": 1}, "kddn_teacher": {"width": 2}}
+
+
 def test_every_registered_network_restores_any_size():
-    """The contract of `Network`, for all of them."""
+    """The contract of `Network`, for all of them; large ones with the settings in `SMALL`."""
     for name in registry.network_names():
-        config = AECRNetConfig(width=2, blocks=1) if name == "aecr_net" else registry.find_network(name).Config()
+        config = registry.find_network(name).Config(**SMALL.get(name, {}))
         model = registry.make_network(config, rngs=nnx.Rngs(0))
         model.eval()
         restored = model(jnp.full((2, 13, 10, 3), 0.5))

@@ -17,6 +17,8 @@ from aecr_jax.networks.network import Network, NetworkConfig
 # Maps each name to "module:class", or to the class itself once it is imported or registered.
 _NETWORKS: dict[str, str | type[Network]] = {
     "aecr_net": "aecr_jax.networks.aecr_net:AECRNet",
+    "kddn": "aecr_jax.networks.kddn:KDDN",
+    "kddn_teacher": "aecr_jax.networks.kddn:KDDNTeacher",
 }
 # The network of configs saved before configs contained a network's name.
 DEFAULT = "aecr_net"

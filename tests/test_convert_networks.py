@@ -1,0 +1,121 @@
+"""Conversion of the networks' authors' checkpoints, with small networks and random tensors under the authors' names."""
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from aecr_jax import load_checkpoint
+from aecr_jax.__main__ import main
+from aecr_jax.convert.networks import find_format
+from aecr_jax.networks.arrays import get_arrays
+from aecr_jax.networks.registry import abstract_network, find_network
+
+
+@dataclass
+class Case:
+    """A small network of one kind."""
+
+    settings: Mapping[str, Any]
+    tensor: str
+    """The authors' name of a kernel that does not determine the config, for the tests of wrong files."""
+
+
+CASES = {
+    "kddn": Case({"width": 2, "blocks": 2}, "res3.1.conv2.weight"),
+    "kddn_teacher": Case({"width": 2}, "res6.model.1.conv.weight"),
+}
+
+
+def make_tensors(name):
+    """Return random tensors with the authors' names and shapes, for the network's small config."""
+    config = find_network(name).Config(**CASES[name].settings)
+    shapes = {ours: np.empty(array.shape, np.bool_) for ours, array in get_arrays(abstract_network(config)).items()}
+    return {
+        theirs: np.random.default_rng(zlib.crc32(theirs.encode())).standard_normal(array.shape, np.float32)
+        for theirs, array in find_format(name).to_theirs(shapes).items()
+    }
+
+
+def write(path, tensors):
+    if path.suffix == ".npz":
+        np.savez(path, **tensors)
+    elif path.suffix == ".safetensors":
+        save_file(tensors, path)
+    else:
+        torch = pytest.importorskip("torch", reason="writing .pth files needs PyTorch")
+        torch.save({"model": {f"module.{name}": torch.from_numpy(tensor) for name, tensor in tensors.items()}}, path)
+    return path
+
+
+def read(path):
+    if path.suffix == ".npz":
+        with np.load(path) as file:
+            return dict(file)
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    torch = pytest.importorskip("torch", reason="reading .pth files needs PyTorch")
+    return {name: tensor.numpy() for name, tensor in torch.load(path, weights_only=True).items()}
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".pth"])
+@pytest.mark.parametrize("name", CASES)
+def test_there_and_back_is_bit_exact(name, suffix, tmp_path, capsys):
+    """The network and its config are found from the tensors alone."""
+    tensors = make_tensors(name)
+    file, back = write(tmp_path / f"theirs{suffix}", tensors), tmp_path / f"back{suffix}"
+    assert main(["convert", str(file), "--output", str(tmp_path / "ours")]) == 0
+    assert f"ours: {name}, {len(tensors)} tensors" in capsys.readouterr().out
+    model = load_checkpoint(tmp_path / "ours")
+    assert model.config == find_network(name).Config(**CASES[name].settings)
+    arrays = get_arrays(model)
+    for ours, array in find_format(name).to_ours(tensors, list(arrays)).items():
+        np.testing.assert_array_equal(arrays[ours], array, err_msg=ours)
+    assert main(["convert", str(tmp_path / "ours"), "--output", str(back)]) == 0
+    result = read(back)
+    assert result.keys() == tensors.keys()
+    for theirs, tensor in tensors.items():
+        assert result[theirs].shape == tensor.shape and result[theirs].tobytes() == tensor.tobytes(), theirs
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_wrong_files_are_one_line(name, tmp_path, capsys):
+    """Status 2, one line with the tensor and what was expected, and no output."""
+    tensors, tensor, title = make_tensors(name), CASES[name].tensor, find_format(name).title
+    shape = tensors[tensor].shape
+    without = {theirs: array for theirs, array in tensors.items() if theirs != tensor}
+    cases = [
+        (without, f"tensor {tensor} of shape {shape} is missing"),
+        (without | {tensor: tensors[tensor][..., None]}, f"tensor {tensor} has shape {(*shape, 1)} and must have {shape}"),
+        (without | {tensor: np.ones(shape, np.int32)}, f"tensor {tensor} has type int32 and must be floating point"),
+        (without | {tensor: np.full(shape, np.nan, np.float32)}, f"tensor {tensor} has values that are not finite"),
+        (without | {tensor: np.full(shape, 0.5, np.float32)}, f"tensor {tensor} has the value 0.5 throughout"),
+        (tensors | {"extra.weight": np.ones(2, np.float32)}, f"tensor extra.weight is not one of {title}"),
+    ]
+    file, output = tmp_path / "theirs.safetensors", tmp_path / "ours"
+
+    def fails(*options):
+        assert main(["convert", str(file), "--output", str(output), *options]) == 2
+        said = capsys.readouterr()
+        assert said.out == "" and said.err.startswith("aecr_jax: ") and said.err.count("\n") == 1 and not output.exists()
+        return said.err
+
+    for wrong, message in cases:
+        write(file, wrong)
+        assert f"theirs.safetensors: {message}" in fails("--network", name)
+    write(file, {"backbone.weight": np.ones((2, 2), np.float32)})
+    assert "is missing" in fails("--network", name)
+    assert "is of no known network (its tensors are backbone.weight, ...)" in fails()
+    write(file, tensors)
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "theirs.safetensors is damaged or no .safetensors file" in fails()
+
+
+def test_every_file_is_recognized_as_one_network():
+    for name in CASES:
+        tensors = make_tensors(name)
+        assert [other for other in CASES if find_format(other).recognizes(tensors)] == [name]
