@@ -120,6 +120,8 @@ SMALL = {
     "ffa_net": {"width": 8, "blocks": 1},
     "pfdn": {"width": 4, "blocks": 1},
     "msbdn": {"width": 1, "blocks": 1},
+    "kddn": {"width": 2, "blocks": 1},
+    "kddn_teacher": {"width": 2},
 }
 
 

@@ -44,15 +44,15 @@ class NetworkConfig:
         return [(f"model.{name}", here, there) for name, here, there in pairs if here != there]
 
 
-def as_images(hazy: ArrayLike) -> Array:
-    """Convert the argument of a network to an array, and reject what no network accepts.
+def as_images(value: ArrayLike, name: str = "hazy") -> Array:
+    """Convert the argument `name` of a network to an array, and reject what no network accepts.
 
     Raises:
-      ValueError: `hazy` is not floating point, such as 8-bit images, or does not have the shape `[N, H, W, 3]` with H and W at least 1.
+      ValueError: it is not floating point, such as 8-bit images, or does not have the shape `[N, H, W, 3]` with H and W at least 1.
     """
-    images = as_floating(hazy, "hazy", IN_0_TO_1)
+    images = as_floating(value, name, IN_0_TO_1)
     if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape[1:3]:
-        raise ValueError(f"hazy has shape {images.shape} and must be [N, H, W, 3], H and W at least 1")
+        raise ValueError(f"{name} has shape {images.shape} and must be [N, H, W, 3], H and W at least 1")
     return images
 
 

@@ -22,6 +22,8 @@ _NETWORKS: dict[str, str | type[Network]] = {
     "ffa_net": "aecr_jax.networks.ffa_net:FFANet",
     "pfdn": "aecr_jax.networks.pfdn:PFDN",
     "msbdn": "aecr_jax.networks.msbdn:MSBDN",
+    "kddn": "aecr_jax.networks.kddn:KDDN",
+    "kddn_teacher": "aecr_jax.networks.kddn:KDDNTeacher",
 }
 # The network of configs saved before configs contained a network's name.
 DEFAULT = "aecr_net"
