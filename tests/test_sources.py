@@ -1,4 +1,4 @@
-"""The one notation for images: what each form opens, what it is called, and what a wrong one is told."""
+"""The notation for images: the samples and the name that each form gives, and the errors for wrong forms."""
 
 from types import SimpleNamespace
 
@@ -88,7 +88,7 @@ def test_wrong_notations_are_one_line(root, capsys):
 
 
 def test_the_ten_scenes_behind_the_shipped_models_score():
-    """From a folder of all 50 scenes of SOTS indoor, from one of the ten alone, and from a built data set."""
+    """The split applies to a folder of all 50 scenes of SOTS indoor, to a folder of the ten alone, and to a built data set."""
 
     def samples(scenes, dataset=""):
         names = [(f"{scene}_{version}", str(scene)) for scene in scenes for version in (1, 2)]
