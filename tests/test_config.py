@@ -143,7 +143,7 @@ def test_a_config_file_of_version_0_1_0_is_told_the_new_names(tmp_path):
 
 
 def test_saved_configs_of_version_0_1_0_are_migrated():
-    """The config.json of the first runs, with each way that they had to name images."""
+    """A config.json of version 0.1.0 is migrated, with each of its ways to name images."""
     train = {"workdir": "runs/x", "steps": 7, "batch": 2, "ema": 0.9, "seed": 3, "log_every": 5}
     data = {"dataset": "", "eval_dataset": "", "data_dir": "d", "split": "", "hazy": "", "clear": "", "depth": "", "eval_hazy": ""}
     data |= {
@@ -207,7 +207,7 @@ def test_bad_config_files(tmp_path):
     ],
 )
 def test_the_values_of_a_config_file_have_the_annotated_types(tmp_path, section, setting, message):
-    """Python checks no annotations: "False" would be true, and 2.5 would divide no step."""
+    """Python does not check annotations: "False" would count as true, and no step would be a multiple of 2.5."""
     path = tmp_path / "wrong.py"
     path.write_text(f"{IMPORTS}config = Config({section}({setting}))\n")
     with pytest.raises(UserError, match=message) as error:
