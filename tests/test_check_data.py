@@ -124,9 +124,9 @@ def test_bad_depth_is_refused_by_name(tmp_path, config_file, capsys, kind):
         *("train", "--config", config_file, "--data.train", root, "--data.crop", "4"),
         *("--data.holdout", "1", "--loss.cr", "0", "--run.workdir", tmp_path / "run"),
     )
-    assert f"{root / 'depth' / '1.tif'} is no depth map: " in line and said in line and "learning_rate" not in line
+    assert f"{root / 'depth' / '1.tif'} is not a valid depth map: " in line and said in line and "learning_rate" not in line
     (found,) = mistakes(check_data(find_dataset(root)))
-    assert f"1 images cannot be used: {root / 'depth' / '1.tif'} is no depth map: " in found and said in found
+    assert f"1 images cannot be used: {root / 'depth' / '1.tif'} is not a valid depth map: " in found and said in found
 
 
 def test_depth_that_may_be_marked_is_a_warning(tmp_path):
@@ -170,11 +170,12 @@ def test_names_that_are_not_numbers_share_no_clear_image(tmp_path, config_file, 
     folders = "--data.train", f"{root / 'hazy'},{root / 'clear'}"
     for command in (("eval", "--data", root), ("train", "--config", config_file, *folders, "--run.workdir", tmp_path / "run")):
         line = fails(capsys, *command)
-        assert f"4 of 4 hazy images have no clear one, first {root / 'hazy' / 'photo_1.png'}; photo_2.png; photo_3.png; photo_4.png" in line
+        first = root / "hazy" / "photo_1.png"
+        assert f"4 of 4 hazy images have no clear image, first {first}; photo_2.png; photo_3.png; photo_4.png" in line
         assert "for photo_1 with any image extension" in line and "1400_1 with 1400" in line
     for options in (("--data", root), ("--config", config_file, *folders), ("--config", "configs/nh_haze.py", *folders)):
         assert main(["check-data", *map(str, options), "--output", str(tmp_path / "s.png")]) == 1
-        assert "MISTAKE: 4 hazy images have no clear one: " in capsys.readouterr().out
+        assert "MISTAKE: 4 hazy images have no clear image: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -190,11 +191,12 @@ def test_other_ways_to_share_a_clear_image_are_refused(tmp_path, hazy, clear):
     for i, name in enumerate(hazy):
         picture(tmp_path / "hazy" / name, seed=i)
     picture(tmp_path / "clear" / clear), picture(tmp_path / "clear" / "other.png")
-    with pytest.raises(UserError, match=r"2 hazy images have one clear image, .*/clear/") as error:
+    with pytest.raises(UserError, match=r"2 hazy images have the same clear image, .*/clear/") as error:
         find_pairs(tmp_path / "hazy", tmp_path / "clear")
     assert all(name in str(error.value) for name in hazy)
     problems = []
-    assert len(find_pairs(tmp_path / "hazy", tmp_path / "clear", problems)) == 2 and "2 hazy images have one clear image" in problems[0]
+    assert len(find_pairs(tmp_path / "hazy", tmp_path / "clear", problems)) == 2
+    assert "2 hazy images have the same clear image" in problems[0]
 
 
 @pytest.mark.parametrize(
@@ -220,7 +222,7 @@ def test_findings_do_not_hide_each_other(tmp_path, capsys):
     assert main(["check-data", "--data", str(root), "--output", str(tmp_path / "s.png")]) == 1
     said = capsys.readouterr().out
     for text in (
-        "1 hazy images have no clear one: ",
+        "1 hazy images have no clear image: ",
         "8.jpg and ",
         "6 images cannot be used: ",
         "7_1_0.9.png is 30x30 and",
@@ -228,7 +230,7 @@ def test_findings_do_not_hide_each_other(tmp_path, capsys):
     ):
         assert text in said
     assert main(["check-data", "--data", str(root), "--limit", "3", "--output", str(tmp_path / "t.png")]) == 1
-    assert "; 3 read, and only those compared" in capsys.readouterr().out
+    assert "; only 3 are read and compared" in capsys.readouterr().out
 
 
 def test_numbered_pictures_are_not_taken_for_reside(tmp_path):

@@ -148,7 +148,7 @@ def test_existing_outputs_are_refused_before_the_conversion(tmp_path, capsys, mo
         (tmp_path / existing).write_text('{"mine": 1}')
         assert main([command, file, "--output", output]) == 2
         said = capsys.readouterr()
-        wanted = f"aecr_jax: {existing} already exists: name another output, or add --overwrite to replace it\n"
+        wanted = f"aecr_jax: {existing} already exists: choose another output, or add --overwrite to replace it\n"
         assert (said.out, said.err) == ("", wanted)
         assert main([command, file, "--output", output, "--overwrite"]) == 2
         assert "already exists" not in capsys.readouterr().err  # the error is about the input

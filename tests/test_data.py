@@ -117,13 +117,13 @@ def test_depth_of_any_scale(tmp_path):
     Image.fromarray(np.array([[1.5, 6.0]], np.float32)).save(tmp_path / "metres.tif")
     np.testing.assert_allclose(read_depth(tmp_path / "metres.tif"), [[0.25, 1]], atol=1e-6)
     Image.fromarray(np.zeros((2, 2), np.uint8)).save(tmp_path / "empty.png")
-    with pytest.raises(UserError, match=r"empty\.png is no depth map"):
+    with pytest.raises(UserError, match=r"empty\.png is not a valid depth map"):
         read_depth(tmp_path / "empty.png")
 
 
 def test_two_files_of_one_name_are_refused(tmp_path):
     picture(tmp_path / "h" / "1_1.png"), picture(tmp_path / "c" / "1.png"), picture(tmp_path / "c" / "1.jpg")
-    with pytest.raises(UserError, match=r"1.jpg and .*1.png have one name"):
+    with pytest.raises(UserError, match=r"1.jpg and .*1.png have the same name"):
         find_pairs(tmp_path / "h", tmp_path / "c")
 
 
@@ -188,7 +188,7 @@ def test_find_dataset_in_each_layout(tmp_path):
 
 def test_missing_partners_are_named(tmp_path):
     picture(tmp_path / "h" / "1_1.png"), picture(tmp_path / "h" / "2_1.png"), picture(tmp_path / "c" / "1.png")
-    with pytest.raises(UserError, match=r"1 of 2 hazy images have no clear one, first .*2_1.png: looked in .*c for 2_1 or 2 with"):
+    with pytest.raises(UserError, match=r"1 of 2 hazy images have no clear image, first .*2_1.png: looked in .*c for 2_1 or 2 with"):
         find_pairs(tmp_path / "h", tmp_path / "c")
     with pytest.raises(UserError, match=r"2 of 2 clear images have no depth map, first .*1_1.png: looked for 1_1.png in"):
         find_depth_scenes(tmp_path / "h", tmp_path / "c")
@@ -269,7 +269,7 @@ def test_processes_share_an_epoch_without_overlap(tmp_path):
     parts = [batches_of(find_dataset(tmp_path), config, process_index=i, process_count=2) for i in range(2)]
     seen = [round(float(next(part)["clear"][0, 0, 0, 0]) * 10) for _ in range(7) for part in parts]
     assert sorted(seen[:7]) == sorted(seen[7:]) == list(range(7)) and seen[:7] != seen[7:]
-    with pytest.raises(UserError, match=r"optim.batch \(=2\) must divide by the 4 processes"):
+    with pytest.raises(UserError, match=r"optim.batch \(=2\) must be a multiple of the number of processes \(4\)"):
         batches_of(find_dataset(tmp_path), config, process_count=4)
 
 
@@ -295,7 +295,7 @@ def test_cached_images_give_the_same_batches(tmp_path):
     # 5 pairs of 20x16 pixels at 3 bytes a pixel
     samples = pair_samples(tmp_path)
     assert cache_bytes(samples, DataConfig()) == 5 * 2 * 20 * 16 * 3
-    with pytest.raises(UserError, match=r"data.cache needs about .* GB for 5 images in 1000000000 workers, and this machine has"):
+    with pytest.raises(UserError, match=r"data.cache needs about .* GB for 5 images in 1000000000 workers, but this machine has"):
         cache_bytes(samples, DataConfig(workers=10**9))
 
 

@@ -85,7 +85,8 @@ def test_a_run_does_not_go_on_with_replaced_images(pairs, config_file, tmp_path,
     for i in range(1, 3):
         picture(pairs / "clear" / f"{i}.png", (24, 20), seed=i + 60)
     said = fails(capsys, *arguments)
-    assert re.search(r"holds another run: it trains on 3 images \(names .*\), of which hazy 0.png, hazy 1.png, hazy 2.png and 2 more", said)
+    files = "hazy 0.png, hazy 1.png, hazy 2.png and 2 more have changed since"
+    assert re.search(rf"holds another run: it was trained on 3 images \(names .*\), of which {files}", said)
     (tmp_path / "w" / "data.json").unlink()
     said = fails(capsys, *arguments)
-    assert re.search(r"holds another run: it trains on 3 images \(names .*\), and now on 3 images \(names .*\)", said)
+    assert re.search(r"holds another run: it was trained on 3 images \(names .*\), but the data are now 3 images \(names .*\)", said)

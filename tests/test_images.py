@@ -160,7 +160,7 @@ def test_cielab(tmp_path):
     lab = np.array([[[255, 0, 0], [0, 0, 0], [128, 0, 0]]], np.uint8)
     np.testing.assert_allclose(read_pixels(tiff(lab, 8, 8))[0, :, 1], [255, 0, 119], atol=1)
     (tmp_path / "a.tif").write_bytes(tiff(random16(3), 16, 8))
-    with pytest.raises(UserError, match=r"^\S*a\.tif has 3 values per pixel of the kind labs: save it as grey, RGB or CMYK$"):
+    with pytest.raises(UserError, match=r"^\S*a\.tif has 3 values per pixel in the colour space labs: save it as grey, RGB or CMYK$"):
         read_image(tmp_path / "a.tif")
 
 
@@ -378,7 +378,7 @@ def test_bombs_are_refused_from_their_header(tmp_path):
         files[name] = tiff(values, bits, 2, sample_format=kind).replace(size[0], big[0]).replace(size[1], big[1])
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(UserError, match=rf"^\S*{name} is too large: 20000 x 20000 pixels; at most 250 million[^\n]*$"):
+        with pytest.raises(UserError, match=rf"^\S*{name} is too large: 20000 x 20000 pixels; the limit is 250 million[^\n]*$"):
             read_image(tmp_path / name)
     with pytest.raises(UserError, match=r"plain\.png is too large"):
         read_depth(tmp_path / "plain.png")
@@ -455,6 +455,6 @@ def test_long_names_are_written(tmp_path, name):
 def test_pictures_of_nan_are_not_written(tmp_path, value):
     image = np.zeros((2, 2, 3), np.float32)
     image[1, 1, 1] = value
-    with pytest.raises(UserError, match=r"a\.png is not written: .* NaN or infinite"):
+    with pytest.raises(UserError, match=r"a\.png was not written: .* NaN or infinite"):
         write_image(tmp_path / "new" / "a.png", image)
     assert not list(tmp_path.iterdir())

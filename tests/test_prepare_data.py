@@ -69,13 +69,12 @@ def test_images_without_clear_ones_are_read_too(tmp_path, capsys):
 def test_an_incomplete_copy_is_built_with_a_warning(tmp_path, capsys):
     assert main(["prepare-data", "nh_haze", "--source", str(copy_of_nh_haze(tmp_path)), "--data-dir", str(tmp_path / "built")]) == 0
     said = capsys.readouterr().out
-    assert "warning: nh_haze is not complete: NTIRE 2020 has 55 hazy and 55 clear images, this copy 6 and 6" in said
+    assert "warning: nh_haze is not complete: NTIRE 2020 has 55 hazy and 55 clear images, but this copy has 6 and 6" in said
     assert f"nh_haze (NTIRE 2020): full 6 in {tmp_path / 'built' / 'nh_haze' / '1.0.0'}" in said
     make(tmp_path, ["OTS/hazy/0005_0.8_0.04.jpg", "OTS/clear/0005.jpg"])
     prepare("reside/ots", tmp_path, tmp_path / "built")
-    assert "RESIDE-v0 has 313950 hazy and 8970 clear images or RESIDE-beta has 72135 hazy and 2061 clear images, this copy 1 and 1" in (
-        capsys.readouterr().out
-    )
+    published = "RESIDE-v0 has 313950 hazy and 8970 clear images or RESIDE-beta has 72135 hazy and 2061 clear images"
+    assert f"{published}, but this copy has 1 and 1" in capsys.readouterr().out
     prepare("dense_haze", whole_dense_haze(tmp_path), tmp_path / "built")
     assert "warning" not in capsys.readouterr().out
 
@@ -116,7 +115,7 @@ builders.prepare("nh_haze", *sys.argv[1:])
     assert killed.returncode == -signal.SIGKILL
     (left,) = (tmp_path / "built" / "nh_haze").iterdir()
     assert left.name.startswith("incomplete.")
-    assert f"and removes {left}, left by a build that was stopped" in fails(
+    assert f"which also removes {left}, left by an interrupted build" in fails(
         capsys, "eval", "--data", "nh_haze", "--data-dir", tmp_path / "built"
     )
     others = [left.with_name("incomplete.mine"), left.with_name("notes")]  # these do not belong to a build
@@ -129,7 +128,7 @@ builders.prepare("nh_haze", *sys.argv[1:])
     assert f"another process is preparing data in {left.parent}" in fails(capsys, *prepare_again) and left.exists()
     os.close(descriptor)
     assert main(prepare_again) == 0
-    assert f"removed {left}, left by a build that was stopped" in capsys.readouterr().out
+    assert f"removed {left}, left by an interrupted build" in capsys.readouterr().out
     assert sorted(path.name for path in left.parent.iterdir()) == ["1.0.0", "incomplete.mine", "notes"]
 
 
@@ -166,14 +165,14 @@ def test_damaged_files_of_a_built_data_set_are_named(tmp_path, built, config_fil
     ):
         line = fails(capsys, *command)
         assert f"{built / file} is damaged or missing (" in line and "run prepare-data again" in line
-    assert "was prepared already" in fails(capsys, "prepare-data", "nh_haze", "--source", tmp_path / "source", "--data-dir", data_dir)
+    assert "has already been prepared" in fails(capsys, "prepare-data", "nh_haze", "--source", tmp_path / "source", "--data-dir", data_dir)
 
 
 def test_fewer_records_than_the_info_says_are_noticed(tmp_path, built):
     file = "nh_haze-full.array_record-00000-of-00001"
     prepare("nh_haze", copy_of_nh_haze(tmp_path / "fewer", 4), tmp_path / "other")
     (tmp_path / "other" / "nh_haze" / "1.0.0" / file).replace(built / file)
-    with pytest.raises(UserError, match=rf"{file} is damaged or missing \(it has 4 records and not 6\)"):
+    with pytest.raises(UserError, match=rf"{file} is damaged or missing \(it has 4 records instead of 6\)"):
         open_dataset("nh_haze", built.parents[1])
 
 

@@ -161,7 +161,7 @@ def fit_clear(hazy: np.ndarray, clear: np.ndarray, hazy_name: str, clear_name: s
 
 
 class DrawnScene(NamedTuple):
-    """An embedded scene, held in memory."""
+    """A drawn scene, held in memory."""
 
     name: str
     clear: np.ndarray
