@@ -105,7 +105,7 @@ def test_wrong_images_are_value_errors(model, tmp_path):
         aecr_jax.dehaze(np.zeros((8, 8, 3), np.uint8), model, tile=5)
     with pytest.raises(FileNotFoundError, match="there is no checkpoint folder"):
         aecr_jax.load_checkpoint(tmp_path / "none")
-    with pytest.raises(ValueError, match="is no checkpoint"):
+    with pytest.raises(ValueError, match="is not a checkpoint"):
         aecr_jax.load_checkpoint(tmp_path)
 
 

@@ -139,7 +139,7 @@ def test_a_split_batch_stays_split():
         ({"offset_groups": 3}, r"offset_groups \(=3\) must divide the 4 channels"),
         ({"strides": 0}, r"strides \(=0\) must be one integer of at least 1"),
         ({"padding": (1, 2, 3)}, r"padding \(=\(1, 2, 3\)\)"),
-        ({"dilation": 9}, r"smaller than the kernel's reach"),
+        ({"dilation": 9}, r"smaller than the extent of the kernel"),
         ({"strides": 1.5}, r"strides \(=1.5\) must be one integer of at least 1, or one for height and one for width"),
         ({"strides": True}, r"strides \(=True\) must be one integer"),
         ({"strides": None}, r"strides \(=None\) must be one integer"),

@@ -52,7 +52,7 @@ def test_existing_results_are_replaced_or_skipped_on_request(model_dir, tmp_path
     (out / "b.png").unlink()
     capsys.readouterr()
     assert main([*arguments, "--skip-existing"]) == 0
-    assert f"1 images in {out}, 1 skipped: their results exist" in capsys.readouterr().out
+    assert f"1 images written to {out}, 1 skipped because their results exist" in capsys.readouterr().out
     assert (out / "a.png").read_bytes() == mine and (out / "b.png").read_bytes() == restored["b"]
     assert main([*arguments, "--overwrite"]) == 0
     assert (out / "a.png").read_bytes() == restored["a"] and (out / "b.png").read_bytes() == restored["b"]
@@ -62,7 +62,7 @@ def test_existing_results_are_replaced_or_skipped_on_request(model_dir, tmp_path
 def test_nothing_left_to_restore_is_success(tmp_path, capsys):
     picture(tmp_path / "a.jpg", (16, 12)), picture(tmp_path / "out" / "a.png", (8, 8))
     assert main(["dehaze", str(tmp_path / "a.jpg"), "--output", str(tmp_path / "out"), "--skip-existing"]) == 0
-    assert f"0 images in {tmp_path / 'out'}, 1 skipped: their results exist" in capsys.readouterr().out
+    assert f"0 images written to {tmp_path / 'out'}, 1 skipped because their results exist" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("option", [[], ["--overwrite"], ["--skip-existing"]])
@@ -154,7 +154,7 @@ def test_renamed_results_and_skipped_sub_folders_are_told(model_dir, tmp_path, c
     arrows = [line for line in said if " -> " in line]
     names = [("X.webp", "X.png"), ("x.bmp", "x_2.png"), ("x.tiff", "x_3.png")]  # sorted by name as in the C locale
     assert arrows == [f"{folder / source} -> {out / target}" for source, target in names]
-    assert f"{folder} has 2 sub-folders that were not searched: to dehaze them, name them too" in said
+    assert f"{folder} has 2 sub-folders that were not searched: to dehaze their images, add them as inputs" in said
     assert main([*arguments, "--overwrite"]) == 0  # the output folder is now inside the input folder and is not reported
     assert "has 2 sub-folders" in capsys.readouterr().out
     (tmp_path / "only" / "sub").mkdir(parents=True)

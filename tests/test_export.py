@@ -74,7 +74,7 @@ def test_no_changed_setting_passes(folder, name, value):
     config = json.loads((folder / CONFIG).read_text())
     config["model"][name] = value
     (folder / CONFIG).write_text(json.dumps(config))
-    with pytest.raises(UserError, match="is damaged or half written: its weights or settings are not what was written"):
+    with pytest.raises(UserError, match="is damaged or half written: its weights or settings differ from what was written"):
         load_checkpoint(folder)
 
 
@@ -116,7 +116,7 @@ def test_a_round_trip_is_bit_exact(tmp_path, dtype, x64):
 def test_weights_that_are_not_finite_are_neither_written_nor_read(tmp_path, folder, value):
     model = load_checkpoint(folder)
     model.down2.bias[...] = model.down2.bias[...].at[1].set(value)
-    with pytest.raises(UserError, match=r"model .*new is not written: tensor down2.bias has values that are not finite"):
+    with pytest.raises(UserError, match=r"model .*new was not written: tensor down2.bias has values that are not finite"):
         save_checkpoint(model, tmp_path / "new")
     assert not (tmp_path / "new").exists()
     arrays = load_file(folder / WEIGHTS)
@@ -152,7 +152,7 @@ def test_the_checksum_covers_names_types_and_shapes(folder):
         {"mix1.theta": arrays["mix1.theta"].view(np.int32)},
     ):
         save_file(arrays | change, folder / WEIGHTS, metadata={"format": "aecr_jax.networks.aecr_net"})
-        with pytest.raises(UserError, match="its weights or settings are not what was written"):
+        with pytest.raises(UserError, match="its weights or settings differ from what was written"):
             load_checkpoint(folder)
 
 

@@ -52,7 +52,7 @@ def test_other_definitions():
 
 
 def test_refuses_different_shapes():
-    with pytest.raises(ValueError, match="must both be"):
+    with pytest.raises(ValueError, match="must have the same shape"):
         psnr(jnp.zeros((1, 4, 4, 3)), jnp.zeros((1, 4, 5, 3)))
 
 
