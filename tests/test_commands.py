@@ -96,7 +96,7 @@ def test_a_full_disk_is_one_line(config_file, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     said = fails(capsys, "train", "--config", config_file, "--run.workdir", tmp_path / "w", "--loss.cr", "0")
     # The required space is 1.1 times the size of the arrays, plus one megabyte.
-    assert "no checkpoint can be written to" in said and "1.2 MB must be free and the disk has 0.0 MB" in said
+    assert "no checkpoint can be written to" in said and "1.2 MB must be free, but the disk has 0.0 MB" in said
 
 
 def test_tensorboard_gets_scalars_and_panels(config_file, tmp_path):
@@ -129,7 +129,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(config_file, t
     ]
     said = fails(capsys, "train", "--config", config_file, *options)
     assert "step 1 is not finite: loss 0." in said and "parameter norm inf, largest offset 0 pixels" in said
-    assert f"no checkpoint was written yet in {workdir}" in said
+    assert f"no checkpoint has been written yet in {workdir}" in said
     assert said.count("scene0-") == 8
     for step in (int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()):
         arrays = get_arrays(load_checkpoint(workdir / "checkpoints" / str(step)))
@@ -186,13 +186,13 @@ def test_train_refuses_bad_input(config_file, tmp_path, capsys):
         return fails(capsys, "train", "--config", config_file, "--run.workdir", tmp_path / "w", *arguments)
 
     assert "unknown setting --train.setps; nearest: --optim.steps" in train("--train.setps", "5")
-    assert train("--optim.batch", "6").endswith("optim.batch (=6) must divide by the 8 devices, such as 8")
+    assert train("--optim.batch", "6").endswith("optim.batch (=6) must be divisible by 8 (8 devices), such as 8")
     assert "there is no VGG-19 file none.safetensors" in train("--loss.features", "none.safetensors")
     assert "smaller than a crop: data.crop (=32) must be at most 24" in train("--data.crop", "32")
     (tmp_path / "empty").mkdir()
     assert "no pairs in" in train("--data.train", tmp_path / "empty")
     picture(tmp_path / "h" / "1_1.png", (20, 20)), picture(tmp_path / "c" / "1.png", (20, 20))
-    assert "nothing to evaluate on" in train("--data.train", f"{tmp_path / 'h'},{tmp_path / 'c'}")
+    assert "there are no evaluation data" in train("--data.train", f"{tmp_path / 'h'},{tmp_path / 'c'}")
     assert not (tmp_path / "w").exists()
     (tmp_path / "file").write_text("")
     assert "cannot be written" in fails(capsys, "train", "--config", config_file, "--run.workdir", tmp_path / "file")
@@ -224,7 +224,7 @@ def test_eval_writes_scores_and_pictures(run, tmp_path, capsys):
 def test_eval_refuses_bad_input(model_dir, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert "no pairs in" in fails(capsys, "eval", "--checkpoint", model_dir, "--data", tmp_path / "empty")
-    assert "is no checkpoint" in fails(capsys, "eval", "--checkpoint", tmp_path / "empty", "--data", "scenes")
+    assert "is not a checkpoint" in fails(capsys, "eval", "--checkpoint", tmp_path / "empty", "--data", "scenes")
     assert "there is no checkpoint folder" in fails(capsys, "eval", "--checkpoint", tmp_path / "none", "--data", "scenes")
     assert "--data" in fails(capsys, "eval")
     assert "unrecognized arguments: --chekpoint" in fails(capsys, "eval", "--data", "scenes", "--chekpoint", "x")
@@ -242,7 +242,7 @@ def test_half_written_checkpoints_are_named(run, model_dir, tmp_path, capsys):
             file.unlink()
     assert "checkpoints/4 is damaged or half written" in fails(capsys, "eval", "--checkpoint", tmp_path / "run", "--data", "scenes")
     (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
-    assert "has no whole checkpoint" in fails(capsys, "eval", "--checkpoint", tmp_path / "begun", "--data", "scenes")
+    assert "has no complete checkpoint" in fails(capsys, "eval", "--checkpoint", tmp_path / "begun", "--data", "scenes")
     shutil.copytree(model_dir, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes((model_dir / "model.safetensors").read_bytes()[:100])
     assert "model is damaged or half written" in fails(capsys, "eval", "--checkpoint", tmp_path / "model", "--data", "scenes")
@@ -323,7 +323,7 @@ def test_report_is_one_page_with_everything(run, tmp_path, capsys):
     assert page.count("<svg") == 13 and page.count("data:image/jpeg;base64,") == 2
     assert "d_ap_5" in page and "learning_rate" in page and "jaxlib" in page and "scenes:4:32x24" in page
     assert "http" not in page.replace("<meta http-equiv=", "") and "src='data:" in page  # no external resources
-    assert "is no work directory of a run" in fails(capsys, "report", tmp_path)
+    assert "is not the work directory of a run" in fails(capsys, "report", tmp_path)
 
 
 def test_ticks_are_round_and_enclose():

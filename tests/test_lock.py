@@ -60,7 +60,8 @@ def other_machine(folder, **changes):
 def test_a_second_owner_is_refused_and_told_who_the_first_is(tmp_path):
     with FolderLock(tmp_path):
         owner = json.loads((tmp_path / "lock.json").read_text())
-        with pytest.raises(UserError, match=f"{tmp_path} is in use: process {os.getpid()} on {owner['host']} has trained there since"):
+        process = f"process {os.getpid()} on {owner['host']}"
+        with pytest.raises(UserError, match=f"{tmp_path} is in use: {process} has been training there since"):
             FolderLock(tmp_path).__enter__()
     assert list(tmp_path.iterdir()) == []
     with FolderLock(tmp_path):
@@ -70,7 +71,7 @@ def test_a_second_owner_is_refused_and_told_who_the_first_is(tmp_path):
 def test_a_second_run_in_one_folder_is_refused(config_file, tmp_path, capsys):
     with FolderLock(tmp_path):
         said = fails(capsys, "train", "--config", config_file, "--run.workdir", tmp_path, "--loss.cr", "0")
-    assert "is in use: process" in said and "name another run.workdir" in said
+    assert "is in use: process" in said and "choose another run.workdir" in said
     assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "config.json").exists()
 
 
@@ -126,11 +127,11 @@ def test_another_machine_that_touches_its_lock_is_alive(tmp_path, quick):
     thread = threading.Thread(target=touch)
     thread.start()
     said = []
-    with pytest.raises(UserError, match=r"process .* on elsewhere has trained there since then"):
+    with pytest.raises(UserError, match=r"process .* on elsewhere has been training there since then"):
         FolderLock(tmp_path, said.append).__enter__()
     stop.set()
     thread.join()
-    assert "names another machine (elsewhere)" in said[0]
+    assert "is from another machine (elsewhere)" in said[0]
     assert json.loads((tmp_path / "lock.json").read_text())["token"] == "x"
 
 

@@ -54,7 +54,7 @@ def test_a_platform_that_is_not_there_is_one_line(tmp_path, run, model, platform
     environment = os.environ | {"JAX_PLATFORMS": platform}
     done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"aecr_jax: JAX finds no device of JAX_PLATFORMS (='{platform}')" in done.stderr
+    assert f"aecr_jax: JAX finds no device for JAX_PLATFORMS (='{platform}')" in done.stderr
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
@@ -72,4 +72,4 @@ def test_memory_that_runs_out_is_one_line(monkeypatch, capsys):
         raise MemoryError("Unable to allocate 7 GiB")
 
     monkeypatch.setitem(sys.modules["aecr_jax.__main__"]._RUN, "report", run)
-    assert "out of memory: Unable to allocate 7 GiB; a smaller optim.batch" in fails(capsys, "report", "x")
+    assert "out of memory: Unable to allocate 7 GiB; for training, reduce optim.batch" in fails(capsys, "report", "x")

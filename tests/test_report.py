@@ -245,10 +245,10 @@ def test_halves_of_surrogate_pairs(workdir, capsys):
     "text, note",
     [
         ("{}", "config.json is empty"),
-        ("[]", "config.json: it holds a list where a JSON object belongs"),
-        ('"text"', "config.json: it holds a string where a JSON object belongs"),
-        ("7", "config.json: it holds a number where a JSON object belongs"),
-        ("null", "config.json: it holds null where a JSON object belongs"),
+        ("[]", "config.json: it contains a list instead of a JSON object"),
+        ('"text"', "config.json: it contains a string instead of a JSON object"),
+        ("7", "config.json: it contains a number instead of a JSON object"),
+        ("null", "config.json: it contains null instead of a JSON object"),
         ('{"train": ', "config.json: it is not JSON"),
         ("[" * 100_000, "config.json: it is nested too deeply"),
         ("", "config.json is empty"),
@@ -279,7 +279,7 @@ def test_missing_config(workdir, capsys):
 
 def test_config_with_values_outside_of_sections(workdir, capsys):
     (workdir / "config.json").write_text('{"train": {"steps": 50}, "model": 5, "loss": [1, 2]}')
-    page = damaged(workdir, capsys, "config.json: not a section of settings: `model`, `loss`")
+    page = damaged(workdir, capsys, "config.json: these are not sections of settings: `model`, `loss`")
     assert "step 40 of 50;" in page.text
     assert ["steps", "50"] in page.rows and ["model", "5"] in page.rows and ["loss", "[1, 2]"] in page.rows
 
@@ -302,7 +302,7 @@ def test_settings_nested_deeply(workdir, capsys, depth):
 @pytest.mark.parametrize(
     "text, notes",
     [
-        ("[]", ["versions.json: it holds a list where a JSON object belongs"]),
+        ("[]", ["versions.json: it contains a list instead of a JSON object"]),
         ("no JSON", ["versions.json: it is not JSON"]),
         (
             '{"python": "3.11.7"}',
@@ -339,8 +339,8 @@ def test_odd_versions(workdir, capsys, text, notes):
         ({"step": -1, "kind": "train"}, "`step` is missing or not a whole number"),
         ({"step": 10**400, "kind": "train"}, "`step` is missing or not a whole number"),
         ({"step": {"step": 41}, "kind": "train"}, "`step` is missing or not a whole number"),
-        ("[]", "it holds a list where a JSON object belongs"),
-        ("null", "it holds null where a JSON object belongs"),
+        ("[]", "it contains a list instead of a JSON object"),
+        ("null", "it contains null instead of a JSON object"),
         ('{"step": 41, "kind": "tr', "it is not JSON"),
         ('{"step": 41} }', "it is not JSON"),
         ("\0\0\0\0}", "it is not JSON"),
@@ -483,7 +483,7 @@ def test_folder_that_is_no_run(tmp_path, capsys, model_dir):
     for path in (tmp_path / "file", tmp_path / "empty", tmp_path / "missing", model_dir):
         assert main(["report", str(path)]) == 2
         said = capsys.readouterr().err
-        assert said.startswith(f"aecr_jax: {path} is no work directory of a run") and said.count("\n") == 1
+        assert said.startswith(f"aecr_jax: {path} is not the work directory of a run") and said.count("\n") == 1
         assert not path.is_dir() or not (path / "report.html").exists()
 
 

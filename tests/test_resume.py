@@ -124,7 +124,7 @@ def test_damaged_metrics_are_a_damaged_checkpoint(run, config_file, tmp_path, ca
     shutil.copytree(run, workdir)
     (workdir / "checkpoints" / "4" / "metrics" / "metrics").write_bytes(content)
     assert load_with_info(workdir)[1]["step"] == 2
-    assert "checkpoints/4 is left out" in caplog.text
+    assert "checkpoints/4 is ignored" in caplog.text
     assert main(["train", "--config", config_file, "--run.workdir", str(workdir)]) == 0
     assert "continuing from step 2" in capsys.readouterr().out and "checkpoints/4 cannot be read" in caplog.text
     assert (workdir / "damaged-checkpoint-4").is_dir() and load_with_info(workdir / "checkpoints" / "4")[1]["step"] == 4
@@ -153,7 +153,7 @@ def test_an_edited_part_of_a_checkpoint_is_found(run, config_file, tmp_path, cap
     assert before in text
     file.write_text(text.replace(before, after))
     assert main(["train", "--config", config_file, "--run.workdir", str(workdir)]) == 0
-    assert f"checkpoints/4 cannot be read ({item} is not what was written)" in caplog.text
+    assert f"checkpoints/4 cannot be read ({item} differs from what was written)" in caplog.text
     assert "continuing from step 2" in capsys.readouterr().out
 
 
@@ -177,7 +177,7 @@ def test_a_run_of_version_0_1_0_goes_on(run, config_file, tmp_path, capsys):
 def test_a_folder_whose_name_is_not_utf_8_is_refused(run, config_file, tmp_path, capsys):
     """orbax cannot write checkpoints there and would fail only at the first checkpoint, after training had begun."""
     folder = tmp_path / os.fsdecode(b"caf\xe9")
-    message = r"caf\udce9/w cannot hold checkpoints: its name, with those of the folders above, must be UTF-8"
+    message = r"caf\udce9/w cannot hold checkpoints: its full path must be valid UTF-8"
     assert message in fails(capsys, "train", "--config", config_file, "--run.workdir", folder / "w")
     assert not folder.exists()
     shutil.copytree(run, folder / "w")
@@ -195,7 +195,7 @@ def test_a_damaged_log_is_one_line(run, config_file, tmp_path, capsys, line):
 def test_another_network_does_not_continue_a_run(run, config_file, capsys):
     before = (run / "config.json").read_text()
     said = fails(capsys, "train", "--config", config_file, "--run.workdir", run, "--model.width", "2")
-    assert "holds another run: model.width is 4 there and 2 here; name another run.workdir" in said
+    assert "holds another run: model.width is 4 there and 2 here; choose another run.workdir" in said
     assert (run / "config.json").read_text() == before
 
 
@@ -207,6 +207,6 @@ def test_a_complete_run_only_evaluates(run, config_file, capsys):
 
 def test_other_data_or_another_seed_do_not_continue_a_run(run, config_file, capsys):
     said = fails(capsys, "train", "--config", config_file, "--run.workdir", run, "--data.train", "scenes:5:32x24")
-    assert "holds another run: it trains on 4 images (names" in said and "and now on 5 images" in said
+    assert "holds another run: it was trained on 4 images (names" in said and "but the data are now 5 images" in said
     said = fails(capsys, "train", "--config", config_file, "--run.workdir", run, "--run.seed", "1")
     assert "run.seed is 0 there and 1 here" in said

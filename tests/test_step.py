@@ -290,7 +290,7 @@ def test_the_step_uses_the_rates(rates):
 
 
 def test_refuses_a_batch_that_does_not_divide():
-    with pytest.raises(UserError, match=r"optim.batch \(=12\) must divide by the 8 devices, such as 8 or 16"):
+    with pytest.raises(UserError, match=r"optim.batch \(=12\) must be divisible by 8 \(8 devices\), such as 8 or 16"):
         check_batch(12, 1, make_mesh())
 
 
