@@ -160,15 +160,16 @@ def _explain(error: BaseException) -> str | None:
     """Return a one-line explanation of a JAX error that the user can fix, or None for any other error."""
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return (
-            f"out of memory: {first_line(error)}; a smaller optim.batch, data.crop or model.width, or optim.accumulate, needs less"
-            " for training, and --tile for dehazing"
+            f"out of memory: {first_line(error)}; for training, reduce optim.batch, data.crop or model.width, or increase optim.accumulate;"
+            " for dehazing, set a smaller --tile"
         )
     if "jax" in sys.modules:
         try:
             sys.modules["jax"].devices()
         except (RuntimeError, AssertionError) as reason:  # AssertionError occurs for a known platform that is not installed
             about = f": {first_line(reason)}" if str(reason) else ""
-            return f"JAX finds no device of JAX_PLATFORMS (={os.environ.get('JAX_PLATFORMS', '')!r}){about}; unset it to use what there is"
+            platforms = os.environ.get("JAX_PLATFORMS", "")
+            return f"JAX finds no device for JAX_PLATFORMS (={platforms!r}){about}; unset it to use the available devices"
     return None
 
 
@@ -177,7 +178,7 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"aecr-jax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
-    train = commands.add_parser("train", help="train a network, or continue", allow_abbrev=False, add_help=False)
+    train = commands.add_parser("train", help="train a network or resume a run", allow_abbrev=False, add_help=False)
     train.add_argument("--config", metavar="FILE", help="Python file that sets `config`, such as configs/its.py")
 
     evaluate = commands.add_parser("eval", help="score a checkpoint", allow_abbrev=False)
@@ -186,25 +187,26 @@ def _make_parser() -> argparse.ArgumentParser:
         "--data",
         required=True,
         metavar="DATA",
-        help="folder with hazy/ and clear/ (or rgb/ and depth/), HAZY,CLEAR, a built data set, or scenes; @NAME/PART takes part of it",
+        help="folder with hazy/ and clear/ (or rgb/ and depth/), HAZY,CLEAR, a built data set, or scenes; append @NAME/PART for a part"
+        " of a named split",
     )
-    evaluate.add_argument("--data-dir", default="", metavar="DIR", help="where prepare-data wrote (default: ~/tensorflow_datasets)")
-    evaluate.add_argument("--output", metavar="DIR", help="write per_image.csv, summary.json and panel.png there")
-    evaluate.add_argument("--save-images", action="store_true", help="write hazy/, restored/ and clear/ into --output too")
+    evaluate.add_argument("--data-dir", default="", metavar="DIR", help="folder of built data sets (default: ~/tensorflow_datasets)")
+    evaluate.add_argument("--output", metavar="DIR", help="folder for per_image.csv, summary.json and panel.png")
+    evaluate.add_argument("--save-images", action="store_true", help="also write hazy/, restored/ and clear/ to --output")
 
     dehaze = commands.add_parser("dehaze", help="dehaze photographs", allow_abbrev=False)
     dehaze.add_argument("input", nargs="+", metavar="INPUT", help="image files and folders")
-    dehaze.add_argument("--output", required=True, metavar="DIR", help="folder for the results, NAME.png each")
+    dehaze.add_argument("--output", required=True, metavar="DIR", help="folder for the results, one NAME.png for each image")
     existing = dehaze.add_mutually_exclusive_group()
-    existing.add_argument("--overwrite", action="store_true", help="replace results that exist")
-    existing.add_argument("--skip-existing", action="store_true", help="restore only the images whose results do not exist")
+    existing.add_argument("--overwrite", action="store_true", help="replace existing results")
+    existing.add_argument("--skip-existing", action="store_true", help="skip images whose results exist")
     dehaze.add_argument("--checkpoint", metavar="DIR", help="work directory of a run, or a converted model (default: the shipped model)")
     dehaze.add_argument(
         "--tile",
         type=int,
         default=1536,
         metavar="N",
-        help="images of more than N x N pixels go in overlapping tiles (0: never); default 1536",
+        help="restore images of more than N x N pixels in overlapping tiles; 0 turns tiling off (default: 1536)",
     )
 
     compare = commands.add_parser("compare", help="one sheet of pictures by several models", allow_abbrev=False)
@@ -219,29 +221,31 @@ def _make_parser() -> argparse.ArgumentParser:
     prepare = commands.add_parser("prepare-data", help="build a data set from its authors' archives", allow_abbrev=False)
     prepare.add_argument("name", metavar="NAME", help="reside/its, ots, sots_indoor, sots_outdoor, hsts or rtts; nh_haze, dense_haze")
     prepare.add_argument("--source", required=True, metavar="DIR", help="folder where the archives were unpacked")
-    prepare.add_argument("--data-dir", metavar="DIR", help="where to write (default: ~/tensorflow_datasets)")
+    prepare.add_argument("--data-dir", metavar="DIR", help="folder to write to (default: ~/tensorflow_datasets)")
 
     check = commands.add_parser("check-data", help="look for mistakes in training data", allow_abbrev=False)
-    check.add_argument("--data", metavar="DATA", help="what to train on, as eval takes it; or use --config")
-    check.add_argument("--test", metavar="DATA", help="what to evaluate on, as eval takes it")
-    check.add_argument("--config", metavar="FILE", help="check what this config trains and evaluates on; takes --data.* settings too")
-    check.add_argument("--data-dir", default="", metavar="DIR", help="where prepare-data wrote (default: ~/tensorflow_datasets)")
-    check.add_argument("--limit", type=int, metavar="N", help="read N images of each, evenly spread (default: all)")
-    check.add_argument("--output", default="check-data.png", metavar="FILE", help="picture of pairs to write; default check-data.png")
+    check.add_argument("--data", metavar="DATA", help="training data, in the notation of eval; or use --config")
+    check.add_argument("--test", metavar="DATA", help="evaluation data, in the notation of eval")
+    check.add_argument("--config", metavar="FILE", help="check the data of this config; --data.* options override its settings")
+    check.add_argument("--data-dir", default="", metavar="DIR", help="folder of built data sets (default: ~/tensorflow_datasets)")
+    check.add_argument("--limit", type=int, metavar="N", help="read only N evenly spaced images of each data set (default: all)")
+    check.add_argument("--output", default="check-data.png", metavar="FILE", help="picture of pairs to write (default: check-data.png)")
     check.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
 
     benchmark = commands.add_parser("benchmark", help="measure speed", allow_abbrev=False)
     add_kinds(benchmark.add_subparsers(dest="what", required=True, metavar="WHAT", parser_class=_Parser))
 
-    report = commands.add_parser("report", help="one HTML page about a training run", allow_abbrev=False)
+    report = commands.add_parser("report", help="write an HTML report of a training run", allow_abbrev=False)
     report.add_argument("workdir", metavar="WORKDIR", help="work directory of the run; report.html is written there")
 
-    vgg = commands.add_parser("convert-vgg", help="VGG weights for contrastive regularization and perceptual loss", allow_abbrev=False)
+    vgg = commands.add_parser(
+        "convert-vgg", help="convert VGG weights for contrastive regularization and perceptual loss", allow_abbrev=False
+    )
     vgg.add_argument("file", metavar="FILE", help="torchvision's .pth, or a .safetensors or .npz with the names of torchvision or timm")
     vgg.add_argument("--output", required=True, metavar="FILE", help="the .safetensors to write")
     vgg.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
 
-    convert = commands.add_parser("convert", help="checkpoints of other projects' networks, both ways", allow_abbrev=False)
+    convert = commands.add_parser("convert", help="convert checkpoints of other projects' networks, in both directions", allow_abbrev=False)
     convert.add_argument("--network", metavar="NAME", help="the network; by default it is recognized by the names of the tensors")
     aecr = commands.add_parser("convert-aecr", help="convert --network aecr_net", allow_abbrev=False)
     aecr.set_defaults(network="aecr_net")
@@ -252,7 +256,10 @@ def _make_parser() -> argparse.ArgumentParser:
             help="authors' .pth, .pk, .safetensors or .npz; or a checkpoint folder, to convert back",
         )
         parser_.add_argument(
-            "--output", required=True, metavar="PATH", help="folder to write, or the .pth, .safetensors or .npz of the way back"
+            "--output",
+            required=True,
+            metavar="PATH",
+            help="folder to write, or the .pth, .safetensors or .npz to write when converting back",
         )
         parser_.add_argument(
             "--overwrite", action="store_true", help="replace --output if it exists: the file, or a model's files in the folder"
@@ -269,7 +276,7 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
     from aecr_jax.training.config import load_config
 
     if not options.config:
-        raise UserError("--config FILE is missing: name a config such as configs/demo.py")
+        raise UserError("--config FILE is missing: use a config such as configs/demo.py")
     config = load_config(options.config, rest)
 
     from aecr_jax.training.trainer import train
@@ -317,9 +324,9 @@ def _check_data(options: argparse.Namespace, rest: list[str]) -> int:
     from aecr_jax.training.config import load_config
 
     if bool(options.data) == bool(options.config):
-        raise UserError("check-data takes --data DATA or --config FILE: name one of the two")
+        raise UserError("check-data needs either --data DATA or --config FILE")
     if options.config and (options.test or options.data_dir):
-        raise UserError("--test and --data-dir go with --data; with --config use --data.eval or --data.data_dir")
+        raise UserError("--test and --data-dir must be used with --data; with --config, use --data.eval and --data.data_dir")
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit (={options.limit}) must be at least 1")
     refuse_existing(options.output, overwrite=options.overwrite)
@@ -335,7 +342,7 @@ def _check_data(options: argparse.Namespace, rest: list[str]) -> int:
     report = check_data(train, test, test_name=test_name, problems=problems, crop=crop, limit=options.limit)
     print(report, flush=True)
     if draw_sheet(report, options.output):
-        print(f"pairs, hazy over clear: {options.output}")
+        print(f"picture of pairs (hazy above clear): {options.output}")
     return int(report.mistaken)
 
 

@@ -97,8 +97,8 @@ class NotEnoughMemory(UserError):
     """A program needs more memory than is available. `needed` and `available` are in bytes; `available` is None if it is not known."""
 
     def __init__(self, needed: int, available: int | None):
-        there = "less is available" if available is None else f"{available / 1e9:.3g} GB are available"
-        super().__init__(f"it takes {needed / 1e9:.3g} GB of memory, and {there}")
+        there = "less is available" if available is None else f"only {available / 1e9:.3g} GB are available"
+        super().__init__(f"it takes {needed / 1e9:.3g} GB of memory, but {there}")
         self.needed, self.available = needed, available
 
 

@@ -56,4 +56,4 @@ def refuse_existing(path: str | Path, *, overwrite: bool = False) -> None:
       UserError: `path` exists and `overwrite` is not set.
     """
     if not overwrite and os.path.lexists(path):
-        raise UserError(f"{path} already exists: name another output, or add --overwrite to replace it")
+        raise UserError(f"{path} already exists: choose another output, or add --overwrite to replace it")

@@ -111,7 +111,7 @@ def _luma(image: Array, name: str) -> Array:
 def _prepare(prediction: ArrayLike, target: ArrayLike) -> tuple[Array, Array]:
     prediction, target = _as_images(prediction, "prediction"), _as_images(target, "target")
     if prediction.shape != target.shape or prediction.ndim != 4:
-        raise ValueError(f"prediction {prediction.shape} and target {target.shape} must both be [N, H, W, C] and equal")
+        raise ValueError(f"prediction has shape {prediction.shape} and target {target.shape}: they must have the same shape, [N, H, W, C]")
     if 0 in prediction.shape[1:]:
         raise ValueError(f"prediction and target have shape {prediction.shape} and must have at least one pixel and channel")
     dtype = jnp.promote_types(jnp.promote_types(prediction.dtype, target.dtype), jnp.float32)

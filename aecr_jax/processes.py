@@ -70,7 +70,7 @@ def check_shared(path: Path) -> None:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(str(path))
         if not path.is_file():
-            raise UserError(f"process {jax.process_index()} does not see {path}: run.workdir must be a folder that all processes share")
+            raise UserError(f"process {jax.process_index()} cannot find {path}: run.workdir must be a folder that all processes share")
 
 
 class StopRequest:

@@ -6,10 +6,11 @@ import shutil
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Fast compilation instead of fast code: the tests compile much and compute little. One test runs others with other flags.
+# The tests compile a lot and compute little, so compilation time matters more than the speed of the code. One test sets TEST_XLA_FLAGS
+# to run other tests with other flags.
 os.environ["XLA_FLAGS"] = os.environ.get("TEST_XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
 
-# What one test compiled the next one reads, in other processes too: pytest's workers inherit the folder from the process that starts them.
+# All tests share one compilation cache, also across processes: pytest's workers inherit the folder from the process that starts them.
 _CACHE = "" if "PYTEST_XDIST_WORKER" in os.environ else tempfile.mkdtemp(prefix="aecr_jax-compiled-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE or os.environ["JAX_COMPILATION_CACHE_DIR"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -20,7 +21,8 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-# Files that take minutes, so that they do not begin when the other worker has nothing left to do. The first compiles what test_step reads.
+# Test files that take minutes run first, so that no worker starts one of them when the others have finished. The first of them compiles
+# programs that test_step then reads from the cache.
 _LONG_FILES = ("test_compilation", "test_survival", "test_commands", "test_resume", "test_benchmark", "test_step", "test_networks")
 
 
@@ -35,7 +37,7 @@ def pytest_unconfigure():
 
 @pytest.fixture
 def x64():
-    """float64 for the length of a test."""
+    """Enable float64 for the duration of a test."""
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
@@ -64,7 +66,7 @@ def config_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory):
-    """A small exported model."""
+    """Export a small model and return its folder."""
     from flax import nnx
 
     from aecr_jax.inference.weights import save_checkpoint
@@ -77,7 +79,7 @@ def model_dir(tmp_path_factory):
 
 @pytest.fixture
 def nan_model(model_dir, tmp_path):
-    """The small model with one NaN among its weights."""
+    """Return a copy of the small model that has one NaN in its weights."""
     import numpy as np
     from safetensors.numpy import load_file, save_file
 
@@ -90,7 +92,7 @@ def nan_model(model_dir, tmp_path):
 
 
 def forget_checksum(folder):
-    """Make an exported model one of the time before checksums, so that changed weights are read."""
+    """Remove the checksum of an exported model, as in models of early versions, so that changed weights load."""
     config = json.loads((folder / "config.json").read_text())
     del config["sha256"]
     (folder / "config.json").write_text(json.dumps(config))
@@ -98,7 +100,7 @@ def forget_checksum(folder):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, config_file):
-    """A finished run of four steps, for one file of tests: some of them go on with it."""
+    """Train for four steps and return the work directory; the tests of one file share it, and some of them resume it."""
     from aecr_jax.__main__ import main
 
     workdir = tmp_path_factory.mktemp("runs") / "tiny"

@@ -1,4 +1,4 @@
-"""Reads tests/golden, and makes the weights that it does not store by their rules."""
+"""Load the reference values in tests/golden and regenerate the weights that are too large to store there."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def nhwc(x):
 
 
 def official_weights(seed):
-    """The official network's tensors by name: number n is drawn from seed [seed, n] and scaled by its name."""
+    """Return the official network's tensors by name. Tensor n is drawn with seed [seed, n] and scaled according to its name."""
     spec = load("official_forward")
     tensors = {}
     for n, (name, shape) in enumerate(zip(spec["names"], spec["shapes"])):
@@ -53,7 +53,7 @@ def our_arrays(official):
 
 
 def vgg19_tensors(seed):
-    """Layers of a full VGG-19 in PyTorch's layout: [(name, weight [O, I, 3, 3], bias [O])]."""
+    """Return the layers of a full VGG-19 in PyTorch's layout: [(name, weight [O, I, 3, 3], bias [O])]."""
     rng, channels, layers = np.random.default_rng(int(seed)), 3, []
     for name in VGG19Features.CONVOLUTIONS:
         out = 64 * min(2 ** (int(name[4]) - 1), 8)

@@ -1,4 +1,4 @@
-"""The public API: images in memory, lazy names, and what an import costs."""
+"""The public API: images in memory, lazily imported names, and the modules that an import loads."""
 
 import json
 import subprocess
@@ -52,7 +52,7 @@ def test_arrays_of_each_type_come_back_as_that_type(model):
 def test_the_callers_model_stays_in_its_mode_and_may_change(model):
     pixels = np.full((8, 8, 3), 0.5, np.float32)
     before = aecr_jax.dehaze(pixels, model)
-    assert model.fast_deconv.use_running_average is False  # in training mode still
+    assert model.fast_deconv.use_running_average is False  # still in training mode
     bias = model.up3.bias[...]
     model.up3.bias[...] = bias + 0.5
     after = aecr_jax.dehaze(pixels, model)
@@ -105,7 +105,7 @@ def test_wrong_images_are_value_errors(model, tmp_path):
         aecr_jax.dehaze(np.zeros((8, 8, 3), np.uint8), model, tile=5)
     with pytest.raises(FileNotFoundError, match="there is no checkpoint folder"):
         aecr_jax.load_checkpoint(tmp_path / "none")
-    with pytest.raises(ValueError, match="is no checkpoint"):
+    with pytest.raises(ValueError, match="is not a checkpoint"):
         aecr_jax.load_checkpoint(tmp_path)
 
 
@@ -117,7 +117,7 @@ def modules_after(code):
 
 
 def test_inference_imports_no_training_code(tmp_path):
-    """Nor the libraries of training, beyond what flax itself imports."""
+    """Inference also imports none of the libraries used for training, except those that flax itself imports."""
     unwanted = {"orbax", "grain", "tyro", "tensorstore", "tensorflow_datasets", "optax"} - modules_after("import flax.nnx")
     loaded = modules_after("import numpy as np, aecr_jax; aecr_jax.dehaze(np.zeros((8, 8, 3), np.uint8)); aecr_jax.evaluate, aecr_jax.psnr")
     assert not unwanted & loaded
@@ -136,7 +136,7 @@ def test_import_is_lazy_and_changes_nothing_of_others():
 
 
 def test_help_needs_no_jax():
-    """So that it takes a fraction of a second: jax alone takes one."""
+    """Help appears in a fraction of a second, because it does not import jax, which alone takes a second."""
     commands = ("train", "eval", "dehaze", "prepare-data", "check-data", "benchmark", "report", "convert-vgg", "convert-aecr")
     code = "import contextlib\nfrom aecr_jax.__main__ import main\nwith contextlib.suppress(SystemExit): main({})"
     for arguments in (["--help"], *([command, "--help"] for command in commands), ["unknown"]):

@@ -17,7 +17,7 @@ from aecr_jax.errors import UserError
 
 @pytest.fixture
 def twin():
-    """The module of AECR-Net in PyTorch, and a deformable convolution by grid_sample (CI has no torchvision)."""
+    """Return the module of AECR-Net in PyTorch, with a deformable convolution made of grid_sample, because CI has no torchvision."""
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     from aecr_jax.benchmark.twins import aecr_net
 
@@ -47,7 +47,7 @@ def official_twin(twin, seed, dtype):
 
 
 def test_twin_is_the_official_network(twin):
-    """The official network's output (tests/golden), with the official names of all tensors: the opponent does the same work."""
+    """The twin takes the official tensors by name and gives the official output (tests/golden), so both sides do the same work."""
     import torch
 
     d = load("official_forward")
@@ -57,7 +57,7 @@ def test_twin_is_the_official_network(twin):
 
 
 def test_twin_has_the_official_loss_and_gradient(twin):
-    """Losses and gradient norm before the first step of the official code's trajectory (tests/golden), in float64."""
+    """The losses and the gradient norm are those before the first step of the official trajectory (tests/golden), in float64."""
     import torch
 
     from aecr_jax.benchmark.twins import contrastive
@@ -86,7 +86,7 @@ def test_twin_has_the_official_loss_and_gradient(twin):
         (lambda a, b: jax.lax.conv(a, b, (2, 2), "SAME"), [(2, 3, 8, 8), (4, 3, 3, 3)], 2 * 4 * 4 * 4 * 3 * 9),
         (lambda a, b: jax.lax.scan(lambda c, _: (c @ b, None), a, length=6)[0], [(4, 4), (4, 4)], 6 * 64),
         (jax.jit(lambda a: jax.nn.relu(a).sum()), [(9, 9)], 0),
-        # Half of the rows and columns that the kernel sees are zeros of the dilation.
+        # Half of the rows and columns under the kernel are zeros that the dilation inserts.
         (
             lambda a, b: jax.lax.conv_general_dilated(a, b, (1, 1), ((1, 1), (1, 1)), lhs_dilation=(2, 2)),
             [(1, 3, 4, 4), (5, 3, 3, 3)],
@@ -100,7 +100,7 @@ def test_multiply_adds_by_hand(function, shapes, macs):
 
 
 def test_multiply_adds_of_the_operator():
-    """Nine taps of a 4 -> 4 convolution at 64 pixels; its gradient multiplies twice more, for the image and for the kernel."""
+    """The operator has nine taps of a 4 -> 4 convolution at 64 pixels; its gradients for image and kernel cost as much again each."""
     work = Work("op", size=8, channels=4)
     assert prepare(work).macs == 64 * 9 * 16
     assert prepare(Work("op", size=8, channels=4, backward=True)).macs == 3 * 64 * 9 * 16
@@ -132,7 +132,7 @@ def test_compile_times_are_not_those_of_the_cache(tmp_path):
     jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if event.endswith("/cache_hits") else None)
     command = ["benchmark", "op", "--size", "8", "--channels", "8", "--rounds", "1", "--output", str(tmp_path / "figures.json")]
     try:
-        jax.jit(lambda x: x + 1)(jnp.zeros(3)).block_until_ready()  # so that JAX has decided to use it
+        jax.jit(lambda x: x + 1)(jnp.zeros(3)).block_until_ready()  # makes JAX decide whether to use the cache
         assert main(command) == 0
         hits.clear()
         assert main(command) == 0
@@ -154,7 +154,7 @@ for line in sys.stdin:
 
 
 def test_the_fastest_opponent_is_measured(tmp_path, capsys, monkeypatch):
-    """A played worker: of four ways one fails, and channels-last is the fastest."""
+    """With a fake worker, one of the four ways fails and channels-last is the fastest."""
     worker = tmp_path / "worker.py"
     worker.write_text(_WORKER)
     monkeypatch.setattr(opponent_module, "WORKER", worker)
@@ -224,7 +224,7 @@ def test_an_interrupted_opponent_is_ended(tmp_path, monkeypatch):
 
 
 def test_growth_plot(tmp_path):
-    """One batch is a series of its own, and nothing runs of the train step."""
+    """The plot accepts a series with a single point, and a train step that was only compiled and not run."""
     rows = [
         {"kind": "model", "over": over, "pixels": n, "batch": n, "median_s": 0.1 * n, "temporary_bytes": n}
         for over in ("area", "batch")
@@ -237,7 +237,7 @@ def test_growth_plot(tmp_path):
 
 @pytest.mark.slow
 def test_growth_of_area_and_batch(tmp_path, capsys, monkeypatch):
-    """Temporaries grow with the pixels; what does not fit is listed and not run."""
+    """Temporary memory grows with the number of pixels; sizes that do not fit into memory are listed but not run."""
     monkeypatch.setattr("aecr_jax.benchmark.growth._available", lambda: 2_000_000)
     file = tmp_path / "growth.json"
     sizes = ["--sizes", "16", "32", "64", "--batches", "1", "--width", "2"]

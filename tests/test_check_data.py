@@ -1,4 +1,4 @@
-"""check-data on data that look right and are not: exchanged folders, empty pictures, bad depth, names that do not tell."""
+"""check-data on data with mistakes that are easy to miss: exchanged folders, empty images, bad depth maps, ambiguous names."""
 
 import numpy as np
 import pytest
@@ -40,11 +40,11 @@ def write_depth(root, values, name="0"):
 
 
 def ramp(dtype=np.float32):
-    """A depth of 1 to 4, `[6, 8]`."""
+    """Return a depth map `[6, 8]` with values from 1 to 4."""
     return np.linspace(1, 4, 48).reshape(6, 8).astype(dtype)
 
 
-# ---- exchanged and empty pictures
+# ---- exchanged and empty images
 
 
 @pytest.mark.parametrize("count", [1, 2, 20])
@@ -58,7 +58,7 @@ def test_exchanged_drawn_scenes_are_found(tmp_path, count):
 @needs_shared
 @pytest.mark.parametrize("name", GENUINE)
 def test_exchanged_genuine_images_are_found(name):
-    """Each pair by itself, 12 of each set: what is so of one pair is so of few and of many."""
+    """About 12 pairs of each set are checked one at a time; what holds for single pairs also holds for sets of any size."""
     pairs = find_dataset(SHARED / name)
     for pair in pairs[:: max(1, len(pairs) // 12)]:
         assert mistakes(check_data([pair])) == []
@@ -116,7 +116,7 @@ BAD_DEPTH = {
 @pytest.mark.parametrize("kind", BAD_DEPTH)
 def test_bad_depth_is_refused_by_name(tmp_path, config_file, capsys, kind):
     values, said = BAD_DEPTH[kind]
-    root = write_depth(tmp_path, values, "1")  # not the first: that is read before training begins
+    root = write_depth(tmp_path, values, "1")  # not the first image, which is read before training begins
     for i in (0, 2, 3):
         write_depth(root, ramp(), str(i))
     line = fails(
@@ -124,13 +124,14 @@ def test_bad_depth_is_refused_by_name(tmp_path, config_file, capsys, kind):
         *("train", "--config", config_file, "--data.train", root, "--data.crop", "4"),
         *("--data.holdout", "1", "--loss.cr", "0", "--run.workdir", tmp_path / "run"),
     )
-    assert f"{root / 'depth' / '1.tif'} is no depth map: " in line and said in line and "learning_rate" not in line
+    assert f"{root / 'depth' / '1.tif'} is not a valid depth map: " in line and said in line and "learning_rate" not in line
     (found,) = mistakes(check_data(find_dataset(root)))
-    assert f"1 images cannot be used: {root / 'depth' / '1.tif'} is no depth map: " in found and said in found
+    assert f"1 images cannot be used: {root / 'depth' / '1.tif'} is not a valid depth map: " in found and said in found
 
 
 def test_depth_that_may_be_marked_is_a_warning(tmp_path):
-    """Zeros in an 8-bit map are what is nearest, rounded down, unless nothing lies between them and the rest; likewise the largest."""
+    """Zeros in an 8-bit map are the nearest points, rounded down, unless a gap separates them from the other values, in which case they
+    may mark missing measurements. The same applies to many pixels of the largest value."""
     near = np.arange(48, dtype=np.uint8).reshape(6, 8)
     write_depth(tmp_path, near)
     np.testing.assert_allclose(read_depth(tmp_path / "depth" / "0.tif")[0, :2], [0.5 / 47, 1.5 / 47], rtol=1e-6)
@@ -169,11 +170,12 @@ def test_names_that_are_not_numbers_share_no_clear_image(tmp_path, config_file, 
     folders = "--data.train", f"{root / 'hazy'},{root / 'clear'}"
     for command in (("eval", "--data", root), ("train", "--config", config_file, *folders, "--run.workdir", tmp_path / "run")):
         line = fails(capsys, *command)
-        assert f"4 of 4 hazy images have no clear one, first {root / 'hazy' / 'photo_1.png'}; photo_2.png; photo_3.png; photo_4.png" in line
+        first = root / "hazy" / "photo_1.png"
+        assert f"4 of 4 hazy images have no clear image, first {first}; photo_2.png; photo_3.png; photo_4.png" in line
         assert "for photo_1 with any image extension" in line and "1400_1 with 1400" in line
     for options in (("--data", root), ("--config", config_file, *folders), ("--config", "configs/nh_haze.py", *folders)):
         assert main(["check-data", *map(str, options), "--output", str(tmp_path / "s.png")]) == 1
-        assert "MISTAKE: 4 hazy images have no clear one: " in capsys.readouterr().out
+        assert "MISTAKE: 4 hazy images have no clear image: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -189,11 +191,12 @@ def test_other_ways_to_share_a_clear_image_are_refused(tmp_path, hazy, clear):
     for i, name in enumerate(hazy):
         picture(tmp_path / "hazy" / name, seed=i)
     picture(tmp_path / "clear" / clear), picture(tmp_path / "clear" / "other.png")
-    with pytest.raises(UserError, match=r"2 hazy images have one clear image, .*/clear/") as error:
+    with pytest.raises(UserError, match=r"2 hazy images have the same clear image, .*/clear/") as error:
         find_pairs(tmp_path / "hazy", tmp_path / "clear")
     assert all(name in str(error.value) for name in hazy)
     problems = []
-    assert len(find_pairs(tmp_path / "hazy", tmp_path / "clear", problems)) == 2 and "2 hazy images have one clear image" in problems[0]
+    assert len(find_pairs(tmp_path / "hazy", tmp_path / "clear", problems)) == 2
+    assert "2 hazy images have the same clear image" in problems[0]
 
 
 @pytest.mark.parametrize(
@@ -207,7 +210,8 @@ def test_resides_numbers_share_a_clear_image(tmp_path, names):
 
 
 def test_findings_do_not_hide_each_other(tmp_path, capsys):
-    """A file without a partner, two of one name, many damaged of one kind and one of another, and a picture of one colour."""
+    """All problems are reported together: a file without a partner, two files of one name, several unreadable files, a pair of different
+    sizes, and an image of one colour."""
     root = write_pairs(tmp_path, range(1, 12), size=(64, 48))
     (root / "clear" / "9.png").unlink()
     picture(root / "clear" / "8.jpg")
@@ -218,7 +222,7 @@ def test_findings_do_not_hide_each_other(tmp_path, capsys):
     assert main(["check-data", "--data", str(root), "--output", str(tmp_path / "s.png")]) == 1
     said = capsys.readouterr().out
     for text in (
-        "1 hazy images have no clear one: ",
+        "1 hazy images have no clear image: ",
         "8.jpg and ",
         "6 images cannot be used: ",
         "7_1_0.9.png is 30x30 and",
@@ -226,7 +230,7 @@ def test_findings_do_not_hide_each_other(tmp_path, capsys):
     ):
         assert text in said
     assert main(["check-data", "--data", str(root), "--limit", "3", "--output", str(tmp_path / "t.png")]) == 1
-    assert "; 3 read, and only those compared" in capsys.readouterr().out
+    assert "; only 3 are read and compared" in capsys.readouterr().out
 
 
 def test_numbered_pictures_are_not_taken_for_reside(tmp_path):
@@ -234,19 +238,19 @@ def test_numbered_pictures_are_not_taken_for_reside(tmp_path):
     assert recognise_data_set(names) is None and recognise_data_set(["2024_05", "2024_06"]) is None
     report = str(check_data(find_dataset(write_pairs(tmp_path / "a", range(1, 14), "{}_1", (64, 48)))))
     assert "reside" not in report and "RESIDE" not in report and "this copy" not in report
-    # the evidence that counts instead: RESIDE's size, a release's numbers (13,990 and 1,399), or airlights in the names
+    # These do identify RESIDE: its image size, the numbers of a release (13,990 and 1,399), or airlights in the names.
     assert "reside/its, RESIDE-standard" in str(check_data(find_dataset(write_pairs(tmp_path / "b", range(1, 3), "{}_1"))))
     assert recognise_data_set([f"{i}_{j}" for i in range(1, 1400) for j in range(1, 11)], clear=1399) == "reside/its"
     assert recognise_data_set(["1_1_0.9"], size=(64, 48)) == "reside/its"
 
 
-# ---- the picture
+# ---- the contact sheet
 
 
 def test_the_picture_does_not_replace_a_file(tmp_path, capsys):
     root, output = haze_folder(tmp_path), tmp_path / "photo.png"
     output.write_text("mine")
-    (root / "01_hazy.png").write_bytes(b"")  # would be found by reading
+    (root / "01_hazy.png").write_bytes(b"")  # reading this file would fail
     line = fails(capsys, "check-data", "--data", root, "--output", output)
     assert f"{output} already exists" in line and "--overwrite" in line and output.read_text() == "mine"
     main(["check-data", "--data", str(root), "--limit", "2", "--output", str(output), "--overwrite"])

@@ -1,4 +1,4 @@
-"""Every command as a person calls it, in process: what it writes, what it says, its exit status."""
+"""Every command with the arguments of a user, run in this process: the files it writes, its output and its exit status."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ from aecr_jax.networks.arrays import get_arrays
 
 
 def fails(capsys, *arguments):
-    """Runs a command that must fail with status 2 and one line, and returns the line."""
+    """Run a command that must fail with status 2 and one error line, and return that line."""
     capsys.readouterr()
     assert main([str(a) for a in arguments]) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("aecr_jax: ")]
@@ -52,7 +52,7 @@ def test_fine_tuning_begins_with_the_parameters_of_a_checkpoint(run, config_file
     for name, array in theirs.items():
         np.testing.assert_allclose(ours[name], array, atol=1e-9)
     assert lines(tmp_path / "w", "train")[0]["step"] == 1
-    # A wider network takes over what a narrower one does: the same scores where nothing is learned.
+    # A wider network that starts from a narrower one gives the same output: without learning, the scores are equal.
     wider = [*arguments, "--run.workdir", tmp_path / "wider", "--model.width", "6"]
     assert main(list(map(str, wider))) == 0
     assert "from 4 to 6" in capsys.readouterr().out
@@ -73,7 +73,7 @@ def test_the_moving_average_is_evaluated_saved_and_loaded(config_file, tmp_path,
     assert main(["eval", "--checkpoint", str(workdir / "checkpoints" / "4"), "--data", "scenes", "--output", str(tmp_path / "out")]) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["weights"] == "ema" and summary["step"] == 4
-    # It can be given up and taken up again.
+    # The moving average can be turned off and on again.
     assert main([*arguments, "--optim.ema", "0", "--optim.steps", "5"]) == 0
     assert lines(workdir, "eval")[-1]["weights"] == "params"
     assert main([*arguments, "--optim.steps", "6"]) == 0
@@ -95,8 +95,8 @@ def test_a_full_disk_is_one_line(config_file, tmp_path, capsys, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     said = fails(capsys, "train", "--config", config_file, "--run.workdir", tmp_path / "w", "--loss.cr", "0")
-    # 1.1 times the arrays and a megabyte
-    assert "no checkpoint can be written to" in said and "1.2 MB must be free and the disk has 0.0 MB" in said
+    # The required space is 1.1 times the size of the arrays, plus one megabyte.
+    assert "no checkpoint can be written to" in said and "1.2 MB must be free, but the disk has 0.0 MB" in said
 
 
 def test_tensorboard_gets_scalars_and_panels(config_file, tmp_path):
@@ -129,7 +129,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(config_file, t
     ]
     said = fails(capsys, "train", "--config", config_file, *options)
     assert "step 1 is not finite: loss 0." in said and "parameter norm inf, largest offset 0 pixels" in said
-    assert f"no checkpoint was written yet in {workdir}" in said
+    assert f"no checkpoint has been written yet in {workdir}" in said
     assert said.count("scene0-") == 8
     for step in (int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()):
         arrays = get_arrays(load_checkpoint(workdir / "checkpoints" / str(step)))
@@ -138,7 +138,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(config_file, t
 
 @pytest.mark.parametrize("gone", [False, True])
 def test_a_damaged_training_image_stops_the_run_and_loses_no_step(config_file, tmp_path, capsys, monkeypatch, gone):
-    """Of 24 images in batches of 8, the one that the third batch meets is damaged or gone: two steps are kept, and mended, it goes on."""
+    """One of 24 images, read in the third batch of 8, is damaged or missing. The state after two steps is saved, and once the image is
+    repaired, the run resumes."""
     for side in ("hazy", "clear"):
         for i in range(24):
             picture(tmp_path / side / f"{i:02d}.png", (16, 16), seed=i)
@@ -146,7 +147,7 @@ def test_a_damaged_training_image_stops_the_run_and_loses_no_step(config_file, t
     damaged = tmp_path / "hazy" / f"{order[20]:02d}.png"
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[:100])
-    if gone:  # between the listing of the folder and the reading
+    if gone:  # delete the image after the folder is listed and before it is read
         read = Pair.read
 
         def read_late(pair):
@@ -185,13 +186,13 @@ def test_train_refuses_bad_input(config_file, tmp_path, capsys):
         return fails(capsys, "train", "--config", config_file, "--run.workdir", tmp_path / "w", *arguments)
 
     assert "unknown setting --train.setps; nearest: --optim.steps" in train("--train.setps", "5")
-    assert train("--optim.batch", "6").endswith("optim.batch (=6) must divide by the 8 devices, such as 8")
+    assert train("--optim.batch", "6").endswith("optim.batch (=6) must be divisible by 8 (8 devices), such as 8")
     assert "there is no VGG-19 file none.safetensors" in train("--loss.features", "none.safetensors")
     assert "smaller than a crop: data.crop (=32) must be at most 24" in train("--data.crop", "32")
     (tmp_path / "empty").mkdir()
     assert "no pairs in" in train("--data.train", tmp_path / "empty")
     picture(tmp_path / "h" / "1_1.png", (20, 20)), picture(tmp_path / "c" / "1.png", (20, 20))
-    assert "nothing to evaluate on" in train("--data.train", f"{tmp_path / 'h'},{tmp_path / 'c'}")
+    assert "there are no evaluation data" in train("--data.train", f"{tmp_path / 'h'},{tmp_path / 'c'}")
     assert not (tmp_path / "w").exists()
     (tmp_path / "file").write_text("")
     assert "cannot be written" in fails(capsys, "train", "--config", config_file, "--run.workdir", tmp_path / "file")
@@ -212,7 +213,7 @@ def test_eval_writes_scores_and_pictures(run, tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert summary["images"] == 3 and [row["image"] for row in rows] == ["0_1", "1_1", "2_1"]
     assert summary["psnr"] == pytest.approx(np.mean([float(row["psnr"]) for row in rows]))
-    # against NumPy: what was written as an image scores what the table says, up to 8-bit rounding
+    # The score of the saved image, computed with NumPy, is the one in the table, up to rounding to 8 bits.
     restored, clear = read_image(out / "restored" / "1_1.png"), read_image(tmp_path / "data" / "clear" / "1.png")
     assert -10 * np.log10(np.mean((restored - clear) ** 2)) == pytest.approx(float(rows[1]["psnr"]), abs=0.02)
     assert (out / "panel.png").is_file()
@@ -223,7 +224,7 @@ def test_eval_writes_scores_and_pictures(run, tmp_path, capsys):
 def test_eval_refuses_bad_input(model_dir, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert "no pairs in" in fails(capsys, "eval", "--checkpoint", model_dir, "--data", tmp_path / "empty")
-    assert "is no checkpoint" in fails(capsys, "eval", "--checkpoint", tmp_path / "empty", "--data", "scenes")
+    assert "is not a checkpoint" in fails(capsys, "eval", "--checkpoint", tmp_path / "empty", "--data", "scenes")
     assert "there is no checkpoint folder" in fails(capsys, "eval", "--checkpoint", tmp_path / "none", "--data", "scenes")
     assert "--data" in fails(capsys, "eval")
     assert "unrecognized arguments: --chekpoint" in fails(capsys, "eval", "--data", "scenes", "--chekpoint", "x")
@@ -241,7 +242,7 @@ def test_half_written_checkpoints_are_named(run, model_dir, tmp_path, capsys):
             file.unlink()
     assert "checkpoints/4 is damaged or half written" in fails(capsys, "eval", "--checkpoint", tmp_path / "run", "--data", "scenes")
     (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
-    assert "has no whole checkpoint" in fails(capsys, "eval", "--checkpoint", tmp_path / "begun", "--data", "scenes")
+    assert "has no complete checkpoint" in fails(capsys, "eval", "--checkpoint", tmp_path / "begun", "--data", "scenes")
     shutil.copytree(model_dir, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes((model_dir / "model.safetensors").read_bytes()[:100])
     assert "model is damaged or half written" in fails(capsys, "eval", "--checkpoint", tmp_path / "model", "--data", "scenes")
@@ -294,7 +295,7 @@ def test_tiles_are_near_the_whole(model_dir):
 
 
 def test_tiling_blends_to_one(model_dir):
-    """With an identity in place of the model, tiles that overlap give the image back."""
+    """With the identity in place of the model, overlapping tiles give the image back."""
     from aecr_jax.inference.restore import restore_tiled
 
     image = np.random.default_rng(0).random((70, 101, 3), np.float32)
@@ -321,8 +322,8 @@ def test_report_is_one_page_with_everything(run, tmp_path, capsys):
     assert f"<td>{last['psnr']:.2f}</td><td>{last['ssim']:.4f}</td>" in page
     assert page.count("<svg") == 13 and page.count("data:image/jpeg;base64,") == 2
     assert "d_ap_5" in page and "learning_rate" in page and "jaxlib" in page and "scenes:4:32x24" in page
-    assert "http" not in page.replace("<meta http-equiv=", "") and "src='data:" in page  # nothing from elsewhere
-    assert "is no work directory of a run" in fails(capsys, "report", tmp_path)
+    assert "http" not in page.replace("<meta http-equiv=", "") and "src='data:" in page  # no external resources
+    assert "is not the work directory of a run" in fails(capsys, "report", tmp_path)
 
 
 def test_ticks_are_round_and_enclose():

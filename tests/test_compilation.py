@@ -21,7 +21,7 @@ print(json.dumps([status] + [events.get("/jax/compilation_cache/" + name, 0) for
 
 
 def environment(tmp_path):
-    """That of a user: no settings of the tests."""
+    """Return the environment of a user, without the settings of the tests."""
     mine = {k: v for k, v in os.environ.items() if not k.startswith("JAX_") and k != "XLA_FLAGS"}
     return mine | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
 
@@ -41,7 +41,7 @@ def test_a_second_start_compiles_nothing(tmp_path, config_file):
 
 
 def test_torn_and_old_entries_are_removed(tmp_path, monkeypatch):
-    """JAX writes `-atime` after the entry itself, and again at each use."""
+    """JAX writes the file `-atime` after the entry itself and updates it at each use, so an entry without one is incomplete."""
     monkeypatch.setattr(compilation, "CACHE_ENTRIES", 2)
     for name in ("whole-cache", "whole-atime", "torn-cache", "other"):
         (tmp_path / name).write_bytes(b"x")
@@ -55,7 +55,7 @@ def test_torn_and_old_entries_are_removed(tmp_path, monkeypatch):
 
 
 def test_settings_of_the_user_stay(tmp_path, monkeypatch):
-    """Run with JAX_COMPILATION_CACHE_DIR set, as all tests are: it stays; and so does the flag that XLA_FLAGS already has."""
+    """A JAX_COMPILATION_CACHE_DIR that is set, as in all tests, is kept, and so is a flag that XLA_FLAGS already has."""
     import jax
 
     before = jax.config.jax_compilation_cache_dir
@@ -67,7 +67,7 @@ def test_settings_of_the_user_stay(tmp_path, monkeypatch):
 
 
 def test_flag_is_for_releases_that_know_it(monkeypatch):
-    """XLA ends the process at a flag that it does not know, and reads a value without a dash as a file's name."""
+    """XLA aborts the process at an unknown flag, and takes a value without a leading dash for the name of a file."""
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("XLA_FLAGS", "--a=b")
     monkeypatch.setattr(compilation, "version", lambda package: "0.99.0")
@@ -104,7 +104,7 @@ def test_a_folder_that_cannot_be_written_is_no_cache(tmp_path):
 
 
 def test_numbers_of_the_official_code_with_the_flags_of_the_commands():
-    """The comparisons with PyTorch once more, as users run: optimized, and with the CPU flag. (The tests compile without optimization.)"""
+    """The comparisons with PyTorch also pass as users run: with optimization, which other tests turn off, and with the CPU flag."""
     flags = "--xla_force_host_platform_device_count=8"
     if compilation.version("jaxlib") in compilation._MEASURED:
         flags += " --xla_cpu_experimental_ynn_fusion_type=-individual_convolution"

@@ -9,7 +9,7 @@ from aecr_jax import contrastive_distances, contrastive_regularization
 
 @pytest.mark.parametrize("negatives", [1, 0])
 def test_official_loss_and_gradient(negatives, x64):
-    """Loss and gradient of the official code (tests/golden; its README says why the gradient's reference is float64)."""
+    """Loss and gradient equal those of the official code (tests/golden; its README explains why the reference gradient is float64)."""
     d, key = load("contrastive"), "" if negatives else "_positive_only"
     anchor, positive, negative = (jnp.array(nhwc(d[k]), jnp.float64) for k in ("anchor", "positive", "negative"))
     features = vgg19(d["vgg_seed"], np.float64)
@@ -17,7 +17,7 @@ def test_official_loss_and_gradient(negatives, x64):
     np.testing.assert_allclose(loss, d[f"loss{key}"], rtol=1e-6)
     expected = nhwc(load("contrastive_float64")[f"grad_anchor{key}"])
     np.testing.assert_allclose(grad, expected, rtol=0, atol=1e-9 * abs(expected).max())
-    # and near the float32 reference, up to its two chance signs
+    # The float32 reference is only near, because rounding decided the signs of two values in it.
     distance = np.linalg.norm(grad - nhwc(d[f"grad_anchor{key}"])) / np.linalg.norm(expected)
     assert distance < 0.03
 
@@ -31,14 +31,15 @@ def batch(*values):
 
 
 def test_by_hand():
-    """Levels are the images and twice the images; d_ap = 0.1, 0.2 and d_an = 0.4, 0.8: 0.5 * 0.25 + 1 * 0.25."""
+    """The levels are the images and twice the images, so d_ap = 0.1, 0.2 and d_an = 0.4, 0.8; the loss is 0.5 * 0.25 + 1 * 0.25."""
     a, p, n = batch(0.5, 0.5), batch(0.6, 0.4), batch(0.9, 0.1)
     np.testing.assert_allclose(contrastive_regularization(a, p, n, identity, weights=(0.5, 1.0)), 0.375, rtol=1e-5)
     np.testing.assert_allclose(contrastive_regularization(a, p, n, identity, weights=(0.5, 1.0), negatives=0), 0.25, rtol=1e-5)
 
 
 def test_rates_take_the_neighbours_in_the_batch():
-    """Table 4 by hand: with 2 negatives, each anchor of 0 meets its own hazy image and the next: mean of |1|, |2|, |4|, all twice."""
+    """The rates of Table 4, by hand: with 2 negatives, each anchor 0 is compared with its own hazy image and the next one, so d_an is the
+    mean of |1|, |2| and |4|, each taken twice."""
     a, p, n = batch(0, 0, 0), batch(0.1, 0.2, 0.6), batch(1, 2, 4)
     d_ap, d_an = contrastive_distances(a, p, n, lambda x: [x], positives=3, negatives=2)
     np.testing.assert_allclose(d_ap, [0.3], rtol=1e-6)
@@ -75,7 +76,7 @@ def test_refuses_what_does_not_fit():
 @pytest.mark.parametrize("position", range(3))
 @pytest.mark.parametrize("function", [contrastive_distances, contrastive_regularization])
 def test_refuses_images_that_are_not_floats(function, position):
-    """Features of integers are zero, and so was the loss."""
+    """Integer images are refused, because their features would be zero, and so would the loss."""
     name = ("anchor", "positive", "negative")[position]
     images = [batch(0.5, 0.6)] * 3
     images[position] = np.ones((2, 1, 1, 3), np.uint8)
@@ -101,7 +102,7 @@ def test_rates_are_integers(name, value):
 
 
 def test_other_kinds_of_the_same_arguments():
-    """Lists, NumPy's numbers, and more weights than levels, which is allowed; by hand as above."""
+    """Lists, NumPy numbers and more weights than levels are allowed and give the value of `test_by_hand`."""
     a, p, n = ([[[[v] * 3]] for v in values] for values in ([0.5, 0.5], [0.6, 0.4], [0.9, 0.1]))
     for weights in ([0.5, 1.0], np.array([0.5, 1.0]), jnp.array([0.5, 1.0, 7.0]), (0.5, 1.0, 7.0)):
         value = contrastive_regularization(a, p, n, identity, weights=weights, positives=np.int64(2), negatives=np.int64(1))

@@ -27,7 +27,7 @@ INDICES = (0, 2, 5, 7, 10, 12, 14, 16, 19, 21, 23, 25, 28)
 
 
 def small_vgg():
-    """torchvision's names with few channels, so that files are small."""
+    """Return VGG-19 tensors with torchvision's names and few channels, so that files are small."""
     rng, tensors, channels = np.random.default_rng(0), {}, 3
     for index in INDICES:
         tensors[f"features.{index}.weight"] = rng.standard_normal((4, channels, 3, 3)).astype(np.float32)
@@ -113,7 +113,7 @@ def test_other_floating_point_types_become_float32(tmp_path, dtype):
 
 
 def test_bfloat16_files_of_ours_load(tmp_path):
-    """As someone may store them, to save space."""
+    """Weights that a user has stored as bfloat16 to save space load as float32."""
     tensors = small_vgg()
     save_file(tensors, tmp_path / "x.safetensors")
     convert_vgg(tmp_path / "x.safetensors", tmp_path / "y.safetensors")
@@ -154,7 +154,7 @@ def test_outputs_replace_no_inputs(tmp_path):
 
 
 def test_existing_outputs_are_refused_before_the_conversion(tmp_path, capsys, monkeypatch):
-    """The input is no file that could be converted, and is not reached. Status 2, one line, nothing changed."""
+    """An existing output is refused before the input is read, which is not convertible: status 2, one error line, no file changed."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     (tmp_path / "junk.pth").write_bytes(b"junk")
@@ -168,10 +168,10 @@ def test_existing_outputs_are_refused_before_the_conversion(tmp_path, capsys, mo
         (tmp_path / existing).write_text('{"mine": 1}')
         assert main([command, file, "--output", output]) == 2
         said = capsys.readouterr()
-        wanted = f"aecr_jax: {existing} already exists: name another output, or add --overwrite to replace it\n"
+        wanted = f"aecr_jax: {existing} already exists: choose another output, or add --overwrite to replace it\n"
         assert (said.out, said.err) == ("", wanted)
         assert main([command, file, "--output", output, "--overwrite"]) == 2
-        assert "already exists" not in capsys.readouterr().err  # but the input is bad
+        assert "already exists" not in capsys.readouterr().err  # the error is about the input
         assert (tmp_path / existing).read_text() == '{"mine": 1}'
         (tmp_path / existing).unlink()
     assert {path.name for path in tmp_path.rglob("*")} == {"model", "junk.pth"}
@@ -189,7 +189,7 @@ def test_overwrite_replaces_the_output(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("command", ["convert-vgg", "convert-aecr"])
 def test_an_empty_output_is_refused(tmp_path, capsys, monkeypatch, command):
-    """It would be the current folder."""
+    """An empty path would mean the current folder."""
     monkeypatch.chdir(tmp_path)
     save_file(small_vgg(), "x.safetensors")
     assert main([command, "x.safetensors", "--output", ""]) == 2
@@ -223,7 +223,7 @@ def test_untrained_official_tensors_are_named(tmp_path, suffix, name, change, me
 
 
 def test_what_starts_at_zero_may_stay_there(tmp_path):
-    """Offsets, masks and biases do in the official code: its network before the first step converts, in float16 as well."""
+    """In the official code, offsets, masks and biases start at zero. Its network converts before the first step, also in float16."""
     tensors = official_weights(0)
     for name in (
         "dcn_block.dcn.conv_offset_mask.weight",
@@ -240,7 +240,7 @@ def test_what_starts_at_zero_may_stay_there(tmp_path):
 
 
 def test_names_of_the_official_checkpoint_round_trip():
-    """Bit by bit, and every official tensor has a name of ours."""
+    """The round trip is bit-exact, and every official tensor has a name in this package."""
     official = official_weights(0)
     back = FORMAT.to_theirs(our_arrays(official))
     assert set(back) == set(official)
@@ -333,7 +333,7 @@ def test_wrong_official_files_are_named(tmp_path):
 
 
 class Touch:
-    """Unpickling this would create a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path

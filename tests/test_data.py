@@ -21,7 +21,7 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the researc
 
 
 def picture(path, size=(8, 6), value=None, seed=0):
-    """Writes a random (or one-valued) RGB picture of `size` (width, height)."""
+    """Write an RGB image of `size` (width, height), random or with one value, and return its path."""
     w, h = size
     image = np.full((h, w, 3), value) if value is not None else np.random.default_rng(seed).random((h, w, 3))
     write_image(path, image.astype(np.float32))
@@ -32,7 +32,7 @@ def picture(path, size=(8, 6), value=None, seed=0):
 
 
 def test_haze_by_hand():
-    """t = exp(-1) = 0.36788: 0.5 t + 0.8 (1 - t) = 0.68964, rounded to 8 bit 176 / 255; at depth 0 the clear image."""
+    """With t = exp(-1) = 0.36788, 0.5 t + 0.8 (1 - t) = 0.68964, which is 176 / 255 in 8 bits; at depth 0 the image stays clear."""
     clear = np.full((1, 2, 3), 128 / 255, np.float32)
     hazy = add_haze(clear, np.array([[1.0, 0.0]]), 0.8, 1.0)
     np.testing.assert_allclose(hazy[0, 0] * 255, [176] * 3, atol=1e-4)
@@ -49,7 +49,7 @@ def test_haze_parameters_are_resides():
     ("name", "beta"), [("1_1_0.90179", 0.881), ("1_2_0.97842", 0.934), ("2_1_0.99082", 1.131), ("2_2_0.76381", 1.1985)]
 )
 def test_reproduces_genuine_its_images(name, beta):
-    """RESIDE's own files from their clear image and NYU depth; airlight is in the name, beta was fitted."""
+    """Images of RESIDE are reproduced from their clear image and NYU's depth; the airlight is in the name, and beta was fitted."""
     scene = int(name.split("_")[0])
     clear = read_image(SHARED / "its_samples" / "clear" / f"{scene}.png")
     nyu = SHARED / "nyu_depth_v2"
@@ -59,7 +59,7 @@ def test_reproduces_genuine_its_images(name, beta):
     assert -10 * np.log10(np.mean((ours - genuine) ** 2)) > 55
 
 
-# ---- embedded scenes
+# ---- drawn scenes
 
 
 def test_scenes_are_functions_of_their_seed_with_exact_depth():
@@ -73,7 +73,7 @@ def test_scenes_are_functions_of_their_seed_with_exact_depth():
 
 
 def test_depth_of_a_flat_wall_is_the_same_at_other_resolutions():
-    """Depth is geometry: the same scene at half the size has the same depth at the same place, but for edges."""
+    """Depth does not depend on the resolution: except at edges, a scene of half the size has the same depth at the same place."""
     _, fine = render_scene(5, 96, 128)
     _, coarse = render_scene(5, 48, 64)
     difference = np.abs(fine.reshape(48, 2, 64, 2).mean((1, 3)) - coarse)
@@ -92,7 +92,7 @@ def test_grey_alpha_16_bit_and_exif(tmp_path):
     np.testing.assert_allclose(read_image(tmp_path / "deep.png"), np.full((4, 5, 3), 0.2), atol=1e-4)
     turned = Image.fromarray(np.zeros((4, 6, 3), np.uint8))
     exif = turned.getexif()
-    exif[274] = 6  # shown turned by a quarter
+    exif[274] = 6  # shown turned by 90 degrees
     turned.save(tmp_path / "turned.jpg", exif=exif)
     assert read_image(tmp_path / "turned.jpg").shape == (6, 4, 3)
 
@@ -117,13 +117,13 @@ def test_depth_of_any_scale(tmp_path):
     Image.fromarray(np.array([[1.5, 6.0]], np.float32)).save(tmp_path / "metres.tif")
     np.testing.assert_allclose(read_depth(tmp_path / "metres.tif"), [[0.25, 1]], atol=1e-6)
     Image.fromarray(np.zeros((2, 2), np.uint8)).save(tmp_path / "empty.png")
-    with pytest.raises(UserError, match=r"empty\.png is no depth map"):
+    with pytest.raises(UserError, match=r"empty\.png is not a valid depth map"):
         read_depth(tmp_path / "empty.png")
 
 
 def test_two_files_of_one_name_are_refused(tmp_path):
     picture(tmp_path / "h" / "1_1.png"), picture(tmp_path / "c" / "1.png"), picture(tmp_path / "c" / "1.jpg")
-    with pytest.raises(UserError, match=r"1.jpg and .*1.png have one name"):
+    with pytest.raises(UserError, match=r"1.jpg and .*1.png have the same name"):
         find_pairs(tmp_path / "h", tmp_path / "c")
 
 
@@ -188,7 +188,7 @@ def test_find_dataset_in_each_layout(tmp_path):
 
 def test_missing_partners_are_named(tmp_path):
     picture(tmp_path / "h" / "1_1.png"), picture(tmp_path / "h" / "2_1.png"), picture(tmp_path / "c" / "1.png")
-    with pytest.raises(UserError, match=r"1 of 2 hazy images have no clear one, first .*2_1.png: looked in .*c for 2_1 or 2 with"):
+    with pytest.raises(UserError, match=r"1 of 2 hazy images have no clear image, first .*2_1.png: looked in .*c for 2_1 or 2 with"):
         find_pairs(tmp_path / "h", tmp_path / "c")
     with pytest.raises(UserError, match=r"2 of 2 clear images have no depth map, first .*1_1.png: looked for 1_1.png in"):
         find_depth_scenes(tmp_path / "h", tmp_path / "c")
@@ -221,7 +221,7 @@ def test_nyu_frames_lose_their_border(tmp_path):
 
 
 def pair_samples(tmp_path, count=5, size=(20, 16)):
-    """Each clear image is random and its hazy one is 1 - clear, so that a batch shows whether they moved together."""
+    """Write and open pairs. A clear image is random and its hazy image is 1 - clear, so a batch shows whether both were cropped alike."""
     for i in range(count):
         clear = np.random.default_rng(i).integers(0, 256, (size[1], size[0], 3)) / 255
         write_image(tmp_path / "clear" / f"{i}.png", clear)
@@ -262,19 +262,19 @@ def test_a_run_goes_on_where_it_stood(tmp_path):
 
 
 def test_processes_share_an_epoch_without_overlap(tmp_path):
-    """Of 7 one-valued images, two processes that read 14 together see each twice, in two epochs, whoever reads it."""
+    """Two processes read 14 images in total from a set of 7 one-valued images, and each epoch contains every image once."""
     for i in range(7):
         picture(tmp_path / "clear" / f"{i}.png", value=i / 10), picture(tmp_path / "hazy" / f"{i}.png", value=i / 10)
     config = dataclasses.replace(small_config(), optim=OptimConfig(batch=2), data=DataConfig(crop=4))
     parts = [batches_of(find_dataset(tmp_path), config, process_index=i, process_count=2) for i in range(2)]
     seen = [round(float(next(part)["clear"][0, 0, 0, 0]) * 10) for _ in range(7) for part in parts]
     assert sorted(seen[:7]) == sorted(seen[7:]) == list(range(7)) and seen[:7] != seen[7:]
-    with pytest.raises(UserError, match=r"optim.batch \(=2\) must divide by the 4 processes"):
+    with pytest.raises(UserError, match=r"optim.batch \(=2\) must be a multiple of the number of processes \(4\)"):
         batches_of(find_dataset(tmp_path), config, process_count=4)
 
 
 def test_processes_read_together_what_one_reads_alone(tmp_path):
-    """The same images, crops and turns, so that a run may go on with another number of processes."""
+    """Images, crops and rotations are the same, so a run can resume with another number of processes."""
     samples, config = pair_samples(tmp_path), small_config()
     alone = batches_of(samples, config)
     parts = [batches_of(samples, config, process_index=i, process_count=2) for i in range(2)]
@@ -291,16 +291,17 @@ def test_cached_images_give_the_same_batches(tmp_path):
         np.testing.assert_array_equal(first["hazy"], second["hazy"])
     for sample in samples:
         sample.hazy.unlink()
-    next(cached)  # reads no file any more
-    # 5 pairs of 20x16 pixels, 3 bytes each
+    next(cached)  # no file is read any more
+    # 5 pairs of 20x16 pixels at 3 bytes a pixel
     samples = pair_samples(tmp_path)
     assert cache_bytes(samples, DataConfig()) == 5 * 2 * 20 * 16 * 3
-    with pytest.raises(UserError, match=r"data.cache needs about .* GB for 5 images in 1000000000 workers, and this machine has"):
+    with pytest.raises(UserError, match=r"data.cache needs about .* GB for 5 images in 1000000000 workers, but this machine has"):
         cache_bytes(samples, DataConfig(workers=10**9))
 
 
 def test_haze_on_the_fly_is_new_in_each_epoch(tmp_path):
-    """One grey scene at depth 1 (or 254.5 / 255): the hazy value is A + (J - A) exp(-beta), new every time, within RESIDE's ranges."""
+    """For one grey scene at depth 1 (or 254.5 / 255), the hazy value is A + (J - A) exp(-beta). It is new each time and within RESIDE's
+    ranges of A and beta."""
     picture(tmp_path / "rgb" / "0.png", (12, 12), value=0.2)
     write_image(tmp_path / "depth" / "0.png", np.full((12, 12, 3), 1.0) - np.eye(12)[..., None] / 255)
     batches = batches_of(find_dataset(tmp_path), small_config())

@@ -1,4 +1,4 @@
-"""The field's data sets in their authors' layouts, named splits, and the check of data; on small made-up copies."""
+"""Public data sets in their authors' layouts, named splits, and check-data, on small synthetic copies."""
 
 import json
 import pickle
@@ -25,7 +25,7 @@ from aecr_jax.data.splits import apply_split, read_split, split_names
 VOC = """<annotation><size><width>30</width><height>20</height></size><object><name>bus</name><bndbox><xmin>1</xmin><ymin>11</ymin>
 <xmax>15</xmax><ymax>20</ymax></bndbox></object></annotation>"""
 
-# Layout -> data set, files, release, number of pairs by split. Folder and file names as in the archives and in the copies that go around.
+# Layout -> data set, files, release, number of pairs by split. Folder and file names are those of the archives and of common copies.
 LAYOUTS = {
     "its-standard": (
         "reside/its",
@@ -96,11 +96,11 @@ def test_builders_read_every_layout_as_the_folders_do(tmp_path, layout):
             assert record.source[record.position]["name"] == pair.name.encode()
             for key, expected in pair.read().items():
                 np.testing.assert_array_equal(record.read()[key], expected)
-    pickle.loads(pickle.dumps(records))  # worker processes get them so
+    pickle.loads(pickle.dumps(records))  # records are pickled for worker processes
 
 
 def test_rtts_has_boxes_and_no_clear_images(tmp_path):
-    """By hand: rows 11..20 of 20 and columns 1..15 of 30, VOC's pixels counting from 1."""
+    """The box covers rows 11..20 of 20 and columns 1..15 of 30; VOC counts pixels from 1."""
     make(tmp_path, ["RTTS/JPEGImages/a.png"])
     with pytest.raises(UserError, match=r"a\.png has no annotation"):
         prepare("reside/rtts", tmp_path, tmp_path / "built")
@@ -127,7 +127,7 @@ sys.exit("tensorflow" in sys.modules)
 
 
 def test_releases_are_told_apart():
-    """Names as in the archives; numbers as published: 13,990 and 110,000 hazy images of ITS, 72,135 and 313,950 of OTS."""
+    """Names are those of the archives. The published numbers of hazy images are 13,990 and 110,000 for ITS, 72,135 and 313,950 for OTS."""
     assert recognise_release("reside/its", ["1_1_0.90179", "1000_10_0.9"], 2) == "RESIDE-standard"
     assert recognise_release("reside/its", ["0499_05_0.8353", "1000_10_0.9"], 2) == "RESIDE-v0"
     assert recognise_release("reside/its", ["a", "b"], 2) == "unknown release"
@@ -147,12 +147,12 @@ def test_what_is_missing_is_named(tmp_path, capsys):
     with pytest.raises(UserError, match=r"unpack SOTS.zip there first"):
         find_layout("reside/sots_indoor", tmp_path)
     assert "there is no folder" in fails(capsys, "prepare-data", "nh_haze", "--source", tmp_path / "no", "--data-dir", tmp_path / "b")
-    assert "there is no data set 'reside/x'; there are reside/its" in fails(capsys, "prepare-data", "reside/x", "--source", tmp_path)
+    assert "there is no data set 'reside/x'; choose one of reside/its" in fails(capsys, "prepare-data", "reside/x", "--source", tmp_path)
     assert "prepare-data reside/its --source FOLDER" in fails(capsys, "eval", "--data", "reside/its", "--data-dir", tmp_path / "b")
     make(tmp_path, LAYOUTS["nh-haze"][1])
     prepare("nh_haze", tmp_path, tmp_path / "b")
-    assert "was prepared already" in fails(capsys, "prepare-data", "nh_haze", "--source", tmp_path, "--data-dir", tmp_path / "b")
-    assert "has no split 'x'; it has full" in fails(capsys, "eval", "--data", "nh_haze:x", "--data-dir", tmp_path / "b")
+    assert "has already been prepared" in fails(capsys, "prepare-data", "nh_haze", "--source", tmp_path, "--data-dir", tmp_path / "b")
+    assert "has no split 'x'; its splits are full" in fails(capsys, "eval", "--data", "nh_haze:x", "--data-dir", tmp_path / "b")
     assert set(DATASETS) == {layout[0] for layout in LAYOUTS.values()} | {"reside/rtts"}
 
 
@@ -185,14 +185,14 @@ def test_a_split_says_what_trains_and_what_evaluates(tmp_path):
         DataConfig(train="nh_haze@nh_haze_50_5/train", eval="nh_haze@nh_haze_50_5/test", data_dir=str(tmp_path / "b"))
     )
     np.testing.assert_array_equal(built[7].read()["hazy"], train[7].read()["hazy"])
-    with pytest.raises(UserError, match=r"has 45 scenes for train, and the data lack 1, first 01"):
+    with pytest.raises(UserError, match=r"has 45 scenes for train, but 1 are not in the data, first 01"):
         apply_split("nh_haze_45_5_5", find_dataset(root)[1:])
-    with pytest.raises(UserError, match="there is no split 'x'; there are dense_haze_45_5_5"):
+    with pytest.raises(UserError, match="there is no split 'x'; choose one of dense_haze_45_5_5"):
         apply_split("x", train)
-    with pytest.raises(UserError, match="split dense_haze_50_5 is not of nh_haze"):
+    with pytest.raises(UserError, match="split dense_haze_50_5 is not for nh_haze"):
         apply_split("dense_haze_50_5", built)
     picture(tmp_path / "NH-HAZE" / "56_hazy.png"), picture(tmp_path / "NH-HAZE" / "56_GT.png")
-    with pytest.raises(UserError, match="does not know 1 of the 56 scenes of the data, such as 56"):
+    with pytest.raises(UserError, match="does not contain 1 of the 56 scenes in the data, such as 56"):
         apply_split("nh_haze_50_5", find_dataset(root))
 
 
@@ -202,7 +202,7 @@ def test_the_split_is_in_every_result(tmp_path, capsys):
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["split"] == f"nh_haze_45_5_5/test of {root}" and summary["images"] == 5
     assert "5 images of nh_haze_45_5_5/test" in capsys.readouterr().out
-    assert "split nh_haze_50_5 has no part validation; it has train, test" in fails(
+    assert "split nh_haze_50_5 has no part validation; its parts are train, test" in fails(
         capsys, "eval", "--data", f"{root}@nh_haze_50_5/validation"
     )
 
@@ -211,7 +211,7 @@ def test_the_split_is_in_every_result(tmp_path, capsys):
 
 
 def scene(seed, size=(620, 460)):
-    """A made-up picture with edges at many places, `[H, W, 3]`."""
+    """Return a synthetic image `[H, W, 3]` with many edges."""
     small = np.random.default_rng(seed).integers(0, 256, (23, 31, 3), np.uint8)
     return np.asarray(Image.fromarray(small).resize(size, Image.Resampling.NEAREST), np.float32) / 255
 
@@ -234,12 +234,12 @@ def test_good_data_pass(tmp_path, capsys):
     assert main(["check-data", "--data", str(tmp_path / "a"), "--test", str(tmp_path / "b"), "--output", str(sheet)]) == 0
     said = capsys.readouterr().out
     assert "train: 4 images of 4 scenes: reside/its, RESIDE-standard" in said and "620x460 (4)" in said and "MISTAKE" not in said
-    assert "RESIDE-standard has 13990 hazy and 1399 clear images, this copy 4 and 4" in said
+    assert "RESIDE-standard has 13990 hazy and 1399 clear images, but this copy has 4 and 4" in said
     assert read_image(sheet).shape == (374, 4 * 240 + 3 * 8, 3)
 
 
 def test_psnr_by_hand(tmp_path):
-    """51 and 76 of 255 everywhere: 20 log10(255 / 25) = 20.17 dB."""
+    """All values are 51 / 255 and 76 / 255, so PSNR is 20 log10(255 / 25) = 20.17 dB."""
     for i in range(3):
         (
             picture(tmp_path / "clear" / f"{i}.png", (40, 40), value=51 / 255),
@@ -252,41 +252,41 @@ def test_psnr_by_hand(tmp_path):
 def test_each_mistake_is_found(tmp_path, capsys):
     good = find_dataset(write_pairs(tmp_path / "good", range(1, 6)))
     assert mistakes(check_data(good)) == []
-    # the wrong release
+    # The release is the wrong one.
     v0 = write_pairs(tmp_path / "v0", range(1, 4), "{:04d}_01_0.9")
     for path in (v0 / "clear").iterdir():
         path.rename(path.with_name(f"{int(path.stem):04d}.png"))
     assert "ITS of RESIDE-v0" in mistakes(check_data(find_dataset(v0)))[0]
-    # clear images of 640x480 resized, where 10 pixels should be cut
+    # Clear images of 640x480 were resized, where 10 pixels should be cropped from each side.
     resized = write_pairs(tmp_path / "resized", range(1, 6))
     for path in (resized / "clear").iterdir():
         frame = np.ones((480, 640, 3), np.float32)
         frame[10:470, 10:630] = read_image(path)
         Image.fromarray((frame * 255).astype(np.uint8)).resize((620, 460), Image.Resampling.BICUBIC).save(path)
     assert "look resized from 640x480" in mistakes(check_data(find_dataset(resized)))[0]
-    # pairs that are none
+    # The clear images belong to other hazy images.
     swapped = write_pairs(tmp_path / "swapped", range(1, 6))
     for i in range(1, 6):
         write_image(swapped / "clear" / f"{i}.png", scene(i % 5 + 1))
-    assert "5 of 5 hazy images do not look like their clear ones" in mistakes(check_data(find_dataset(swapped)))[0]
-    # test images among the training images, in another format
+    assert "5 of 5 hazy images do not look like their clear images" in mistakes(check_data(find_dataset(swapped)))[0]
+    # A test image is also a training image, in another format.
     (tmp_path / "test" / "clear").mkdir(parents=True)
     write_image(tmp_path / "test" / "hazy" / "7_1.png", 0.5 * scene(3) + 0.4)
     Image.open(tmp_path / "good" / "clear" / "3.png").save(tmp_path / "test" / "clear" / "7.jpg", quality=75)
     assert "1 of 1 test scenes are in the training data" in mistakes(check_data(good, find_dataset(tmp_path / "test")))[0]
-    # test scenes of SOTS by their numbers
+    # A training scene has the number of a test scene of SOTS.
     sots = find_dataset(write_pairs(tmp_path / "sots", [*range(1, 12), 1400]))
     assert "scenes of the test set SOTS indoor, 1400 to 1449: 1400" in mistakes(check_data(sots))[0]
-    # no haze at all, too small, unreadable
+    # Images have no haze, are too small or cannot be read.
     write_image(tmp_path / "good" / "hazy" / "1_1_0.9.png", scene(1))
-    assert "1 hazy images are equal to their clear ones" in mistakes(check_data(good))[0]
+    assert "1 hazy images are equal to their clear images" in mistakes(check_data(good))[0]
     assert "5 images are smaller than a crop (data.crop=512)" in mistakes(check_data(good, crop=512))[0]
     (tmp_path / "good" / "hazy" / "2_1_0.9.png").write_bytes(b"")
     assert "1 images cannot be used: " in mistakes(check_data(good))[0]
-    # unpaired, by the command
+    # The command reports an unpaired image.
     (tmp_path / "good" / "clear" / "4.png").unlink()
     assert main(["check-data", "--data", str(tmp_path / "good"), "--output", str(tmp_path / "s.png")]) == 1
-    assert "MISTAKE: 1 hazy images have no clear one" in capsys.readouterr().out
+    assert "MISTAKE: 1 hazy images have no clear image" in capsys.readouterr().out
 
 
 def test_warnings(tmp_path):
@@ -294,19 +294,19 @@ def test_warnings(tmp_path):
     write_image(root / "clear" / "99.png", scene(99))
     write_image(root / "hazy" / "3_1_0.9.png", 0.05 * scene(3) + 0.95)
     report = str(check_data(find_dataset(root), find_dataset(root), test_name="nh_haze_50_5/test"))
-    assert "1 clear images have no hazy one" in report and "1 pairs differ from the others in PSNR" in report
-    assert "evaluation is on a test set" in report
+    assert "1 clear images have no hazy image" in report and "1 pairs differ from the others in PSNR" in report
+    assert "evaluation uses a test set" in report
     picture(tmp_path / "d" / "rgb" / "0.png", value=0.5), picture(tmp_path / "d" / "depth" / "0.png", value=0.5)
-    assert "0.png is no depth map: every value is 128" in str(check_data(find_dataset(tmp_path / "d")))
+    assert "0.png is not a valid depth map: every value is 128" in str(check_data(find_dataset(tmp_path / "d")))
 
 
 def test_check_data_of_a_config(tmp_path, capsys):
     root = haze_folder(tmp_path)
     data = ["--data.train", f"{root}@nh_haze_50_5/train", "--data.eval", f"{root}@nh_haze_50_5/test"]
     options = [*data, "--data.crop", "4", "--output", tmp_path / "s.png", "--limit", "3"]
-    assert main([str(o) for o in ["check-data", "--config", "configs/nh_haze.py", *options]]) == 1  # random pictures do not fit each other
+    assert main([str(o) for o in ["check-data", "--config", "configs/nh_haze.py", *options]]) == 1  # random images do not match each other
     said = capsys.readouterr().out
-    assert "train: 50 images of 50 scenes; 3 read" in said and "no hazy one" not in said
+    assert "train: 50 images of 50 scenes; only 3 are read" in said and "no hazy image" not in said
     assert (tmp_path / "s.png").is_file()
     (tmp_path / "file").write_text("")
     assert "cannot be written" in fails(capsys, "check-data", "--data", root, "--limit", "1", "--output", tmp_path / "file" / "s.png")
@@ -318,11 +318,11 @@ def test_check_data_of_a_config(tmp_path, capsys):
 def test_genuine_data_pass_the_check():
     its, sots = (open_samples(str(SHARED / name))[0] for name in ("its_samples", "sots_indoor_subset"))
     report = check_data(its, sots, limit=30)
-    assert "30 read, and only those compared" in str(report)
+    assert "only 30 are read and compared" in str(report)
     assert mistakes(report) == [] and "reside/its, RESIDE-standard" in str(report) and "reside/sots_indoor" in str(report)
     nyu = split_samples(DataConfig(train=str(SHARED / "nyu_depth_v2"), holdout=50))
     assert mistakes(check_data(nyu.train, sots, limit=100)) == []
-    # ITS's first scene is NYU's first file.
+    # The first scene of ITS is the first file of NYU.
     assert "1 of 2 test scenes" in mistakes(check_data(nyu.train[:1], its))[0]
     nh = find_pairs(SHARED / "nh_haze_samples" / "hazy", SHARED / "nh_haze_samples" / "clear")
     assert check_data(nh).findings == []
@@ -339,7 +339,7 @@ def test_genuine_images_through_a_builder(tmp_path):
         np.testing.assert_array_equal(records[i].read()["hazy"], pairs[i].read()["hazy"])
 
 
-# ---- by the commands
+# ---- train, eval and benchmark
 
 
 def test_train_and_eval_on_built_data(tmp_path, config_file, model_dir, capsys):
@@ -358,11 +358,11 @@ def test_train_and_eval_on_built_data(tmp_path, config_file, model_dir, capsys):
     assert main(["eval", "--checkpoint", str(model_dir), "--data", "nh_haze@nh_haze_50_5/test", "--data-dir", built]) == 0
     assert "5 images of nh_haze_50_5/test" in capsys.readouterr().out
     options = ["--data.eval", "nh_haze@nh_haze_45_5_5/validation", "--data.holdout", "3"]
-    assert "both say what to evaluate on" in fails(capsys, "train", "--config", config_file, *options)
+    assert "both select the evaluation data" in fails(capsys, "train", "--config", config_file, *options)
 
 
 def test_benchmark_data(tmp_path, config_file, capsys):
-    """Stages and pipelines have figures that belong together: a stage's images/s is 1000 / ms."""
+    """`benchmark data` measures the time of each stage and the speed and waiting time of each pipeline."""
     root = haze_folder(tmp_path)
     out = tmp_path / "figures.json"
     options = ["--data.train", root, "--data.crop", "16", "--seconds", "0.2", "--workers", "0", "--output", out]
@@ -371,5 +371,5 @@ def test_benchmark_data(tmp_path, config_file, capsys):
     assert [row["stage"] for row in figures["stages"]] == ["read files", "read and decode", "augment", "batch"]
     assert all(row["ms"] > 0 for row in figures["stages"]) and figures["pipelines"][0]["images_per_second"] > 0
     assert 0 <= figures["pipelines"][0]["waiting"] <= 1 and "images a second take" in capsys.readouterr().out
-    for seconds in ("0", "nan", "inf"):  # the last would measure for ever
+    for seconds in ("0", "nan", "inf"):  # inf would never finish
         assert "must be positive and finite" in fails(capsys, "benchmark", "data", "--config", config_file, "--seconds", seconds)

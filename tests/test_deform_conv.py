@@ -32,7 +32,7 @@ def case(name, dtype):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-9), (np.float32, 1e-4)])
 def test_equals_torchvision(name, dtype, tolerance, x64):
-    """Output and every gradient against torchvision's deform_conv2d in float64 (tests/golden)."""
+    """The output and all gradients equal those of torchvision's deform_conv2d in float64 (tests/golden)."""
     arrays, options, expected, cotangent, expected_grads = case(name, dtype)
     out, vjp = jax.vjp(lambda a: deform_conv2d(**a, **options), arrays)
     assert out.dtype == dtype
@@ -58,7 +58,7 @@ def test_zero_offsets_are_a_plain_convolution():
 
 
 def test_by_hand():
-    """A 1x1 kernel moved by (0.25, 0.5) in a 2x2 image: weights 0.75 and 0.25 in y, 0.5 and 0.5 in x; zeros outside."""
+    """A 1x1 kernel in a 2x2 image is moved by (0.25, 0.5): the weights are 0.75 and 0.25 in y, 0.5 and 0.5 in x; outside are zeros."""
     x = jnp.array([[1.0, 2.0], [3.0, 5.0]]).reshape(1, 2, 2, 1)
     offset = jnp.tile(jnp.array([0.25, 0.5]), (1, 2, 2, 1))
     out = deform_conv2d(x, offset, jnp.ones((1, 1, 1, 1)))
@@ -86,7 +86,7 @@ def test_nan_offset_shows_in_its_own_pixel_alone():
 
 
 def test_bfloat16_samples_and_gradients_of_smooth_features():
-    """Features that hardly change from pixel to pixel: what is left of their differences must not be rounding."""
+    """The features differ little from pixel to pixel, so rounding must not hide their differences."""
     rng = np.random.default_rng(0)
     ramp = 1 + np.linspace(0, 0.25, 9)[None, :, None, None] * np.ones((1, 9, 8, 16))
     x = jnp.asarray(ramp, jnp.bfloat16)  # steps of 1/32, exact in bfloat16
@@ -103,7 +103,7 @@ def test_bfloat16_samples_and_gradients_of_smooth_features():
 
 
 def test_bfloat16_features_keep_float32_positions():
-    """At x = 300, bfloat16 could not tell 300.25 from 300."""
+    """Positions stay float32, because bfloat16 cannot distinguish 300.25 from 300."""
     x = jnp.arange(400.0).reshape(1, 1, 400, 1) / 400
     offset = jnp.tile(jnp.array([0.0, 0.25]), (1, 1, 400, 1))
     out = deform_conv2d(x.astype(jnp.bfloat16), offset, jnp.ones((1, 1, 1, 1), jnp.bfloat16))
@@ -112,7 +112,7 @@ def test_bfloat16_features_keep_float32_positions():
 
 
 def test_a_split_batch_stays_split():
-    """The compiled gradient over 8 devices has no all-gather, and the values of one device."""
+    """The gradient compiled for 8 devices contains no all-gather and has the values of a single device."""
     x, offset, kernel = some_inputs(n=8)
     mesh = make_mesh()
     split, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
@@ -139,7 +139,7 @@ def test_a_split_batch_stays_split():
         ({"offset_groups": 3}, r"offset_groups \(=3\) must divide the 4 channels"),
         ({"strides": 0}, r"strides \(=0\) must be one integer of at least 1"),
         ({"padding": (1, 2, 3)}, r"padding \(=\(1, 2, 3\)\)"),
-        ({"dilation": 9}, r"smaller than the kernel's reach"),
+        ({"dilation": 9}, r"smaller than the extent of the kernel"),
         ({"strides": 1.5}, r"strides \(=1.5\) must be one integer of at least 1, or one for height and one for width"),
         ({"strides": True}, r"strides \(=True\) must be one integer"),
         ({"strides": None}, r"strides \(=None\) must be one integer"),

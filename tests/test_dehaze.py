@@ -1,4 +1,4 @@
-"""`dehaze` on what people have in their folders: existing results, odd names, things that are no pictures, too little memory."""
+"""`dehaze` on folders as users have them: existing results, unusual names, entries that are not images, too little memory."""
 
 import gc
 import os
@@ -22,15 +22,15 @@ from aecr_jax.networks.arrays import get_arrays
 
 
 def messages(capsys):
-    """What a command said on standard error, one message each."""
+    """Return the messages that a command wrote to standard error."""
     return [line.partition("aecr_jax: ")[2] for line in capsys.readouterr().err.splitlines() if "aecr_jax: " in line]
 
 
-# ---- results that are there already
+# ---- existing results
 
 
 def test_existing_results_are_refused_before_anything_is_computed(tmp_path, capsys):
-    """The checkpoint does not exist: that would be the error if the results were looked at later."""
+    """The checkpoint does not exist, which would be the error if the results were checked later."""
     picture(tmp_path / "in" / "photo.jpg", (16, 12)), picture(tmp_path / "in" / "other.jpg", (16, 12))
     unrelated = picture(tmp_path / "out" / "photo.png", (8, 8))
     before = unrelated.read_bytes()
@@ -52,7 +52,7 @@ def test_existing_results_are_replaced_or_skipped_on_request(model_dir, tmp_path
     (out / "b.png").unlink()
     capsys.readouterr()
     assert main([*arguments, "--skip-existing"]) == 0
-    assert f"1 images in {out}, 1 skipped: their results exist" in capsys.readouterr().out
+    assert f"1 images written to {out}, 1 skipped because their results exist" in capsys.readouterr().out
     assert (out / "a.png").read_bytes() == mine and (out / "b.png").read_bytes() == restored["b"]
     assert main([*arguments, "--overwrite"]) == 0
     assert (out / "a.png").read_bytes() == restored["a"] and (out / "b.png").read_bytes() == restored["b"]
@@ -62,12 +62,12 @@ def test_existing_results_are_replaced_or_skipped_on_request(model_dir, tmp_path
 def test_nothing_left_to_restore_is_success(tmp_path, capsys):
     picture(tmp_path / "a.jpg", (16, 12)), picture(tmp_path / "out" / "a.png", (8, 8))
     assert main(["dehaze", str(tmp_path / "a.jpg"), "--output", str(tmp_path / "out"), "--skip-existing"]) == 0
-    assert f"0 images in {tmp_path / 'out'}, 1 skipped: their results exist" in capsys.readouterr().out
+    assert f"0 images written to {tmp_path / 'out'}, 1 skipped because their results exist" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("option", [[], ["--overwrite"], ["--skip-existing"]])
 def test_an_input_is_never_replaced(model_dir, tmp_path, capsys, option):
-    """Not by its own result, not through a link to its folder, and not by another input of the same stem."""
+    """Neither its own result, nor a link to its folder, nor another input of the same stem may replace an input."""
     a = picture(tmp_path / "in" / "a.png", (16, 12))
     before = a.read_bytes()
     (tmp_path / "link").symlink_to(tmp_path / "in")
@@ -86,7 +86,7 @@ def test_a_folder_in_the_place_of_a_result_is_refused(tmp_path, capsys):
 
 @pytest.mark.parametrize("option", ["--output", "--checkpoint"])
 def test_empty_options_are_refused(tmp_path, capsys, monkeypatch, option):
-    """An empty path would be the current folder or the shipped model: what a shell makes of an unset variable."""
+    """An empty path, which a shell passes for an unset variable, would mean the current folder or the shipped model."""
     a = picture(tmp_path / "a.jpg", (16, 12))
     monkeypatch.chdir(shutil.copytree(tmp_path, tmp_path.with_name(tmp_path.name + "-here")))
     assert f"argument {option}: must not be empty" in fails(capsys, "dehaze", a, "--output", tmp_path / "out", option, "")
@@ -94,7 +94,7 @@ def test_empty_options_are_refused(tmp_path, capsys, monkeypatch, option):
     assert not (tmp_path / "out").exists() and os.listdir() == ["a.jpg"]
 
 
-# ---- what a folder holds
+# ---- entries of a folder
 
 
 def test_what_is_no_picture_is_skipped_and_the_others_go_on(model_dir, tmp_path, capsys):
@@ -113,7 +113,8 @@ def test_what_is_no_picture_is_skipped_and_the_others_go_on(model_dir, tmp_path,
 
 
 def test_names_at_the_limit_of_the_file_system(model_dir, tmp_path, capsys, monkeypatch):
-    """255 bytes: a name of 250 characters and ".png" is restored; where "_2" or ".png" makes it longer, it is skipped before computing."""
+    """A name may have 255 bytes. An image whose result has a name of this length is restored; one whose result would have a longer name,
+    because "_2" or ".png" is added, is skipped before anything is computed."""
     folder = tmp_path / "in"
     picture(folder / ("n" * 251 + ".jpg"), (16, 12)), picture(folder / ("n" * 251 + ".bmp"), (16, 12))
     picture(folder / "z.jpg", (16, 12))
@@ -151,10 +152,10 @@ def test_renamed_results_and_skipped_sub_folders_are_told(model_dir, tmp_path, c
     assert main(arguments) == 0
     said = capsys.readouterr().out.splitlines()
     arrows = [line for line in said if " -> " in line]
-    names = [("X.webp", "X.png"), ("x.bmp", "x_2.png"), ("x.tiff", "x_3.png")]  # by name, as ls without a locale sorts
+    names = [("X.webp", "X.png"), ("x.bmp", "x_2.png"), ("x.tiff", "x_3.png")]  # sorted by name as in the C locale
     assert arrows == [f"{folder / source} -> {out / target}" for source, target in names]
-    assert f"{folder} has 2 sub-folders that were not searched: to dehaze them, name them too" in said
-    assert main([*arguments, "--overwrite"]) == 0  # its own output, in there now, is not worth a line
+    assert f"{folder} has 2 sub-folders that were not searched: to dehaze their images, add them as inputs" in said
+    assert main([*arguments, "--overwrite"]) == 0  # the output folder is now inside the input folder and is not reported
     assert "has 2 sub-folders" in capsys.readouterr().out
     (tmp_path / "only" / "sub").mkdir(parents=True)
     said = fails(capsys, "dehaze", tmp_path / "only", "--output", out)
@@ -172,7 +173,7 @@ def test_a_model_that_is_not_finite_is_named(nan_model, tmp_path, capsys):
 
 
 def test_a_restored_picture_that_is_not_finite_is_named_and_not_written(model_dir, tmp_path, capsys):
-    """Finite weights whose products overflow in the second layer: infinity - infinity is NaN."""
+    """The weights are finite, but products overflow in the second layer, and infinity - infinity is NaN."""
     folder = shutil.copytree(model_dir, tmp_path / "huge_model")
     arrays = load_file(folder / "model.safetensors")
     save_file({name: np.asarray(array * np.float32(1e30)) for name, array in arrays.items()}, folder / "model.safetensors")
@@ -193,7 +194,7 @@ def test_library_callers_get_the_same_checks(nan_model, model_dir):
     with pytest.raises(UserError, match=r"up1\.bias has values that are not finite"):
         restorer.set_arrays(arrays | {"up1.bias": arrays["up1.bias"] + np.inf})
     hazy = np.full((12, 16, 3), 0.5, np.float32)
-    assert np.isfinite(restorer(hazy)).all()  # the refused ones were not taken over
+    assert np.isfinite(restorer(hazy)).all()  # the refused arrays were not used
     hazy[3, 4, 0] = np.nan
     with pytest.raises(UserError, match="the hazy image has values that are not finite"):
         restorer(hazy)
@@ -204,7 +205,7 @@ def test_library_callers_get_the_same_checks(nan_model, model_dir):
 
 @pytest.fixture
 def little_memory(monkeypatch):
-    """300 kB: a picture of 32x24 with the small model fits, one of 300x300, which is 1 MB itself, does not."""
+    """Limit memory to 300 kB. The small model fits with an image of 32x24, but not with one of 300x300, which alone takes 1 MB."""
     monkeypatch.setattr(compilation, "available_memory", lambda: 300_000)
 
 
@@ -219,7 +220,7 @@ def test_a_picture_that_does_not_fit_into_memory_is_named_before_it_is_computed(
 
 
 def test_the_estimate_is_what_xla_plans(model_dir, monkeypatch):
-    """The network at 64x64 keeps at least its widest activations, 64 x 64 x 2 channels of 4 bytes, and the output."""
+    """At 64x64 the network keeps at least its widest activations, 64 x 64 x 2 values of 4 bytes, and the output."""
     restorer = Restorer(load_checkpoint(model_dir))
     hazy = np.full((64, 64, 3), 0.5, np.float32)
     monkeypatch.setattr(compilation, "available_memory", lambda: 0)
@@ -264,12 +265,12 @@ def test_limits_of_the_process_and_its_control_group_count(tmp_path, monkeypatch
 
 
 def test_programs_of_many_sizes_do_not_stay(monkeypatch):
-    """Counted where they live, in the backend: of 5 sizes the last 2 are left, and none when the restorer is gone."""
+    """The backend counts compiled programs: after 5 sizes only the last 2 are left, and none once the restorer is deleted."""
     assert compilation.PROGRAMS == 8
     monkeypatch.setattr(compilation, "PROGRAMS", 2)
 
     def alive():
-        gc.collect()  # what other tests left behind
+        gc.collect()  # free programs of earlier tests
         return jax.devices()[0].client.live_executables()
 
     model = AECRNet(AECRNetConfig(width=2, blocks=1, deform_layers=1), rngs=nnx.Rngs(0))
@@ -279,18 +280,18 @@ def test_programs_of_many_sizes_do_not_stay(monkeypatch):
     restored = [restorer(image) for image in images]
     assert len(alive()) - before == 2
     np.testing.assert_array_equal(restorer(images[3]), restored[3])
-    # Dropped and compiled anew, a program gives the same bits, and so does an ordinary jit.
+    # A program that was dropped and compiled again gives the same bits, and so does an ordinary jit.
     np.testing.assert_array_equal(restorer(images[0]), restored[0])
     assert len(alive()) - before == 2
     model.eval()
     graph, state = nnx.split(model)
     np.testing.assert_array_equal(jax.jit(lambda s, x: nnx.merge(graph, s)(x[None])[0].clip(0, 1))(state, images[1]), restored[1])
     del restorer
-    assert len(alive()) - before <= 1  # that ordinary jit
+    assert len(alive()) - before <= 1  # the ordinary jit
 
 
 def test_a_restorer_takes_the_arrays_of_a_mesh(model_dir):
-    """Training evaluates with arrays that are replicated over all devices."""
+    """A restorer accepts arrays that are replicated over all devices, as in evaluation during training."""
     model = load_checkpoint(model_dir)
     hazy = np.random.default_rng(0).random((8, 12, 3), np.float32)
     expected = Restorer(model)(hazy)

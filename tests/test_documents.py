@@ -1,8 +1,8 @@
-"""The documents: their commands and Python examples run, and the names, links and pictures in them exist.
+"""Documents: commands and Python examples run, and names, links and pictures exist.
 
-Every `sh` block is split into commands. Commands of this project are parsed completely: options by the command line's own parser,
-settings by the config's, data opened in small folders with the names that the documents use. The slow tests run them too, a step each
-with narrow networks, except for those that take several machines.
+Every `sh` block is split into commands. For commands of this project, options are parsed by the command line's own parser, settings by
+the config's, and data are opened in small folders with the names that the documents use. The slow tests also run each command, with
+narrow networks and for a single step, except for those that need several machines.
 """
 
 import importlib.util
@@ -40,7 +40,7 @@ README = ROOT / "README.md"
 DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "aecr_jax/pretrained/README.md"]
 ALL = [*DOCUMENTS, ROOT / "NOTICE.md", ROOT / "CHANGELOG.md"]
 HAVE_TORCH = importlib.util.find_spec("torch") is not None
-# Settings at which a step takes moments.
+# Settings with which a training step takes less than a second.
 TINY = shlex.split(
     "--model.blocks 1 --model.width 4 --model.dtype float32 --data.crop 16 --data.threads 1 --data.cache False"
     " --optim.batch 8 --optim.steps 1 --run.eval_images 1"
@@ -49,13 +49,13 @@ by_name = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(pa
 
 
 def blocks(document, language):
-    """The code blocks of a document, those in lists without their indentation."""
+    """Return the code blocks of a document, without the indentation of blocks in lists."""
     found = re.findall(rf"^([ ]*)```{language}\n(.*?)^\1```$", document.read_text(), re.M | re.S)
     return [textwrap.dedent(text) for _, text in found]
 
 
 def shell_commands(document):
-    """The commands of a document, one list of words each."""
+    """Return the commands of a document, each as a list of words."""
     commands = []
     for line in "\n".join(blocks(document, "sh")).replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
@@ -67,7 +67,7 @@ def shell_commands(document):
 
 
 def own_arguments(words):
-    """The arguments of `python -m aecr_jax` that a command of this project amounts to; None for another command."""
+    """Return the equivalent arguments of `python -m aecr_jax` for a command of this project, or None for another command."""
     if words[0] == "gcloud":
         words = shlex.split(words[-1].rpartition("&& ")[2])
     words = words[next((i for i, word in enumerate(words) if word.rpartition("/")[2] == "python"), 0) :]
@@ -95,7 +95,7 @@ def draw_pair(folder, hazy, clear, seed, size=(32, 24)):
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """Small stand-ins for the folders that the documents name."""
+    """Write small substitutes for the folders that the documents name."""
     root = tmp_path_factory.mktemp("data")
     for i in range(1, 5):
         names = [f"hazy/{i}_{j}_0.9{j}.png" for j in range(1, 4)]
@@ -109,17 +109,17 @@ def data(tmp_path_factory):
         depth = np.linspace(1, 0.3, 24, dtype=np.float32)[:, None, None] * np.ones((1, 32, 3), np.float32)
         write_image(root / "NYU/depth" / f"{i:05d}.png", depth)
     draw_pair(root, ["photo.png"], "more_photos/second.png", 0)
-    (root / "photo.png").rename(root / "photo.jpg")  # readers look at the content
+    (root / "photo.png").rename(root / "photo.jpg")  # the format is recognised from the content
     for name in ("ITS", "SOTS"):
         (root / "archives").mkdir(exist_ok=True)
         (root / "archives" / name).symlink_to(root / name)
-    (root / "data").symlink_to(root)  # as the configs name them
+    (root / "data").symlink_to(root)  # the configs use this path
     return root
 
 
 @pytest.fixture
 def world(data, tmp_path, monkeypatch):
-    """A folder with the data, in which the commands of one document run."""
+    """Change to a folder with the data, in which the commands of one document run."""
     for path in (*data.iterdir(), ROOT / "configs"):
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
@@ -128,7 +128,7 @@ def world(data, tmp_path, monkeypatch):
 
 @pytest.fixture
 def ready_world(world):
-    """A folder that has the files, too, which commands of other documents write."""
+    """Extend `world` by the files that commands of other documents write."""
     save_file(small_vgg(), "torchvision.safetensors")
     convert_vgg("torchvision.safetensors", "ready-vgg19.safetensors")
     if HAVE_TORCH:
@@ -141,10 +141,10 @@ def ready_world(world):
 
 
 def tiny(arguments):
-    """The arguments with settings and sizes at which a command takes seconds."""
+    """Add settings and sizes with which a command takes seconds."""
     command, *rest = arguments
     rest = [re.sub(r"/checkpoints/\d+$", "/checkpoints/1", word) for word in rest]
-    if "--against" in rest:  # test_benchmark compares with PyTorch
+    if "--against" in rest:  # test_benchmark tests the comparison with PyTorch
         del rest[rest.index("--against") : rest.index("--against") + 2]
     if command == "train":
         options, overrides = _make_parser().parse_known_args([command, *rest])
@@ -170,7 +170,7 @@ def tiny(arguments):
 
 
 def test_the_readme_has_at_most_1000_words():
-    """As `wc -w` counts: everything between white space, tables and code included."""
+    """Words are counted as by `wc -w`, including tables and code."""
     assert len(README.read_text().split()) <= 1000
 
 
@@ -183,7 +183,7 @@ def test_the_readme_has_the_two_commands():
 
 @by_name
 def test_every_command_is_known(document):
-    """Commands of others are few, and what they name exists."""
+    """Commands of other programs are in a short list, and the targets, packages and files that they name exist."""
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
     jax = next(line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith("jax>"))
     for words in shell_commands(document):
@@ -244,7 +244,7 @@ def test_every_command_runs(document, ready_world, capsys):
 def test_every_python_example_runs(document, world, monkeypatch):
     monkeypatch.setattr(registry, "_NETWORKS", dict(registry._NETWORKS))
     module = types.ModuleType("example")
-    monkeypatch.setitem(sys.modules, "example", module)  # dataclasses look there for their own module
+    monkeypatch.setitem(sys.modules, "example", module)  # dataclasses look up their module there
     for code in blocks(document, "python"):
         exec(compile(code, str(document), "exec"), module.__dict__)
 
@@ -268,7 +268,7 @@ def test_settings_configs_and_files_in_the_text_exist(document):
     quoted = re.findall(r"`([^`\n]+)`", document.read_text())
     for text in quoted:
         for name in re.findall(r"--([a-z]+\.[a-z_]+)\b", text):
-            assert name in names or name == "model.features"  # of the guide's example
+            assert name in names or name == "model.features"  # a setting of the guide's example
         for config in re.findall(r"configs/\w+\.py(?::[\w:]+)?", text):
             load_config(ROOT / config)
         for path in re.findall(r"(?:aecr_jax|configs|docs|tests|benchmarks)/[\w./-]*\w", text):
@@ -299,7 +299,7 @@ def test_every_public_name_is_in_the_reference():
 
 
 def test_every_document_is_reached():
-    """From the README and from the web site's navigation."""
+    """The README links to every document, and the navigation of the web site contains it."""
     pages = {path.name for path in (ROOT / "docs").glob("*.md")}
     assert pages - {"index.md"} == set(re.findall(r"\]\(docs/(\w+\.md)\)", README.read_text()))
     assert pages == {page for entry in yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"] for page in entry.values()}
@@ -321,7 +321,7 @@ def test_the_web_site_builds_without_a_warning(tmp_path):
     done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
     assert not done.returncode, done.stderr
     page = (tmp_path / "api" / "index.html").read_text()
-    assert "Restores hazy images" in page and "Remove the haze from an image" in page  # docstrings
+    assert "Restores hazy images" in page and "Remove the haze from an image" in page  # these are docstrings
 
 
 # ---- citation and requirements
@@ -344,7 +344,7 @@ def test_the_extra_for_documents_is_what_the_tests_install():
 
 
 def test_the_split_of_the_headline_score(data):
-    """Every fifth scene of SOTS indoor, of whatever the folder holds of each: here one hazy image of all 50."""
+    """The split has every fifth scene of SOTS indoor, with all its hazy images in the folder: here one for each of the 50 scenes."""
     samples, name = open_samples(f"{data}/SOTS/indoor@sots_indoor_10/test")
     assert [sample.scene for sample in samples] == [str(scene) for scene in range(1400, 1450, 5)]
     assert name == f"sots_indoor_10/test of {data}/SOTS/indoor"

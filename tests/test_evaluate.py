@@ -1,4 +1,4 @@
-"""`eval`: what it writes is whole, says what it is of, and does not depend on where its table goes."""
+"""`eval`: its files are complete, name the images, and do not depend on where the printed table goes."""
 
 import csv
 import json
@@ -22,7 +22,7 @@ from aecr_jax.inference.restore import Restorer
 
 
 def pairs(folder, *names, size=(20, 12)):
-    """A folder with hazy/ and clear/."""
+    """Write pairs to hazy/ and clear/ in a folder and return the folder."""
     for i, name in enumerate(names):
         picture(folder / "hazy" / f"{name}.png", size, seed=i)
         picture(folder / "clear" / f"{name}.png", size, seed=i + 10)
@@ -52,7 +52,7 @@ def test_what_is_not_finite_is_named_and_nothing_is_written(nan_model, model_dir
 
 
 def test_a_score_that_is_not_finite_is_an_error_with_the_images_name(model_dir):
-    """A library caller's images come from anywhere. Nothing averages over a NaN without a word."""
+    """Images that a library caller passes may contain NaN, which must not enter an average unnoticed."""
     grey = np.full((12, 16, 3), 0.5, np.float32)
     bad = np.where(np.arange(16)[:, None] == 3, np.float32(np.nan), grey)
     restorer = Restorer(load_checkpoint(model_dir))
@@ -63,7 +63,7 @@ def test_a_score_that_is_not_finite_is_an_error_with_the_images_name(model_dir):
 
 
 def test_results_never_hold_a_bare_nan(tmp_path):
-    """NaN and Infinity are no JSON: other readers end at them."""
+    """NaN and Infinity are not valid JSON, and other parsers reject them."""
     summary = {"psnr": float("nan"), "ssim": float("inf"), "images": 1, "parts": [float("-inf"), 1.5]}
     write_results(tmp_path, [Score("a", float("nan"), 0.5, 1.0, 0.5)], summary)
 
@@ -76,7 +76,7 @@ def test_results_never_hold_a_bare_nan(tmp_path):
 
 
 def test_results_are_whole_or_not_there(tmp_path, monkeypatch):
-    """The disk fills up at the end of the table: the one of the last time stays."""
+    """If the disk fills up while the table is written, the previous results stay as they were."""
     write_results(tmp_path, [Score("a", 1, 1, 1, 1)], {"psnr": 1.0})
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
@@ -90,7 +90,7 @@ def test_results_are_whole_or_not_there(tmp_path, monkeypatch):
 
 
 def test_names_that_are_not_utf8(model_dir, tmp_path, capsys):
-    r"""The byte E9 (é in Latin-1) is \udce9 everywhere: os.fsencode of what that names in Python gives the file's name back."""
+    r"""The byte E9 (é in Latin-1) appears as \udce9 in all output, so os.fsencode gives the original name back."""
     name = os.fsdecode(b"caf\xe9")
     try:
         data = pairs(tmp_path / name, name, "b")
@@ -125,7 +125,7 @@ sys.exit(program.main(["report", "text"]))
 
 
 def printing(stdout, unbuffered):
-    """A program of ours that prints a line to `stdout`, with its status and what it says on standard error."""
+    """Run a command that prints a line to `stdout`; return its exit status and its standard error."""
     done = subprocess.run(
         [sys.executable, "-c", _PRINT], stdout=stdout, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": unbuffered}
     )
@@ -134,7 +134,7 @@ def printing(stdout, unbuffered):
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_closed_pipe_ends_a_command_quietly(unbuffered):
-    """As `aecr_jax ... | head -1` does: nobody reads. 141 is what a shell gives for a program that SIGPIPE ended."""
+    """The reader of the pipe is gone, as in `aecr_jax ... | head -1`. 141 is a shell's status for a program that SIGPIPE ended."""
     reading, writing = os.pipe()
     os.close(reading)
     assert printing(writing, unbuffered) == (141, "")
@@ -159,7 +159,7 @@ def test_standard_output_on_a_full_disk_is_one_line():
 
 @pytest.mark.parametrize("option", ["--output", "--checkpoint", "--data"])
 def test_empty_options_are_refused(tmp_path, capsys, monkeypatch, option):
-    """An empty path would be the current folder, the shipped model, or no output at all."""
+    """An empty path would mean the current folder, the shipped model, or no output at all."""
     monkeypatch.chdir(pairs(tmp_path / "data", "a"))
     said = fails(capsys, "eval", "--data", tmp_path / "data", option, "")
     assert f"argument {option}: must not be empty" in said

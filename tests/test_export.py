@@ -1,4 +1,4 @@
-"""Exported models: written whole, and checked when they are read."""
+"""Exported models are written completely or not at all, and are verified when they are read."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 @pytest.fixture
 def folder(tmp_path, model_dir):
-    """A copy of an exported model, to damage."""
+    """Return a copy of an exported model that a test may damage."""
     return shutil.copytree(model_dir, tmp_path / "model")
 
 
@@ -26,7 +26,7 @@ def bits(model):
 
 
 def flips(content, count, start=0, stop=None):
-    """`content` with one bit changed, for `count` bits spread evenly over the bytes from `start` to `stop`."""
+    """Yield copies of `content` with one flipped bit, for `count` bits spread evenly over the bytes from `start` to `stop`."""
     for bit in np.linspace(8 * start, 8 * (stop or len(content)) - 1, count).astype(int):
         flipped = bytearray(content)
         flipped[bit // 8] ^= 1 << (bit % 8)
@@ -34,7 +34,7 @@ def flips(content, count, start=0, stop=None):
 
 
 def refused(folder, expected):
-    """Whether the model is refused in one line that names it; if not, it must have the arrays and config that were written."""
+    """Return whether the model is refused with one line that names it; otherwise check that its arrays and config are unchanged."""
     try:
         found = bits(load_checkpoint(folder))
     except UserError as error:
@@ -47,12 +47,12 @@ def refused(folder, expected):
 def test_a_description_that_is_no_object_is_refused(folder):
     config = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps(config | {"about": None}))
-    with pytest.raises(UserError, match="damaged or half written: config.json has None under 'about', which must be an object"):
+    with pytest.raises(UserError, match=r"damaged or half written: config.json has None under 'about', which must be an object"):
         load_checkpoint(folder)
 
 
 def test_no_flipped_bit_of_the_weights_passes(folder):
-    """The header included; there, a few bits say nothing about the model (the padding, the format's name)."""
+    """Flips in the header are included; a few bits there, in the padding and the format's name, do not affect the model."""
     content, expected = (folder / WEIGHTS).read_bytes(), bits(load_checkpoint(folder))
     header = 8 + int.from_bytes(content[:8], "little")
     for start, stop, count, least in [(0, header, 60, 50), (header, len(content), 60, 60)]:
@@ -66,7 +66,7 @@ def test_no_flipped_bit_of_the_weights_passes(folder):
 
 
 def test_no_flipped_bit_of_the_config_passes(folder):
-    """The part about the model and the checksum; a flip in the word "sha256" makes a model without checksum."""
+    """A flip in the settings or the checksum is refused; one in the word "sha256" removes the checksum, and the model loads unchanged."""
     content, expected = (folder / CONFIG).read_bytes(), bits(load_checkpoint(folder))
     for _, flipped in flips(content, 120):
         (folder / CONFIG).write_bytes(flipped)
@@ -77,11 +77,11 @@ def test_no_flipped_bit_of_the_config_passes(folder):
     ("name", "value"), [("blocks", 2), ("width", 3), ("deform_layers", 1), ("dtype", "bfloat16"), ("remat", True), ("mixup", "sum")]
 )
 def test_no_changed_setting_passes(folder, name, value):
-    """Most of them fit the same weights."""
+    """Most of the changed settings fit the same weights, so only the checksum reveals the change."""
     config = json.loads((folder / CONFIG).read_text())
     config["model"][name] = value
     (folder / CONFIG).write_text(json.dumps(config))
-    with pytest.raises(UserError, match="is damaged or half written: its weights or settings are not what was written"):
+    with pytest.raises(UserError, match="is damaged or half written: its weights or settings differ from what was written"):
         load_checkpoint(folder)
 
 
@@ -100,7 +100,7 @@ def test_notes_may_be_edited(folder):
 
 
 def test_models_without_checksum_load(folder):
-    """As every model did before there were checksums."""
+    """Models that were written before there were checksums still load."""
     config = json.loads((folder / CONFIG).read_text())
     assert len(config.pop("sha256")) == 64
     expected = bits(load_checkpoint(folder))
@@ -134,7 +134,7 @@ def test_the_step_is_exported(folder, tmp_path):
 def test_weights_that_are_not_finite_are_neither_written_nor_read(tmp_path, folder, value):
     model = load_checkpoint(folder)
     model.down2.bias[...] = model.down2.bias[...].at[1].set(value)
-    with pytest.raises(UserError, match=r"model .*new is not written: tensor down2.bias has values that are not finite"):
+    with pytest.raises(UserError, match=r"model .*new was not written: tensor down2.bias has values that are not finite"):
         save_checkpoint(model, tmp_path / "new")
     assert not (tmp_path / "new").exists()
     arrays = load_file(folder / WEIGHTS)
@@ -148,7 +148,7 @@ def test_weights_that_are_not_finite_are_neither_written_nor_read(tmp_path, fold
 
 
 def test_a_failed_export_leaves_the_model_that_was_there(folder, monkeypatch):
-    """The disk fills up at the second file."""
+    """If the disk fills up at the second file, the existing model stays as it was."""
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
     def full(self, text):
@@ -161,7 +161,7 @@ def test_a_failed_export_leaves_the_model_that_was_there(folder, monkeypatch):
 
 
 def test_the_checksum_covers_names_types_and_shapes(folder):
-    """Two tensors of the same shape exchanged, one in another type or shape: the bytes are there, and the model is another."""
+    """Exchanging two tensors of one shape, or reading one as another type, keeps the bytes but changes the model, and is refused."""
     arrays = load_file(folder / WEIGHTS)
     conv1, conv2 = arrays["blocks.0.conv1.kernel"], arrays["blocks.0.conv2.kernel"]
     for change in (
@@ -170,7 +170,7 @@ def test_the_checksum_covers_names_types_and_shapes(folder):
         {"mix1.theta": arrays["mix1.theta"].view(np.int32)},
     ):
         save_file(arrays | change, folder / WEIGHTS, metadata={"format": "aecr_jax.networks.aecr_net"})
-        with pytest.raises(UserError, match="its weights or settings are not what was written"):
+        with pytest.raises(UserError, match="its weights or settings differ from what was written"):
             load_checkpoint(folder)
 
 

@@ -1,4 +1,4 @@
-"""What a run compares to tell its training data from others: any file that was replaced is noticed, wherever the folder is."""
+"""The fingerprint by which a run recognises its training data: it changes with any file, and not with the location of the folder."""
 
 import re
 import shutil
@@ -33,7 +33,7 @@ def test_each_kind_of_file_counts_by_itself(pairs, tmp_path, monkeypatch, whole)
     assert set(before) == {"names", "hazy", "clear"}
     shutil.copytree(pairs, tmp_path / "elsewhere")
     assert parts(tmp_path / "elsewhere") == before
-    picture(pairs / "clear" / "3.png", (24, 20), seed=99)  # not the first
+    picture(pairs / "clear" / "3.png", (24, 20), seed=99)  # not the first image
     changed = parts(pairs)
     assert {kind for kind in before if before[kind] != changed[kind]} == {"clear"}
     picture(pairs / "hazy" / "2.png", (24, 20), seed=98)
@@ -76,7 +76,7 @@ def test_a_built_data_set_counts_by_its_record_files(tmp_path):
 
 
 def test_a_run_does_not_go_on_with_replaced_images(pairs, config_file, tmp_path, capsys):
-    """All hazy and all clear images but the first replaced by others of the same names: version 0.1.0 went on."""
+    """All hazy images and all clear images but the first are replaced by others of the same names, which version 0.1.0 did not notice."""
     options = ["--data.train", pairs, "--data.holdout", "1", "--loss.cr", "0"]
     arguments = ["train", "--config", config_file, "--run.workdir", tmp_path / "w", "--optim.steps", "1", *options]
     assert main(list(map(str, arguments))) == 0
@@ -85,7 +85,8 @@ def test_a_run_does_not_go_on_with_replaced_images(pairs, config_file, tmp_path,
     for i in range(1, 3):
         picture(pairs / "clear" / f"{i}.png", (24, 20), seed=i + 60)
     said = fails(capsys, *arguments)
-    assert re.search(r"holds another run: it trains on 3 images \(names .*\), of which hazy 0.png, hazy 1.png, hazy 2.png and 2 more", said)
+    files = "hazy 0.png, hazy 1.png, hazy 2.png and 2 more have changed since"
+    assert re.search(rf"holds another run: it was trained on 3 images \(names .*\), of which {files}", said)
     (tmp_path / "w" / "data.json").unlink()
     said = fails(capsys, *arguments)
-    assert re.search(r"holds another run: it trains on 3 images \(names .*\), and now on 3 images \(names .*\)", said)
+    assert re.search(r"holds another run: it was trained on 3 images \(names .*\), but the data are now 3 images \(names .*\)", said)

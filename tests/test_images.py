@@ -1,4 +1,4 @@
-"""Picture files as cameras, scanners and programs write them: depth, colour profiles, sizes, odd entries of folders."""
+"""Image files as cameras, scanners and programs write them: bit depths, colour profiles, sizes, and unusual entries of folders."""
 
 import io
 import os
@@ -19,11 +19,11 @@ from aecr_jax.data.folders import find_pairs
 from aecr_jax.data.images import list_images, read_depth, read_image, read_pixels, write_image
 from aecr_jax.data.samples import Pair
 
-# ---- files made by hand, so that no library's reader is tested with its own writer
+# ---- files written here byte by byte, so that no library's reader is tested with its own writer
 
 
 def png(values, colour_type, *chunks):
-    """A PNG of 16-bit `values` `[H, W, C]`, by the specification: big-endian, each line after its filter, 0 for none."""
+    """Return a PNG of 16-bit `values` `[H, W, C]`. By the specification, values are big-endian and each line begins with its filter, 0."""
     height, width = values.shape[:2]
     lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in values)
     parts = [
@@ -36,7 +36,7 @@ def png(values, colour_type, *chunks):
 
 
 def tiff(values, bits, photometric, *, sample_format=1, packed=None, order="<", extra=()):
-    """An uncompressed TIFF of `values` `[H, W, C]` in one strip, by the specification."""
+    """Return an uncompressed TIFF of `values` `[H, W, C]` in one strip, written according to the specification."""
     height, width, samples = values.shape
     data = values.astype(values.dtype.newbyteorder(order)).tobytes() if packed is None else packed
     tags = [(256, width), (257, height), (258, [bits] * samples), (259, 1), (262, photometric), (273, 0), (277, samples), (278, height)]
@@ -58,7 +58,7 @@ def tiff(values, bits, photometric, *, sample_format=1, packed=None, order="<", 
 
 
 def icc(gamma, colorants=None):
-    """A display profile of the ICC's first kind: a gamma, and the D50 XYZ of red, green and blue (grey without them)."""
+    """Return an ICC display profile (matrix and gamma) with the D50 XYZ of red, green and blue, or a grey profile without them."""
 
     def xyz(values):
         return b"XYZ \0\0\0\0" + b"".join(struct.pack(">i", round(v * 65536)) for v in values)
@@ -79,17 +79,17 @@ def icc(gamma, colorants=None):
     return head.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + data
 
 
-# D50-adapted colorants of Adobe RGB (1998) as Adobe's profile has them, and of Display P3 as Apple's has them.
+# D50-adapted colorants of Adobe RGB (1998) from Adobe's profile, and of Display P3 from Apple's profile.
 ADOBE = ((0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457))
 P3 = ((0.51512, 0.24120, -0.00105), (0.29198, 0.69225, 0.04189), (0.15710, 0.06657, 0.78407))
 
 
-# The colorants in the ICC's own sRGB profile.
+# The colorants of the ICC's sRGB profile.
 SRGB = ((0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.71410))
 
 
 def srgb_of(values, gamma, colorants=None):
-    """What IEC 61966-2-1 makes of values in [0, 1] with this profile: linear light, another basis, the curve of sRGB."""
+    """Convert values in [0, 1] with this profile to sRGB (IEC 61966-2-1): linear light, change of basis, the curve of sRGB."""
     linear = np.asarray(values, np.float64) ** (round(gamma * 256) / 256)
     basis = [[1, 1, 1]] if colorants is None else np.array(colorants) @ np.linalg.inv(SRGB)
     linear = np.clip(linear @ basis, 0, 1)
@@ -126,7 +126,7 @@ def test_tiff_of_16_bits_keeps_all_of_them(channels, photometric, order):
 
 
 def test_other_tiffs_of_16_bits():
-    """White-is-zero grey is reversed; CMYK is `(1 - ink)(1 - black)`, as Pillow has it for 8 bits; associated alpha is divided out."""
+    """White-is-zero grey is inverted, CMYK is `(1 - ink)(1 - black)` as in Pillow for 8 bits, and associated alpha is divided out."""
     values = random16(1)
     np.testing.assert_allclose(read_pixels(tiff(values, 16, 0))[..., :1], 1 - values / 65535, atol=1e-6)
     inks = random16(4)
@@ -137,14 +137,14 @@ def test_other_tiffs_of_16_bits():
 
 
 def test_packed_12_bits():
-    """Two values of 12 bits in three bytes: 0xFFF is white, 0x800 is 2048 / 4095."""
+    """Three bytes hold two values of 12 bits: 0xFFF is white, and 0x800 is 2048 / 4095."""
     image = read_pixels(tiff(np.zeros((1, 2, 1), np.uint8), 12, 1, packed=bytes([0xFF, 0xF8, 0x00])))
     np.testing.assert_allclose(image[0, :, 0], [1, 2048 / 4095], atol=1e-6)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_is_the_same_at_8_and_16_bits(tmp_path, orientation):
-    """Pillow turns the 8-bit file. 257 times its values are the same brightness in 16 bits."""
+    """Pillow rotates the 8-bit file, which is the reference; 257 times an 8-bit value is the same brightness in 16 bits."""
     exif = Image.Exif()
     exif[274] = orientation
     small = np.random.default_rng(0).integers(0, 256, (3, 5, 3), np.uint8)
@@ -156,16 +156,16 @@ def test_orientation_is_the_same_at_8_and_16_bits(tmp_path, orientation):
 
 
 def test_cielab(tmp_path):
-    """8 bits: white, black, and L* = 50, which is 119 of 255 in sRGB. 16 bits are refused with one line."""
+    """In 8 bits, white, black and L* = 50 are 255, 0 and 119 in sRGB; 16 bits are refused with one line."""
     lab = np.array([[[255, 0, 0], [0, 0, 0], [128, 0, 0]]], np.uint8)
     np.testing.assert_allclose(read_pixels(tiff(lab, 8, 8))[0, :, 1], [255, 0, 119], atol=1)
     (tmp_path / "a.tif").write_bytes(tiff(random16(3), 16, 8))
-    with pytest.raises(UserError, match=r"^\S*a\.tif has 3 values per pixel of the kind labs: save it as grey, RGB or CMYK$"):
+    with pytest.raises(UserError, match=r"^\S*a\.tif has 3 values per pixel in the colour space labs: save it as grey, RGB or CMYK$"):
         read_image(tmp_path / "a.tif")
 
 
 def test_what_libvips_tolerates_is_not_printed(caplog):
-    """One value per pixel more than the file's kind has: libvips logs a warning, which would be lines on standard error."""
+    """The file has one more value per pixel than its kind; libvips logs a warning, which must not reach standard error."""
     values = random16(4)
     np.testing.assert_array_equal(read_pixels(tiff(values, 16, 2)), values[..., :3].astype(np.float32) / 65535)
     assert not caplog.records
@@ -178,7 +178,7 @@ def test_floats_in_the_unit_range_are_read_and_others_refused(tmp_path, channels
         path.write_bytes(tiff(np.asarray(values, np.float32).reshape(1, -1, channels), 32, 2 if channels == 3 else 1, sample_format=3))
         return path
 
-    image = read_image(write([0, 0.25, 0.5, 1, -0.02, 1.03]))  # a little beyond, as after interpolation
+    image = read_image(write([0, 0.25, 0.5, 1, -0.02, 1.03]))  # values slightly outside [0, 1], as after interpolation, are clipped
     np.testing.assert_array_equal(image, np.broadcast_to(np.float32([0, 0.25, 0.5, 1, 0, 1]).reshape(1, -1, channels), image.shape))
     with pytest.raises(UserError, match=r"float\.tif holds floating-point values from 0 to 255, which must be in \[0, 1\]"):
         read_image(write([0, 3, 128, 17, 90, 255]))
@@ -188,7 +188,7 @@ def test_floats_in_the_unit_range_are_read_and_others_refused(tmp_path, channels
 
 
 def test_wide_integers_are_read_only_if_their_range_is_clear(tmp_path):
-    """Values above 32767 need 16 bits. Those of 12 bits came out black."""
+    """Values above 32767 must be 16-bit values. Images of 12-bit values, which would come out black, are refused."""
     path = tmp_path / "wide.tif"
     for dtype, sample_format in ((np.uint32, 1), (np.int32, 2)):
         path.write_bytes(tiff(np.array([[[0], [1000], [65535]]], dtype), 32, 1, sample_format=sample_format))
@@ -200,7 +200,7 @@ def test_wide_integers_are_read_only_if_their_range_is_clear(tmp_path):
 
 
 def test_usual_kinds_stay_8_bits(tmp_path):
-    """1 bit, palettes with transparency, grey with alpha, and CMYK: what Pillow makes of them, exactly."""
+    """Images of 1 bit, palettes with transparency, grey with alpha, and CMYK give exactly the values of Pillow."""
     rgb = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 9, 3), np.uint8))
     for mode, suffix in (
         ("1", "png"),
@@ -239,7 +239,7 @@ PROFILES = [(2.2, ADOBE), (2.2, P3), (1.8, P3)]
 @pytest.mark.parametrize(("gamma", "colorants"), PROFILES)
 @pytest.mark.parametrize("suffix", ["png", "tif", "webp", "jpg"])
 def test_8_bit_colours_become_srgb(tmp_path, suffix, gamma, colorants):
-    wide = np.repeat(np.repeat(COLOURS, 16, 0), 16, 1)  # JPEG keeps flat blocks
+    wide = np.repeat(np.repeat(COLOURS, 16, 0), 16, 1)  # flat blocks, which JPEG preserves
     options = {"lossless": True} if suffix == "webp" else {"quality": 100, "subsampling": 0} if suffix == "jpg" else {}
     path = save(tmp_path / f"a.{suffix}", Image.fromarray(wide), icc_profile=icc(gamma, colorants), **options)
     pixels = read_pixels(path)
@@ -248,7 +248,8 @@ def test_8_bit_colours_become_srgb(tmp_path, suffix, gamma, colorants):
 
 
 def check_deep(image, expected):
-    """LittleCMS interpolates in tables: off by up to 2 of 255 levels near black, but far less than 8 bits (0.25 levels) in the mean."""
+    """Compare colours. LittleCMS interpolates in tables, which costs up to 2 of 255 levels near black, but in the mean far less than
+    rounding to 8 bits (0.25 levels)."""
     assert image.dtype == np.float32
     np.testing.assert_allclose(image, expected, atol=2 / 255)
     assert np.abs(image - expected).mean() < 0.1 / 255
@@ -256,7 +257,7 @@ def check_deep(image, expected):
 
 @pytest.mark.parametrize(("gamma", "colorants"), PROFILES)
 def test_16_bit_colours_become_srgb(gamma, colorants):
-    """Alpha is not a colour. Steps finer than 8 bits stay apart."""
+    """Alpha is not converted as a colour, and steps finer than 8 bits stay distinct."""
     values = np.concatenate([np.round(np.random.default_rng(0).random((64, 64, 3)) * 65535), np.full((64, 64, 1), 7)], -1).astype(np.uint16)
     profile = (b"iCCP", b"test\0\0" + zlib.compress(icc(gamma, colorants)))
     check_deep(read_pixels(png(values, 6, profile)), srgb_of(values[..., :3] / 65535, gamma, colorants))
@@ -269,14 +270,14 @@ def test_grey_with_a_gamma_becomes_srgb(tmp_path):
     expected = srgb_of(ramp[..., None] / 255, 1.8)
     path = save(tmp_path / "grey.png", Image.fromarray(ramp), icc_profile=icc(1.8))
     np.testing.assert_allclose(read_pixels(path), expected * 255, atol=1.5)
-    assert np.abs(expected * 255 - ramp[..., None]).max() > 15  # which is far from no conversion
+    assert np.abs(expected * 255 - ramp[..., None]).max() > 15  # the conversion has a large effect
     check_deep(read_pixels(png(ramp[..., None].astype(np.uint16) * 257, 0, (b"iCCP", b"test\0\0" + zlib.compress(icc(1.8))))), expected)
-    path = save(tmp_path / "of_rgb.png", Image.fromarray(ramp), icc_profile=icc(1.8, P3))  # a profile of RGB for grey pixels
+    path = save(tmp_path / "of_rgb.png", Image.fromarray(ramp), icc_profile=icc(1.8, P3))  # an RGB profile in a grey image
     np.testing.assert_allclose(read_pixels(path), expected * 255, atol=1.01)
 
 
 def test_cmyk_by_its_profile(tmp_path):
-    """Bare paper is white. Printed cyan is much darker than the (0, 255, 255) that inks without a profile give, at 8 and 16 bits alike."""
+    """Paper without ink is white. Printed cyan is much darker than the (0, 255, 255) of inks without a profile, in 8 and in 16 bits."""
     profile = pyvips.Image.profile_load("cmyk")
     inks = np.zeros((8, 16, 4), np.uint8)
     inks[:, 8:, 0] = 255
@@ -291,7 +292,7 @@ def test_cmyk_by_its_profile(tmp_path):
 
 
 def test_srgb_profiles_change_nothing(tmp_path):
-    """Profiles of three makers (libvips, LittleCMS, and ours) differ in their bytes and by one level of 255 at most."""
+    """The sRGB profiles of libvips, LittleCMS and this package differ in their bytes, and by at most one level of 255."""
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     made = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     for profile in (pyvips.Image.profile_load("srgb"), made, decode.srgb_profile()):
@@ -302,7 +303,7 @@ def test_srgb_profiles_change_nothing(tmp_path):
 
 
 def test_profiles_that_cannot_be_meant_change_nothing(tmp_path):
-    """Damaged ones, one of CMYK or of grey for RGB, and one that makes white black."""
+    """Damaged profiles, a CMYK or grey profile in an RGB image, and a profile that turns white to black are ignored."""
     noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
     good = icc(2.2, P3)
     damaged = [b"x", bytes(300), good[:100], good[:200], good[:300], good.replace(b"curv", b"cu\0v"), icc(2.2, ((0, 0, 0),) * 3)]
@@ -320,13 +321,13 @@ def test_written_pictures_carry_srgb(tmp_path, suffix):
     write_image(path, image), write_image(again, image)
     with Image.open(path) as written:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(written.info["icc_profile"]))
-        np.testing.assert_array_equal(read_pixels(path), np.asarray(written))  # ours is known as sRGB
+        np.testing.assert_array_equal(read_pixels(path), np.asarray(written))  # this package's profile is recognised as sRGB
     assert "sRGB" in ImageCms.getProfileDescription(profile)
     assert path.read_bytes() == again.read_bytes()
 
 
 def test_many_threads_read_what_one_reads(tmp_path):
-    """Threads share one colour transform, and libvips."""
+    """Threads share one colour transform and libvips."""
     values = random16(3, (40, 40))
     files = [png(np.roll(values, i, 0), 2, (b"iCCP", b"test\0\0" + zlib.compress(icc(2.2, P3)))) for i in range(6)]
     for i in range(6):
@@ -343,13 +344,13 @@ def test_many_threads_read_what_one_reads(tmp_path):
 
 
 def test_pillows_limit_is_left_alone():
-    assert Image.MAX_IMAGE_PIXELS == 1024**3 // 4 // 3  # Pillow's own
+    assert Image.MAX_IMAGE_PIXELS == 1024**3 // 4 // 3  # the default of Pillow
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "webp", "tif"])
 @pytest.mark.parametrize("limit", [100, 1000])
 def test_pictures_beyond_pillows_limit_are_read(tmp_path, monkeypatch, suffix, limit):
-    """With a limit of 1000, 48 x 32 = 1536 pixels make Pillow warn, which is an error here; with 100, refuse."""
+    """For 48 x 32 = 1536 pixels, Pillow would warn at a limit of 1000, which is an error in tests, and raise at a limit of 100."""
     noise = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
     path = save(tmp_path / f"a.{suffix}", Image.fromarray(noise), **({"lossless": True} if suffix == "webp" else {}))
     with Image.open(path) as image:
@@ -361,7 +362,7 @@ def test_pictures_beyond_pillows_limit_are_read(tmp_path, monkeypatch, suffix, l
 
 
 def test_bombs_are_refused_from_their_header(tmp_path):
-    """Files of a few hundred bytes whose headers tell of 400 million pixels: no decoder may see them, neither Pillow nor libvips."""
+    """Files of a few hundred bytes whose headers declare 400 million pixels are refused before Pillow or libvips decodes them."""
     small = random16(3, (1, 1))
     shape = struct.pack(">2I", 20000, 20000)
     deep = bytearray(png(small, 2))
@@ -377,7 +378,7 @@ def test_bombs_are_refused_from_their_header(tmp_path):
         files[name] = tiff(values, bits, 2, sample_format=kind).replace(size[0], big[0]).replace(size[1], big[1])
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(UserError, match=rf"^\S*{name} is too large: 20000 x 20000 pixels; at most 250 million[^\n]*$"):
+        with pytest.raises(UserError, match=rf"^\S*{name} is too large: 20000 x 20000 pixels; the limit is 250 million[^\n]*$"):
             read_image(tmp_path / name)
     with pytest.raises(UserError, match=r"plain\.png is too large"):
         read_depth(tmp_path / "plain.png")
@@ -401,14 +402,14 @@ def test_odd_entries_are_left_out_with_a_reason(tmp_path):
         "loop.png": "it is a symbolic link that leads back to itself",
         "pipe.png": "it is a named pipe (FIFO)",
     }
-    for path, reason in skipped:  # and to read one says the same at once: to open a FIFO would wait
+    for path, reason in skipped:  # reading one raises the same error at once, although opening a FIFO would block
         with pytest.raises(UserError) as error:
             read_image(path)
         assert str(error.value) == f"{path} cannot be read: {reason}"
 
 
 def test_sockets_and_files_without_permission(tmp_path, monkeypatch):
-    """The user of a test may be root, who may read everything: the answer of the system is replaced."""
+    """os.access is replaced, because tests may run as root, who may read every file."""
     monkeypatch.chdir(tmp_path)  # a socket's path must be short
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("socket.png")
@@ -434,7 +435,7 @@ def test_names_that_are_not_utf8_are_read(tmp_path):
 
 
 def test_a_training_folder_keeps_what_it_cannot_read(tmp_path):
-    """A dangling link is an image that is missing, which reading reports, and not one image less."""
+    """A dangling link stays in the list and is reported when it is read; the data set does not become smaller."""
     for name in ("hazy/1_1.png", "hazy/2_1.png", "clear/1.png"):
         write_image(tmp_path / name, np.zeros((2, 2, 3)))
     (tmp_path / "clear" / "2.png").symlink_to("gone.png")
@@ -454,6 +455,6 @@ def test_long_names_are_written(tmp_path, name):
 def test_pictures_of_nan_are_not_written(tmp_path, value):
     image = np.zeros((2, 2, 3), np.float32)
     image[1, 1, 1] = value
-    with pytest.raises(UserError, match=r"a\.png is not written: .* NaN or infinite"):
+    with pytest.raises(UserError, match=r"a\.png was not written: .* NaN or infinite"):
         write_image(tmp_path / "new" / "a.png", image)
     assert not list(tmp_path.iterdir())

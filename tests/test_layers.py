@@ -68,7 +68,7 @@ def test_inverse_square_root_of_a_diagonal_matrix():
 
 
 def test_fast_deconv_averages_the_patches_and_uses_the_averages():
-    """By hand: after one batch the running mean is 0.1 of the mean of the patches around every third pixel."""
+    """After one batch, the running mean is 0.1 times the mean, computed with NumPy, of the patches around every third pixel."""
     layer = FastDeconv(**TYPES, rngs=nnx.Rngs(0))
     x = jax.random.uniform(jax.random.key(0), (2, 8, 7, 3))
     before = layer.running_deconv[...]
@@ -94,13 +94,13 @@ def test_prelu_scales_what_is_negative():
 
 
 def test_mixup_starts_at_its_theta():
-    """Eq. 2 with theta = -1: sigmoid(-1) = 0.268941 of the encoder's feature."""
+    """By Eq. 2 with theta = -1, the encoder's feature has the weight sigmoid(-1) = 0.268941."""
     mixed = Mixup(-1.0, param_dtype=jnp.float32)(jnp.ones((1, 1, 1, 1)), jnp.zeros((1, 1, 1, 1)))
     np.testing.assert_allclose(mixed.item(), 0.26894142, rtol=1e-6)
 
 
 def test_deform_conv_begins_as_half_a_convolution():
-    """At the zero-initialised offsets and a mask of sigmoid(0) = 0.5; of any kernel, stride, padding and groups."""
+    """Offsets start at zero and the mask at sigmoid(0) = 0.5, for any kernel size, stride, padding and number of groups."""
     options = {"strides": 2, "padding": (2, 1)}
     layer = DeformConv(4, 6, (5, 3), offset_groups=2, **options, rngs=nnx.Rngs(0))
     layer.bias[...] = jnp.arange(6.0)
@@ -111,7 +111,7 @@ def test_deform_conv_begins_as_half_a_convolution():
 
 
 def test_deform_conv_moves_its_taps():
-    """An offset of one pixel downwards for every tap is the convolution of the image one row further down."""
+    """If all taps have an offset of one pixel downwards, the output is that of the image one row further down."""
     layer = DeformConv(3, 3, 3, padding=1, rngs=nnx.Rngs(1))
     x = jnp.asarray(np.random.default_rng(1).standard_normal((1, 8, 8, 3)), jnp.float32)
     still = layer(x)

@@ -1,4 +1,4 @@
-"""The lock on a run's folder: who holds it, how the death of an owner is detected, and what two runs at once get."""
+"""The lock on a run's folder: who holds it, how a dead owner is detected, and what happens to two runs at once."""
 
 import contextlib
 import json
@@ -52,7 +52,7 @@ def quick(monkeypatch):
 
 
 def other_machine(folder, **changes):
-    """A lock file as a process on another host writes it."""
+    """Write a lock file as a process on another host does."""
     owner = {"host": "elsewhere", "pid": os.getpid(), "started": 0.0, "machine": "elsewhere", "since": "then", "token": "x"} | changes
     (folder / "lock.json").write_text(json.dumps(owner))
 
@@ -60,7 +60,8 @@ def other_machine(folder, **changes):
 def test_a_second_owner_is_refused_and_told_who_the_first_is(tmp_path):
     with FolderLock(tmp_path):
         owner = json.loads((tmp_path / "lock.json").read_text())
-        with pytest.raises(UserError, match=f"{tmp_path} is in use: process {os.getpid()} on {owner['host']} has trained there since"):
+        process = f"process {os.getpid()} on {owner['host']}"
+        with pytest.raises(UserError, match=f"{tmp_path} is in use: {process} has been training there since"):
             FolderLock(tmp_path).__enter__()
     assert list(tmp_path.iterdir()) == []
     with FolderLock(tmp_path):
@@ -70,7 +71,7 @@ def test_a_second_owner_is_refused_and_told_who_the_first_is(tmp_path):
 def test_a_second_run_in_one_folder_is_refused(config_file, tmp_path, capsys):
     with FolderLock(tmp_path):
         said = fails(capsys, "train", "--config", config_file, "--run.workdir", tmp_path, "--loss.cr", "0")
-    assert "is in use: process" in said and "name another run.workdir" in said
+    assert "is in use: process" in said and "choose another run.workdir" in said
     assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "config.json").exists()
 
 
@@ -86,18 +87,18 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
 
 
 def test_the_lock_of_a_killed_process_is_taken_over_before_its_parent_asks_for_its_exit_status(tmp_path):
-    """A container's first process may never ask, and the killed process stays in the table of processes."""
+    """The first process of a container may never collect exit statuses, so a killed process stays in the process table as a zombie."""
     with holders(tmp_path, 1) as (process,):
         assert process.stdout.readline() == "held\n"
         process.kill()
-        while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:  # which is what waits for its parent
+        while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:  # a zombie waits for its parent
             time.sleep(0.01)
         with FolderLock(tmp_path):
             pass
 
 
 def test_a_change_of_the_system_clock_makes_no_owner_dead(tmp_path, monkeypatch):
-    """psutil gives times of day: the second of the boot, which moves with the clock, and the ticks since."""
+    """psutil computes start times from the time of the boot, which moves when the clock is set, and the ticks since then."""
     clock = psutil._psplatform
     booted = clock.boot_time()
     with FolderLock(tmp_path):
@@ -107,7 +108,7 @@ def test_a_change_of_the_system_clock_makes_no_owner_dead(tmp_path, monkeypatch)
 
 
 def test_a_process_number_that_was_given_again_is_no_owner(tmp_path):
-    """This process has the number of the one that died, and began later."""
+    """This process has the number of the dead owner, but started later."""
     with FolderLock(tmp_path):
         owner = json.loads((tmp_path / "lock.json").read_text())
     (tmp_path / "lock.json").write_text(json.dumps(owner | {"started": owner["started"] - 100}))
@@ -126,11 +127,11 @@ def test_another_machine_that_touches_its_lock_is_alive(tmp_path, quick):
     thread = threading.Thread(target=touch)
     thread.start()
     said = []
-    with pytest.raises(UserError, match=r"process .* on elsewhere has trained there since then"):
+    with pytest.raises(UserError, match=r"process .* on elsewhere has been training there since then"):
         FolderLock(tmp_path, said.append).__enter__()
     stop.set()
     thread.join()
-    assert "names another machine (elsewhere)" in said[0]
+    assert "is from another machine (elsewhere)" in said[0]
     assert json.loads((tmp_path / "lock.json").read_text())["token"] == "x"
 
 
@@ -156,7 +157,7 @@ def test_an_owner_that_lost_its_lock_is_told_and_leaves_the_new_one(tmp_path, qu
 def test_of_several_that_find_a_dead_owner_one_gets_the_lock(tmp_path):
     with FolderLock(tmp_path):
         owner = json.loads((tmp_path / "lock.json").read_text())
-    (tmp_path / "lock.json").write_text(json.dumps(owner | {"pid": 2**22 + 1}))  # above Linux's largest process number
+    (tmp_path / "lock.json").write_text(json.dumps(owner | {"pid": 2**22 + 1}))  # above the largest process number of Linux
     with holders(tmp_path, 3) as processes:
         said = sorted(process.stdout.readline().split()[0] for process in processes)
     assert said == ["held", "refused", "refused"]

@@ -1,4 +1,4 @@
-"""What all commands have in common: options, exit status, and what JAX's own errors become."""
+"""Behaviour that all commands share: options, exit statuses, and one-line messages for errors of JAX."""
 
 import io
 import os
@@ -40,7 +40,7 @@ def test_an_option_given_twice_is_refused(config_file, capsys):
     ],
 )
 def test_an_empty_argument_is_refused(tmp_path, capsys, monkeypatch, command, argument):
-    """Of a shell variable that is not set; it would mean the current folder, the home folder, or no test data at all."""
+    """An empty argument, as from an unset shell variable, would mean the current folder, the home folder, or no test data at all."""
     monkeypatch.chdir(tmp_path)
     line = fails(capsys, *("" if word == "?" else word for word in command.split()))
     assert f"argument {argument}: must not be empty" in line
@@ -54,12 +54,12 @@ def test_a_platform_that_is_not_there_is_one_line(tmp_path, run, model, platform
     environment = os.environ | {"JAX_PLATFORMS": platform}
     done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"aecr_jax: JAX finds no device of JAX_PLATFORMS (='{platform}')" in done.stderr
+    assert f"aecr_jax: JAX finds no device for JAX_PLATFORMS (='{platform}')" in done.stderr
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 def test_output_to_a_full_disk_is_one_line(monkeypatch, capsys):
-    """Where Python buffers nothing, or the buffer is full, the error comes while the command runs, and nothing is left to flush."""
+    """Without buffering, or when the buffer is full, the error occurs while the command runs, and nothing is left to flush."""
     monkeypatch.setitem(sys.modules["aecr_jax.__main__"]._RUN, "report", lambda *_: print("written"))
     with open("/dev/full", "wb", buffering=0) as device, io.TextIOWrapper(device, write_through=True) as full:
         monkeypatch.setattr(sys, "stdout", full)
@@ -72,4 +72,4 @@ def test_memory_that_runs_out_is_one_line(monkeypatch, capsys):
         raise MemoryError("Unable to allocate 7 GiB")
 
     monkeypatch.setitem(sys.modules["aecr_jax.__main__"]._RUN, "report", run)
-    assert "out of memory: Unable to allocate 7 GiB; a smaller optim.batch" in fails(capsys, "report", "x")
+    assert "out of memory: Unable to allocate 7 GiB; for training, reduce optim.batch" in fails(capsys, "report", "x")

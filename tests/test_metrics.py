@@ -10,7 +10,7 @@ from aecr_jax.metrics import luma, psnr_uint8, psnr_y, ssim_valid
 
 @pytest.mark.parametrize("i", range(3))
 def test_official_values(i):
-    """The official code's metrics on predictions that leave [0, 1] (tests/golden)."""
+    """Scores equal those of the official code, also for predictions outside [0, 1] (tests/golden)."""
     d = load("metrics")
     prediction, target = (jnp.array(nhwc(d[f"{k}{i}"])[None]) for k in ("pred", "gt"))
     np.testing.assert_allclose(psnr(prediction, target), [d[f"psnr{i}"]], atol=1e-4)
@@ -18,7 +18,7 @@ def test_official_values(i):
 
 
 def test_psnr_by_hand():
-    """An error of 0.1 everywhere is 20 dB; values are clipped first; each image has its own."""
+    """An error of 0.1 in all pixels is 20 dB. Values are clipped first, and each image has its own score."""
     target = jnp.full((2, 4, 4, 3), 0.5)
     np.testing.assert_allclose(psnr(target + jnp.array([0.1, 0.01]).reshape(2, 1, 1, 1), target), [20, 40], rtol=1e-4)
     np.testing.assert_allclose(psnr(jnp.full((1, 4, 4, 3), 3.0), jnp.full((1, 4, 4, 3), 0.9)), [20], rtol=1e-4)
@@ -32,8 +32,8 @@ def test_ssim_of_equal_images_is_one():
 
 
 def test_scikit_image_where_the_definitions_agree():
-    """Computed with scikit-image 0.26.0: peak_signal_noise_ratio, and structural_similarity with gaussian_weights, sigma 1.5,
-    use_sample_covariance=False, which leaves the border out as `ssim_valid` does; data_range 1."""
+    """The values were computed with scikit-image 0.26.0 and data_range 1: peak_signal_noise_ratio, and structural_similarity with
+    gaussian_weights, sigma 1.5 and use_sample_covariance=False, which leaves out the border as `ssim_valid` does."""
     rng = np.random.default_rng(7)
     x = rng.random((24, 31, 3))
     y = np.clip(x + 0.2 * rng.standard_normal(x.shape), 0, 1)
@@ -42,7 +42,7 @@ def test_scikit_image_where_the_definitions_agree():
 
 
 def test_other_definitions():
-    """By hand: white has luma 235; a grey step of 0.1 is 21.9 of 255 in luma; 0.001 vanishes in 8 bit."""
+    """White has luma 235, a grey step of 0.1 is 21.9 / 255 in luma, and a difference of 0.001 vanishes in 8 bits."""
     np.testing.assert_allclose(luma(jnp.ones((1, 1, 1, 3))), 235 / 255, rtol=1e-6)
     a, b = jnp.full((1, 12, 12, 3), 0.4), jnp.full((1, 12, 12, 3), 0.5)
     np.testing.assert_allclose(psnr_y(a, b), [-20 * np.log10(21.9 / 255)], rtol=1e-5)
@@ -52,7 +52,7 @@ def test_other_definitions():
 
 
 def test_refuses_different_shapes():
-    with pytest.raises(ValueError, match="must both be"):
+    with pytest.raises(ValueError, match="must have the same shape"):
         psnr(jnp.zeros((1, 4, 4, 3)), jnp.zeros((1, 4, 5, 3)))
 
 
@@ -60,7 +60,7 @@ METRICS = [psnr, ssim, psnr_uint8, psnr_y, ssim_valid]
 
 
 def two_images(dtype):
-    """Two images of an integer type, over its whole range, and the same as floats in [0, 1]."""
+    """Return two images of an integer type with values from its whole range, and the same images as floats in [0, 1]."""
     highest = np.iinfo(dtype).max
     integers = np.random.default_rng(0).integers(0, highest, (2, 1, 16, 20, 3), dtype, endpoint=True)
     return integers, (integers / highest).astype(np.float32)
@@ -69,17 +69,17 @@ def two_images(dtype):
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 @pytest.mark.parametrize("metric", METRICS)
 def test_unsigned_integers_are_scaled_by_their_range(metric, dtype):
-    """Any mixture of types scores as the floats do, inside and outside `jit`."""
+    """Integers, and mixtures of integers and floats, have the scores of the floats, inside and outside `jit`."""
     (a, b), (x, y) = two_images(dtype)
     expected = metric(x, y)
-    assert abs(float(expected[0])) < 40  # clipped at 1, the integers would be equal images
+    assert abs(float(expected[0])) < 40  # if integers were clipped at 1, the images would be equal
     for prediction, target in [(a, b), (a, y), (x, b)]:
         np.testing.assert_allclose(metric(prediction, target), expected, rtol=1e-6)
         np.testing.assert_allclose(jax.jit(metric)(prediction, target), expected, rtol=1e-5)
 
 
 def test_every_8_bit_value_equals_its_quotient():
-    """No rounding between the two: such images are equal, which is 100 dB."""
+    """8-bit values equal their quotients by 255 without rounding, so PSNR is 100 dB, its value for equal images."""
     values = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, 3)
     for metric in (psnr, psnr_uint8, psnr_y):
         assert metric(values, values / 255)[0] == jax.jit(metric)(values, values / 255)[0] == 100
@@ -113,7 +113,7 @@ def test_refuses_floats_far_from_0_to_1_outside_jit(metric):
             metric(images, odd)
         with pytest.raises(ValueError, match=f"image has values from {message}"):
             luma(odd)
-        assert np.isfinite(jax.jit(metric)(odd, images)).all()  # values are not known there: clipped, as ever
+        assert np.isfinite(jax.jit(metric)(odd, images)).all()  # inside jit, values are unknown and therefore clipped
     assert np.isfinite(metric(images.at[0, 0, 0].set(jnp.array([-2.0, 3.0, 1.5])), images)).all()
 
 
@@ -147,7 +147,7 @@ def test_luma_takes_three_channels():
 
 
 def test_takes_lists_and_refuses_what_is_no_array():
-    """0.1 everywhere is 20 dB."""
+    """An error of 0.1 in all pixels is 20 dB."""
     x = np.full((1, 2, 2, 3), 0.5)
     np.testing.assert_allclose(psnr((x + 0.1).tolist(), x.tolist()), [20], rtol=1e-4)
     for wrong in (None, "image", [[1.0], [2.0, 3.0]]):

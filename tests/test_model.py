@@ -14,7 +14,8 @@ from aecr_jax.networks.registry import abstract_network, build_network
 
 TINY = AECRNetConfig(width=4)
 
-# The paper's 2.61M, exactly, and with each switch of Table 2. FA block 1,205,089; deformable layer 652,315; FastDeconv 84.
+# The paper's 2.61M parameters, exactly, and the numbers with each switch of Table 2. An FA block has 1,205,089 parameters, the
+# deformable layer 652,315 and FastDeconv 84.
 COUNTS = [
     ({}, 2_614_229),
     ({"fast_deconv": False}, 2_614_145),
@@ -33,7 +34,7 @@ def test_parameters(switches, count):
 
 
 def test_official_forward():
-    """Output and feature maps of the official PyTorch network with the same weights (tests/golden), in float32."""
+    """Output and feature maps equal those of the official PyTorch network with the same weights (tests/golden), in float32."""
     d = load("official_forward")
     model = build_network(AECRNetConfig(), our_arrays(official_weights(d["weight_seed"])))
     x = jnp.array(nhwc(d["x"]))
@@ -84,7 +85,7 @@ def test_every_switch_changes_the_function(switches):
     def output(config):
         model = AECRNet(config, rngs=nnx.Rngs(0))
         model.train()
-        if config.dfe != "none":  # offsets start at zero, where DFE before and after hardly differ
+        if config.dfe != "none":  # at the initial offsets of zero, DFE before and after hardly differ
             model.deform[0].offset_mask.bias[...] = jnp.linspace(-2, 2, 27)
         return model(x)
 
@@ -122,7 +123,7 @@ def test_refuses_wrong_settings_and_inputs():
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.bool_, np.complex64])
 def test_refuses_images_that_are_not_floats(dtype):
-    """Their result used to be cast to their type: zeros."""
+    """Other types are refused, because an output cast to an integer type would be zeros."""
     model = AECRNet(TINY, rngs=nnx.Rngs(0))
     message = rf"hazy has type {np.dtype(dtype)} and must be floating point in \[0, 1\], such as float32: divide 8-bit values by 255"
     with pytest.raises(ValueError, match=message):
@@ -154,7 +155,7 @@ def test_no_images_give_no_images(switches):
 
 
 def test_no_images_have_no_statistics():
-    """A mean over nothing is NaN, and would stay in the running statistics."""
+    """The mean over an empty batch is NaN and would stay in the running statistics."""
     model = AECRNet(TINY, rngs=nnx.Rngs(0))
     model.train()
     with pytest.raises(ValueError, match=r"x has shape \(0, 8, 8, 3\): without images there are no statistics to whiten by"):
@@ -181,16 +182,16 @@ def test_settings_have_types():
 
 
 def drawn(config):
-    """A network with every parameter and statistic away from its initial value, offsets and masks among them."""
+    """Return a network in which every parameter and statistic, including offsets and masks, differs from its initial value."""
     random = np.random.default_rng(0)
     arrays = get_arrays(AECRNet(config, rngs=nnx.Rngs(0)))
     return build_network(config, {name: a + random.normal(scale=0.05, size=a.shape).astype("f4") for name, a in arrays.items()})
 
 
-# 3 -> 5: the attentions' hidden channels are 12 // 8 and 20 // 8.
+# From width 3 to 5, the hidden channels of the attention layers are 12 // 8 and 20 // 8.
 @pytest.mark.parametrize(("width", "wider", "switches"), [(4, 6, {}), (3, 5, {"shared": False})])
 def test_a_wider_network_has_the_same_output(width, wider, switches):
-    """The property of Net2Net (Chen et al., 2016), to rounding; and training can reach what is new."""
+    """Widening preserves the output up to rounding (Net2Net, Chen et al., 2016), and gradients reach the new weights."""
     narrow = drawn(AECRNetConfig(width=width, blocks=2, **switches))
     wide = narrow.widen(dataclasses.replace(narrow.config, width=wider), rngs=nnx.Rngs(1))
     assert wide.config == dataclasses.replace(narrow.config, width=wider)
@@ -205,7 +206,7 @@ def test_a_wider_network_has_the_same_output(width, wider, switches):
 
     gradient, restored = grad(params)
     np.testing.assert_allclose(restored, nnx.jit(AECRNet.__call__)(narrow, image), atol=1e-6)
-    # From a new channel to an old one: zero, and about to change.
+    # Weights from new channels to old ones are zero, but their gradients are not.
     for kernel in ("blocks.0.conv1.kernel", "deform.0.kernel", "deform.0.offset_mask.kernel", "up3.kernel"):
         old, new = get_arrays(narrow)[kernel], get_arrays(wide)[kernel]
         part = np.s_[:, :, old.shape[2] :, : old.shape[3]]

@@ -1,4 +1,4 @@
-"""Networks by name: a network of ten lines goes through every command, because generic code names no network."""
+"""Networks by name: a network of ten lines works with every command, because generic code does not depend on the network."""
 
 import json
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ def test_a_new_network_goes_through_every_command(config_file, tmp_path, capsys,
     assert main([*train, "--optim.steps", "2"]) == 0
     assert main([*train, "--optim.steps", "4", "--optim.freeze_stats_after", "1"]) == 0
     said = capsys.readouterr().out
-    assert "continuing from step 2" in said and "frozen" not in said  # it has no statistics
+    assert "continuing from step 2" in said and "frozen" not in said  # this network has no statistics
     assert json.loads((workdir / "config.json").read_text())["model"] == {"name": "toy", **vars(ToyConfig(features=5))}
     logged = lines(workdir, "train")
     assert [entry["step"] for entry in logged] == [1, 2, 3, 4] and ("cr" in logged[-1]) == (cr != "0")
@@ -98,7 +98,7 @@ def test_fine_tuning_from_another_network_is_refused(config_file, model_dir, tmp
 
 def test_saved_configs_carry_the_name():
     assert registry.config_to_dict(AECRNetConfig(width=8))["name"] == "aecr_net"
-    assert registry.config_from_dict({"width": 8}) == AECRNetConfig(width=8)  # saved before there were others
+    assert registry.config_from_dict({"width": 8}) == AECRNetConfig(width=8)  # saved by versions with a single network
     assert registry.config_from_dict({"name": "toy", "features": 6}) == ToyConfig(features=6)
     with pytest.raises(ValueError, match=r"model.name \(='tou'\) must be one of the networks, such as toy"):
         registry.config_from_dict({"name": "tou"})
@@ -126,7 +126,7 @@ SMALL = {
 
 
 def test_every_registered_network_restores_any_size():
-    """The contract of `Network`, for all of them; large ones with the settings in `SMALL`."""
+    """All registered networks keep the contract of `Network`; large ones are built with the settings in `SMALL`."""
     for name in registry.network_names():
         config = registry.find_network(name).Config(**SMALL.get(name, {}))
         model = registry.make_network(config, rngs=nnx.Rngs(0))

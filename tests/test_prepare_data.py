@@ -1,4 +1,4 @@
-"""prepare-data on damaged and incomplete copies, full disks and after kills; reading what was built when its files are damaged."""
+"""prepare-data on damaged and incomplete copies, on full disks and after kills; built data sets whose files are damaged."""
 
 import fcntl
 import os
@@ -19,7 +19,7 @@ from aecr_jax.data.check import check_data
 
 
 def copy_of_nh_haze(root, count=6, size=(64, 48)):
-    """`count` of the 55 pairs."""
+    """Write `count` of the 55 pairs."""
     for i in range(1, count + 1):
         picture(root / "NH-HAZE" / f"{i:02d}_hazy.png", size, seed=i), picture(root / "NH-HAZE" / f"{i:02d}_GT.png", size, seed=100 + i)
     return root
@@ -27,7 +27,7 @@ def copy_of_nh_haze(root, count=6, size=(64, 48)):
 
 @pytest.fixture
 def built(tmp_path, capsys):
-    """A built data set of six pairs; its folder."""
+    """Build a data set of six pairs and return its folder."""
     prepare("nh_haze", copy_of_nh_haze(tmp_path / "source"), tmp_path / "built")
     capsys.readouterr()
     return tmp_path / "built" / "nh_haze" / "1.0.0"
@@ -53,7 +53,7 @@ def test_a_damaged_image_ends_the_build(tmp_path, capsys, damage):
         and ("sizes must be equal" if damage == "size" else "cannot be read" if damage == "cut" else "is not an image") in line
     )
     assert list((tmp_path / "built").iterdir()) == []
-    # mended, it builds in the same place
+    # With the image repaired, the data set is built in the same folder.
     copy_of_nh_haze(tmp_path)
     assert main(["prepare-data", "nh_haze", "--source", str(tmp_path), "--data-dir", str(tmp_path / "built")]) == 0
 
@@ -69,13 +69,12 @@ def test_images_without_clear_ones_are_read_too(tmp_path, capsys):
 def test_an_incomplete_copy_is_built_with_a_warning(tmp_path, capsys):
     assert main(["prepare-data", "nh_haze", "--source", str(copy_of_nh_haze(tmp_path)), "--data-dir", str(tmp_path / "built")]) == 0
     said = capsys.readouterr().out
-    assert "warning: nh_haze is not complete: NTIRE 2020 has 55 hazy and 55 clear images, this copy 6 and 6" in said
+    assert "warning: nh_haze is not complete: NTIRE 2020 has 55 hazy and 55 clear images, but this copy has 6 and 6" in said
     assert f"nh_haze (NTIRE 2020): full 6 in {tmp_path / 'built' / 'nh_haze' / '1.0.0'}" in said
     make(tmp_path, ["OTS/hazy/0005_0.8_0.04.jpg", "OTS/clear/0005.jpg"])
     prepare("reside/ots", tmp_path, tmp_path / "built")
-    assert "RESIDE-v0 has 313950 hazy and 8970 clear images or RESIDE-beta has 72135 hazy and 2061 clear images, this copy 1 and 1" in (
-        capsys.readouterr().out
-    )
+    published = "RESIDE-v0 has 313950 hazy and 8970 clear images or RESIDE-beta has 72135 hazy and 2061 clear images"
+    assert f"{published}, but this copy has 1 and 1" in capsys.readouterr().out
     prepare("dense_haze", whole_dense_haze(tmp_path), tmp_path / "built")
     assert "warning" not in capsys.readouterr().out
 
@@ -86,7 +85,7 @@ def whole_dense_haze(root):
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, capsys):
-    """A limit on files' size of 70,000 bytes: array_record meets it as it meets a full disk, by an error of its own kind."""
+    """The size of files is limited to 70,000 bytes, which gives the same kind of array_record error as a full disk."""
     copy_of_nh_haze(tmp_path, size=(200, 150))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (70_000, limits[1]))
@@ -116,20 +115,20 @@ builders.prepare("nh_haze", *sys.argv[1:])
     assert killed.returncode == -signal.SIGKILL
     (left,) = (tmp_path / "built" / "nh_haze").iterdir()
     assert left.name.startswith("incomplete.")
-    assert f"and removes {left}, left by a build that was stopped" in fails(
+    assert f"which also removes {left}, left by an interrupted build" in fails(
         capsys, "eval", "--data", "nh_haze", "--data-dir", tmp_path / "built"
     )
-    others = [left.with_name("incomplete.mine"), left.with_name("notes")]  # not of a build
+    others = [left.with_name("incomplete.mine"), left.with_name("notes")]  # these do not belong to a build
     for other in others:
         other.mkdir()
-    # while another process builds, it stays
+    # While another process builds, the folder stays.
     descriptor = os.open(left.parent, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     prepare_again = ["prepare-data", "nh_haze", "--source", str(tmp_path), "--data-dir", str(tmp_path / "built")]
     assert f"another process is preparing data in {left.parent}" in fails(capsys, *prepare_again) and left.exists()
     os.close(descriptor)
     assert main(prepare_again) == 0
-    assert f"removed {left}, left by a build that was stopped" in capsys.readouterr().out
+    assert f"removed {left}, left by an interrupted build" in capsys.readouterr().out
     assert sorted(path.name for path in left.parent.iterdir()) == ["1.0.0", "incomplete.mine", "notes"]
 
 
@@ -166,23 +165,23 @@ def test_damaged_files_of_a_built_data_set_are_named(tmp_path, built, config_fil
     ):
         line = fails(capsys, *command)
         assert f"{built / file} is damaged or missing (" in line and "run prepare-data again" in line
-    assert "was prepared already" in fails(capsys, "prepare-data", "nh_haze", "--source", tmp_path / "source", "--data-dir", data_dir)
+    assert "has already been prepared" in fails(capsys, "prepare-data", "nh_haze", "--source", tmp_path / "source", "--data-dir", data_dir)
 
 
 def test_fewer_records_than_the_info_says_are_noticed(tmp_path, built):
     file = "nh_haze-full.array_record-00000-of-00001"
     prepare("nh_haze", copy_of_nh_haze(tmp_path / "fewer", 4), tmp_path / "other")
     (tmp_path / "other" / "nh_haze" / "1.0.0" / file).replace(built / file)
-    with pytest.raises(UserError, match=rf"{file} is damaged or missing \(it has 4 records and not 6\)"):
+    with pytest.raises(UserError, match=rf"{file} is damaged or missing \(it has 4 records instead of 6\)"):
         open_dataset("nh_haze", built.parents[1])
 
 
 def test_a_damaged_record_is_named_where_it_is_read(built, tmp_path):
-    """Bytes of its hazy picture: the index at the end is whole, so opening succeeds."""
+    """Bytes of a hazy image are damaged; the index at the end of the file is intact, so opening succeeds."""
     file = built / "nh_haze-full.array_record-00000-of-00001"
     data = bytearray(file.read_bytes())
     pixels = (tmp_path / "source" / "NH-HAZE" / "03_hazy.png").read_bytes()
-    # In pieces, because the file has headers of its own between its blocks.
+    # Search for pieces, because the file has headers between its blocks.
     pieces = (pixels[start : start + 100] for start in range(1000, len(pixels) - 200, 100))
     place = next(place for piece in pieces if (place := data.find(piece)) >= 0)
     data[place : place + 100] = bytes(100)

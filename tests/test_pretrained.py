@@ -1,4 +1,4 @@
-"""The model that ships: what its card and the README say of it."""
+"""The shipped model has the scores and the size that its card states."""
 
 import re
 
@@ -22,7 +22,7 @@ def scores(samples, count):
 
 
 def test_score_on_embedded_scenes():
-    """Measured when the model was shipped; another platform's rounding moves it by less than 0.01 dB."""
+    """The scores were measured when the model was shipped; rounding on other platforms changes them by less than 0.01 dB."""
     found = scores(open_samples("scenes")[0], 4)
     np.testing.assert_allclose([score.input_psnr for score in found], [12.0155, 13.0001, 13.6923, 13.6736], atol=0.01)
     np.testing.assert_allclose([score.psnr for score in found], [20.9336, 18.6832, 16.4216, 18.0624], atol=0.02)
@@ -31,7 +31,7 @@ def test_score_on_embedded_scenes():
 
 @needs_shared
 def test_score_on_sots():
-    """Thin and thick haze over two scenes, as in the card's full evaluation."""
+    """Three images of two scenes, with thin and thick haze, have the scores of the card's full evaluation."""
     wanted = {"1400_1": 27.830, "1400_10": 23.514, "1435_1": 30.623}
     pairs = [pair for pair in find_dataset(SHARED / "sots_indoor_subset") if pair.name in wanted]
     found = {score.image: score.psnr for score in scores(pairs, len(pairs))}
@@ -39,7 +39,7 @@ def test_score_on_sots():
 
 
 def test_the_card_tells_the_model():
-    """Size, parameters and score stand in the card as in the files."""
+    """The card states the number of parameters and the score that are in the files."""
     model, config = load_with_info(DEFAULT_MODEL)
     about = config["about"]
     assert count_parameters(model) == about["parameters"]
@@ -51,4 +51,4 @@ def test_the_card_tells_the_model():
     assert sum(file.stat().st_size for file in DEFAULT_MODEL.iterdir()) < 11e6
     assert all((DEFAULT_MODEL / link).is_file() for link in re.findall(r"\]\(([^):#]+)\)", CARD))
     assert model.config.width == 24
-    assert len(config["sha256"]) == 64  # which loading has verified
+    assert len(config["sha256"]) == 64  # loading has verified it

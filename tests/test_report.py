@@ -1,4 +1,4 @@
-"""The page about a run: right numbers for a healthy one, what is left of a damaged one, no script from a hostile one."""
+"""The report of a run: correct numbers for an intact run, the readable rest of a damaged run, and no script from a hostile run."""
 
 import base64
 import hashlib
@@ -29,7 +29,7 @@ VOID = {"meta", "img", "br", "hr", "link", "input", "base", "line", "circle", "p
 
 
 class Page(HTMLParser):
-    """What a browser would find: tags with their attributes, the text, and the text of each row of a table."""
+    """The parsed page: tags with their attributes, the text, and the text of each table row."""
 
     def __init__(self, path):
         super().__init__()
@@ -83,7 +83,7 @@ def write_metrics(workdir, *lines):
 
 @pytest.fixture
 def workdir(tmp_path):
-    """The files of a healthy run of 40 steps."""
+    """Write the files of an intact run of 40 steps and return their folder."""
     workdir = tmp_path / "its"
     (workdir / "panels").mkdir(parents=True)
     config = json.loads(json.dumps(config_to_dict(Config())))
@@ -98,7 +98,7 @@ def workdir(tmp_path):
 
 
 def report(workdir, capsys):
-    """The page and the lines on standard error."""
+    """Write the report and return its page and the lines on standard error."""
     assert main(["report", str(workdir)]) == 0
     said = capsys.readouterr()
     assert said.out == f"{workdir / 'report.html'}\n"
@@ -106,7 +106,7 @@ def report(workdir, capsys):
 
 
 def damaged(workdir, capsys, *notes):
-    """The page of a run of which just `notes` are bad: each is there for the reader of the page and of the terminal."""
+    """Return the page of a damaged run and check that exactly `notes` are reported, on the page and on standard error."""
     page, lines = report(workdir, capsys)
     assert lines == [f"aecr_jax: {workdir}: {note}" for note in notes]
     assert "could not be read" in page.text
@@ -115,7 +115,7 @@ def damaged(workdir, capsys, *notes):
     return page
 
 
-# ---- a healthy run
+# ---- an intact run
 
 
 def test_healthy_run(workdir, capsys):
@@ -128,7 +128,7 @@ def test_healthy_run(workdir, capsys):
     assert "8 images of scenes; PSNR and SSIM on RGB as in the official code; moving average of the parameters" in page.text
     titles = ["PSNR (dB), RGB over steps", "SSIM over steps", "pixel distance over steps", "mixup factors over steps"]
     assert [svg["aria-label"] for svg in page.all("svg")] == titles
-    assert "psnr 22.5" in page.text and "l1 0.025" in page.text  # the last values: 22.5, and 1 / 40
+    assert "psnr 22.5" in page.text and "l1 0.025" in page.text  # the last values are 22.5 and 1 / 40
     assert [img["alt"] for img in page.all("img")] == ["panel of step 40", "panel of step 20"]
     assert ["batch", "16"] in page.rows and ["steps", "40"] in page.rows
     assert len(page.all("details")) == 5  # model, data, loss, optim, run
@@ -142,7 +142,7 @@ def test_curves_are_drawn_to_scale(workdir, capsys):
     assert page.all("polyline")[0]["points"].split() == ["58.0,24.7", "448.0,43.7"]
     l1 = [tuple(map(float, point.split(","))) for point in page.all("polyline")[4]["points"].split()]
     assert [x for x, _ in l1] == [58.0, 188.0, 318.0, 448.0]
-    # The axis is logarithmic: from 1/10 to 1/20 as far as from 1/20 to 1/40.
+    # The axis is logarithmic: the distance from 1/10 to 1/20 equals that from 1/20 to 1/40.
     assert l1[1][1] - l1[0][1] == pytest.approx(l1[3][1] - l1[1][1], abs=0.11) and l1[0][1] < l1[3][1]
 
 
@@ -180,7 +180,7 @@ def test_policy_forbids_everything_but_the_page_itself(workdir, capsys):
         "base-uri": "'none'",
         "form-action": "'none'",
     }
-    # The policy comes before anything that it governs, and what it forbids is not there: a style attribute would be ignored.
+    # The policy comes before everything that it governs, and the page has nothing that it forbids, such as style attributes.
     assert [tag for tag, _ in page.tags].index("meta") < [tag for tag, _ in page.tags].index("style")
     assert not any("style" in attributes for _, attributes in page.tags)
     assert "://" not in page.source and not page.all("link") and not page.all("script")
@@ -218,7 +218,7 @@ def test_hostile_run_adds_no_element(tmp_path, capsys, text):
     (workdir / f"panels/step_{file_name}2.png").write_text(text)
     page, said = report(workdir, capsys)
     assert_harmless(page)
-    # It is there to read, in every place.
+    # The text is shown in every place, with its special characters escaped.
     assert page.text.count(text) >= 8 and html.escape(text, quote=False).replace('"', "&#34;").replace("'", "&#39;") in page.source
     assert ["processes", text] in page.rows and [text, text] in page.rows and page.all("img")[0]["alt"] == f"panel of step_{file_name}"
     assert "8 images of " + text in page.text
@@ -245,10 +245,10 @@ def test_halves_of_surrogate_pairs(workdir, capsys):
     "text, note",
     [
         ("{}", "config.json is empty"),
-        ("[]", "config.json: it holds a list where a JSON object belongs"),
-        ('"text"', "config.json: it holds a string where a JSON object belongs"),
-        ("7", "config.json: it holds a number where a JSON object belongs"),
-        ("null", "config.json: it holds null where a JSON object belongs"),
+        ("[]", "config.json: it contains a list instead of a JSON object"),
+        ('"text"', "config.json: it contains a string instead of a JSON object"),
+        ("7", "config.json: it contains a number instead of a JSON object"),
+        ("null", "config.json: it contains null instead of a JSON object"),
         ('{"train": ', "config.json: it is not JSON"),
         ("[" * 100_000, "config.json: it is nested too deeply"),
         ("", "config.json is empty"),
@@ -279,7 +279,7 @@ def test_missing_config(workdir, capsys):
 
 def test_config_with_values_outside_of_sections(workdir, capsys):
     (workdir / "config.json").write_text('{"train": {"steps": 50}, "model": 5, "loss": [1, 2]}')
-    page = damaged(workdir, capsys, "config.json: not a section of settings: `model`, `loss`")
+    page = damaged(workdir, capsys, "config.json: these are not sections of settings: `model`, `loss`")
     assert "step 40 of 50;" in page.text
     assert ["steps", "50"] in page.rows and ["model", "5"] in page.rows and ["loss", "[1, 2]"] in page.rows
 
@@ -289,7 +289,7 @@ def test_settings_nested_deeply(workdir, capsys, depth):
     (workdir / "config.json").write_text('{"train": {"steps": 40, "seed": 3, "deep": %s}}' % ("[" * depth + "]" * depth))
     page, said = report(workdir, capsys)
     assert len(page.all("svg")) == 4
-    # Python's limit counts from where the value is used: the whole file, this value alone, or nothing is beyond it.
+    # Python's recursion limit counts from the current depth of the stack, so the whole file, this value alone, or nothing exceeds it.
     shown = [["steps", "40"] in page.rows, any(row[:1] == ["deep"] and len(row[1]) == 2 * depth for row in page.rows)]
     assert (said == [f"aecr_jax: {workdir}: config.json: it is nested too deeply"] and shown == [False, False]) or (
         said == [] if shown == [True, True] else said == [f"aecr_jax: {workdir}: `deep` is nested too deeply"] and shown == [True, False]
@@ -302,7 +302,7 @@ def test_settings_nested_deeply(workdir, capsys, depth):
 @pytest.mark.parametrize(
     "text, notes",
     [
-        ("[]", ["versions.json: it holds a list where a JSON object belongs"]),
+        ("[]", ["versions.json: it contains a list instead of a JSON object"]),
         ("no JSON", ["versions.json: it is not JSON"]),
         (
             '{"python": "3.11.7"}',
@@ -339,8 +339,8 @@ def test_odd_versions(workdir, capsys, text, notes):
         ({"step": -1, "kind": "train"}, "`step` is missing or not a whole number"),
         ({"step": 10**400, "kind": "train"}, "`step` is missing or not a whole number"),
         ({"step": {"step": 41}, "kind": "train"}, "`step` is missing or not a whole number"),
-        ("[]", "it holds a list where a JSON object belongs"),
-        ("null", "it holds null where a JSON object belongs"),
+        ("[]", "it contains a list instead of a JSON object"),
+        ("null", "it contains null instead of a JSON object"),
         ('{"step": 41, "kind": "tr', "it is not JSON"),
         ('{"step": 41} }', "it is not JSON"),
         ("\0\0\0\0}", "it is not JSON"),
@@ -351,7 +351,7 @@ def test_odd_line_of_metrics(workdir, capsys, line, fault):
     with open(workdir / "metrics.jsonl", "a") as file:
         file.write((line if isinstance(line, str) else json.dumps(line)) + "\n")
     page = damaged(workdir, capsys, f"metrics.jsonl, line 7: {fault}")
-    # The six good lines are shown as if there were no seventh.
+    # The six valid lines are shown as if the seventh did not exist.
     assert "complete" in page.text and "l1 0.025" in page.text
     assert page.rows[1:3] == [["best", "20", "24.00", "0.2400"], ["last", "40", "22.50", "0.2250"]]
 
@@ -390,7 +390,7 @@ def test_values_that_are_not_finite_are_not_drawn(workdir, capsys):
     assert not re.search(r"nan|inf", "".join(line["points"] for line in page.all("polyline")))
     assert page.rows[1:3] == [["best", "4", "inf", "nan"], ["last", "4", "inf", "nan"]]
     l1, mix1 = (line["points"].split() for line in page.all("polyline")[-2:])
-    assert len(l1) == 1 and len(mix1) == 5  # l1 has a logarithmic axis: the first line's alone is positive
+    assert len(l1) == 1 and len(mix1) == 5  # l1 has a logarithmic axis, and only its first value is positive
 
 
 def test_lines_out_of_order(workdir, capsys):
@@ -438,7 +438,7 @@ def test_panel_without_a_number_is_shown_by_its_name(workdir, capsys):
 
 
 def bomb(path, side):
-    """A small PNG that says that it is `side * side` large, and is."""
+    """Write a small PNG file that decodes to `side * side` pixels."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -450,7 +450,7 @@ def bomb(path, side):
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b""))
 
 
-@pytest.mark.parametrize("side", [17_000, 30_000])  # beyond where Pillow warns, beyond where it refuses
+@pytest.mark.parametrize("side", [17_000, 30_000])  # above Pillow's limits for warnings and for errors
 def test_decompression_bomb_as_a_panel(workdir, capsys, side):
     bomb(workdir / "panels/step_0000040.png", side)
     page, said = report(workdir, capsys)
@@ -464,7 +464,7 @@ def test_truncated_panel_and_another_format(workdir, capsys):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     Image.fromarray(noise).save(path)
     path.write_bytes(path.read_bytes()[:5000])
-    # Pillow would hand PostScript to another program.
+    # Pillow would run another program to read PostScript.
     (workdir / "panels/step_0000030.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
     page, said = report(workdir, capsys)
     assert said == [
@@ -474,7 +474,7 @@ def test_truncated_panel_and_another_format(workdir, capsys):
     assert [img["alt"] for img in page.all("img")] == ["panel of step 20"]
 
 
-# ---- no run at all, and the file that is written
+# ---- folders without a run, and the written file
 
 
 def test_folder_that_is_no_run(tmp_path, capsys, model_dir):
@@ -483,7 +483,7 @@ def test_folder_that_is_no_run(tmp_path, capsys, model_dir):
     for path in (tmp_path / "file", tmp_path / "empty", tmp_path / "missing", model_dir):
         assert main(["report", str(path)]) == 2
         said = capsys.readouterr().err
-        assert said.startswith(f"aecr_jax: {path} is no work directory of a run") and said.count("\n") == 1
+        assert said.startswith(f"aecr_jax: {path} is not the work directory of a run") and said.count("\n") == 1
         assert not path.is_dir() or not (path / "report.html").exists()
 
 

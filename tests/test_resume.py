@@ -1,4 +1,4 @@
-"""A run called again, in process: what it goes on from, what it refuses. (Killed and stopped processes: `test_survival.py`.)"""
+"""Runs that are resumed in this process: where they resume and what they refuse. `test_survival.py` kills and stops processes."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from aecr_jax.networks.arrays import get_arrays
 
 
 def test_the_same_command_again_continues(run, config_file, tmp_path, capsys):
-    """Stopped after 2 of 4 steps and called again: the parameters of the run that was never stopped, bit by bit."""
+    """A run that is stopped after 2 of 4 steps and resumed ends with bit-identical parameters to a run that was never stopped."""
     workdir = tmp_path / "stopped"
     shutil.copytree(run, workdir)
     shutil.rmtree(workdir / "checkpoints" / "4")
@@ -29,7 +29,7 @@ def test_the_same_command_again_continues(run, config_file, tmp_path, capsys):
 
 
 def test_statistics_freeze_after_a_step(run, config_file, tmp_path):
-    """Frozen after 2 of 4 steps, they end as they were after 2 steps of the run that was left alone."""
+    """Statistics that are frozen after 2 of 4 steps stay equal to those after 2 steps of the uninterrupted run."""
     arguments = ["--run.workdir", str(tmp_path / "frozen"), "--optim.freeze_stats_after", "2"]
     assert main(["train", "--config", config_file, *arguments]) == 0
     checkpoints = (tmp_path / "frozen" / "checkpoints" / "4", run / "checkpoints" / "2", run / "checkpoints" / "4")
@@ -39,19 +39,19 @@ def test_statistics_freeze_after_a_step(run, config_file, tmp_path):
         assert np.abs(at_four[name] - at_two[name]).max() > 1e-3
     assert np.abs(frozen["down1.kernel"] - at_two["down1.kernel"]).max() > 1e-6
     shutil.rmtree(checkpoints[0])
-    assert main(["train", "--config", config_file, *arguments]) == 0  # from step 2
+    assert main(["train", "--config", config_file, *arguments]) == 0  # resumes from step 2
     for name, again in get_arrays(load_checkpoint(checkpoints[0])).items():
         np.testing.assert_array_equal(again, frozen[name], err_msg=name)
 
 
 def test_a_checkpoint_from_before_a_setting(run, config_file, tmp_path, capsys):
-    """What it does not name was at its default: the run goes on, and nothing has changed."""
+    """A setting that a checkpoint does not contain had its default, so the run resumes and reports no change."""
     shutil.copytree(run, tmp_path / "old")
     (file,) = (tmp_path / "old" / "checkpoints" / "4" / "config").rglob("metadata")
     config = json.loads(file.read_text())
     del config["optim"]["optimizer"], config["optim"]["freeze_stats_after"]
     file.write_text(json.dumps(config))
-    shutil.rmtree(tmp_path / "old" / "checkpoints" / "4" / "json_checksums")  # which came later still
+    shutil.rmtree(tmp_path / "old" / "checkpoints" / "4" / "json_checksums")  # even older checkpoints lack these
     train = ["train", "--config", config_file, "--run.workdir", str(tmp_path / "old")]
     assert main(train) == 0
     assert "continuing from step 4" in (said := capsys.readouterr().out) and "setting changed" not in said
@@ -59,7 +59,7 @@ def test_a_checkpoint_from_before_a_setting(run, config_file, tmp_path, capsys):
 
 
 def test_a_run_with_muon_continues_too(config_file, tmp_path, capsys):
-    """As above; and Adam, which has another state, does not take over."""
+    """A run with Muon resumes bit-exactly; Adam, whose state is different, is refused."""
     whole, stopped = ["--run.workdir", str(tmp_path / "whole")], ["--run.workdir", str(tmp_path / "stopped")]
     train = ["train", "--config", config_file, "--loss.cr", "0", "--optim.optimizer", "muon", "--optim.steps", "4"]
     assert main([*train, *whole]) == 0
@@ -80,9 +80,9 @@ def empty_all(folder):
 
 
 def flip_one_bit(folder):
-    """Near the middle of the largest file, which has the values: what tensorstore would read without a word.
+    """Flip a bit near the middle of the largest file, which has the values; tensorstore itself would not report it.
 
-    Where the few bytes are that nothing reads changes from run to run: a flip there is taken back, and another place tried.
+    The file has a few unused bytes, whose place differs from run to run. A flip there is undone, and another place is tried.
     """
     file = max((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
     whole = file.read_bytes()
@@ -97,7 +97,7 @@ def flip_one_bit(folder):
     raise AssertionError(f"five flipped bits of {file} were read without a word")
 
 
-# orbax leaves the other reads unfinished when one of them fails.
+# If one read fails, orbax leaves the others unfinished.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", [empty_all, flip_one_bit])
 def test_a_damaged_checkpoint_is_skipped(run, config_file, tmp_path, capsys, caplog, damage):
@@ -109,9 +109,9 @@ def test_a_damaged_checkpoint_is_skipped(run, config_file, tmp_path, capsys, cap
     assert main(["train", "--config", config_file, "--run.workdir", str(workdir)]) == 0
     assert "checkpoints/4 cannot be read" in caplog.text
     assert "continuing from step 2" in capsys.readouterr().out
-    load_checkpoint(workdir / "checkpoints" / "4")  # written anew
+    load_checkpoint(workdir / "checkpoints" / "4")  # it was written again
     assert (workdir / "damaged-checkpoint-4").is_dir()
-    damage(workdir / "checkpoints" / "4" / "model")  # and once more
+    damage(workdir / "checkpoints" / "4" / "model")  # a second time
     assert main(["train", "--config", config_file, "--run.workdir", str(workdir)]) == 0
     assert (workdir / "damaged-checkpoint-4-2").is_dir()
     assert [entry["step"] for entry in lines(workdir, "train")] == [1, 2, 3, 4]
@@ -119,19 +119,19 @@ def test_a_damaged_checkpoint_is_skipped(run, config_file, tmp_path, capsys, cap
 
 @pytest.mark.parametrize("content", [b"", b"x", b"{}", b'{"psnr": "high"}', b'{"psnr": 99.5}'])
 def test_damaged_metrics_are_a_damaged_checkpoint(run, config_file, tmp_path, capsys, caplog, content):
-    """orbax reads the metrics of every checkpoint before anything else, and fails; the last content is not what was written."""
+    """orbax reads the metrics of every checkpoint first and fails at damaged ones; the last content is valid but was not written."""
     workdir = tmp_path / "damaged"
     shutil.copytree(run, workdir)
     (workdir / "checkpoints" / "4" / "metrics" / "metrics").write_bytes(content)
     assert load_with_info(workdir)[1]["step"] == 2
-    assert "checkpoints/4 is left out" in caplog.text
+    assert "checkpoints/4 is ignored" in caplog.text
     assert main(["train", "--config", config_file, "--run.workdir", str(workdir)]) == 0
     assert "continuing from step 2" in capsys.readouterr().out and "checkpoints/4 cannot be read" in caplog.text
     assert (workdir / "damaged-checkpoint-4").is_dir() and load_with_info(workdir / "checkpoints" / "4")[1]["step"] == 4
 
 
 def test_a_run_does_not_begin_anew_if_all_metrics_are_damaged(run, config_file, tmp_path, capsys):
-    """It would cut its log and count as continued."""
+    """A run that started again would truncate its log and still count as resumed."""
     workdir = shutil.copytree(run, tmp_path / "damaged")
     for file in (workdir / "checkpoints").glob("*/metrics/metrics"):
         file.write_bytes(b"")
@@ -145,7 +145,7 @@ def test_a_run_does_not_begin_anew_if_all_metrics_are_damaged(run, config_file, 
 
 @pytest.mark.parametrize(("item", "before", "after"), [("input", '"images":32', '"images":33'), ("config", '"width":4', '"width":5')])
 def test_an_edited_part_of_a_checkpoint_is_found(run, config_file, tmp_path, capsys, caplog, item, before, after):
-    """A position one image off would go on with other batches and say nothing."""
+    """Checksums detect edits. With a position that is off by one image, training would silently continue with other batches."""
     workdir = tmp_path / "edited"
     shutil.copytree(run, workdir)
     file = workdir / "checkpoints" / "4" / item / "metadata"
@@ -153,12 +153,12 @@ def test_an_edited_part_of_a_checkpoint_is_found(run, config_file, tmp_path, cap
     assert before in text
     file.write_text(text.replace(before, after))
     assert main(["train", "--config", config_file, "--run.workdir", str(workdir)]) == 0
-    assert f"checkpoints/4 cannot be read ({item} is not what was written)" in caplog.text
+    assert f"checkpoints/4 cannot be read ({item} differs from what was written)" in caplog.text
     assert "continuing from step 2" in capsys.readouterr().out
 
 
 def test_a_run_of_version_0_1_0_goes_on(run, config_file, tmp_path, capsys):
-    """Its checkpoints describe the data by their names and the first image, and have no checksums of their JSON parts."""
+    """Checkpoints of version 0.1.0 identify the data by their names and the first image, and have no checksums of their JSON parts."""
     workdir = tmp_path / "old"
     shutil.copytree(run, workdir)
     names = "\n".join(f"scene0-{i:04d}" for i in range(4)).encode()
@@ -175,9 +175,9 @@ def test_a_run_of_version_0_1_0_goes_on(run, config_file, tmp_path, capsys):
 
 
 def test_a_folder_whose_name_is_not_utf_8_is_refused(run, config_file, tmp_path, capsys):
-    """orbax can write no checkpoint there, and would say so after the first training."""
+    """orbax cannot write checkpoints there and would fail only at the first checkpoint, after training had begun."""
     folder = tmp_path / os.fsdecode(b"caf\xe9")
-    message = r"caf\udce9/w cannot hold checkpoints: its name, with those of the folders above, must be UTF-8"
+    message = r"caf\udce9/w cannot hold checkpoints: its full path must be valid UTF-8"
     assert message in fails(capsys, "train", "--config", config_file, "--run.workdir", folder / "w")
     assert not folder.exists()
     shutil.copytree(run, folder / "w")
@@ -195,7 +195,7 @@ def test_a_damaged_log_is_one_line(run, config_file, tmp_path, capsys, line):
 def test_another_network_does_not_continue_a_run(run, config_file, capsys):
     before = (run / "config.json").read_text()
     said = fails(capsys, "train", "--config", config_file, "--run.workdir", run, "--model.width", "2")
-    assert "holds another run: model.width is 4 there and 2 here; name another run.workdir" in said
+    assert "holds another run: model.width is 4 there and 2 here; choose another run.workdir" in said
     assert (run / "config.json").read_text() == before
 
 
@@ -207,6 +207,6 @@ def test_a_complete_run_only_evaluates(run, config_file, capsys):
 
 def test_other_data_or_another_seed_do_not_continue_a_run(run, config_file, capsys):
     said = fails(capsys, "train", "--config", config_file, "--run.workdir", run, "--data.train", "scenes:5:32x24")
-    assert "holds another run: it trains on 4 images (names" in said and "and now on 5 images" in said
+    assert "holds another run: it was trained on 4 images (names" in said and "but the data are now 5 images" in said
     said = fails(capsys, "train", "--config", config_file, "--run.workdir", run, "--run.seed", "1")
     assert "run.seed is 0 there and 1 here" in said

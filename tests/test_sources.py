@@ -1,4 +1,4 @@
-"""The one notation for images: what each form opens, what it is called, and what a wrong one is told."""
+"""The notation for images: the samples and the name that each form gives, and the errors for wrong forms."""
 
 import pickle
 from dataclasses import FrozenInstanceError
@@ -100,7 +100,7 @@ def test_a_folder_may_have_the_signs_of_the_notation_in_its_name(root):
 
 
 def test_wrong_notations_are_one_line(root, capsys):
-    assert "there is no folder nowhere: name a folder, HAZY,CLEAR, clear=FOLDER,depth=FOLDER, a built" in fails(
+    assert "there is no folder nowhere: data must be a folder, HAZY,CLEAR, clear=FOLDER,depth=FOLDER, a built" in fails(
         capsys, "eval", "--data", "nowhere"
     )
     with pytest.raises(FileNotFoundError):
@@ -118,7 +118,7 @@ def test_wrong_notations_are_one_line(root, capsys):
 
 
 def test_the_ten_scenes_behind_the_shipped_models_score():
-    """From a folder of all 50 scenes of SOTS indoor, from one of the ten alone, and from a built data set."""
+    """The split applies to a folder of all 50 scenes of SOTS indoor, to a folder of the ten alone, and to a built data set."""
 
     def samples(scenes, dataset=""):
         names = [(f"{scene}_{version}", str(scene)) for scene in scenes for version in (1, 2)]
@@ -128,9 +128,9 @@ def test_the_ten_scenes_behind_the_shipped_models_score():
     for found in (samples(range(1400, 1450)), samples(ten), samples(range(1400, 1450), "reside/sots_indoor")):
         parts = apply_split("sots_indoor_10", found)
         assert list(parts) == ["test"] and [sample.scene for sample in parts["test"]] == [scene for scene in ten for _ in range(2)]
-    with pytest.raises(UserError, match="has 10 scenes for test, and the data lack 1, first 1400"):
+    with pytest.raises(UserError, match="has 10 scenes for test, but 1 are not in the data, first 1400"):
         apply_split("sots_indoor_10", samples(ten[1:]))
-    with pytest.raises(UserError, match="does not know 1 of the 11 scenes of the data, such as 7"):
+    with pytest.raises(UserError, match="does not contain 1 of the 11 scenes in the data, such as 7"):
         apply_split("sots_indoor_10", samples([*ten, "7"]))
-    with pytest.raises(UserError, match="split sots_indoor_10 is not of sots_outdoor"):
+    with pytest.raises(UserError, match="split sots_indoor_10 is not for sots_outdoor"):
         apply_split("sots_indoor_10", samples(ten, "reside/sots_outdoor"))

@@ -33,7 +33,7 @@ FLOAT64 = {"dtype": "float64", "param_dtype": "float64"}
 
 
 def test_five_steps_of_the_official_code(x64):
-    """Losses and gradient norms before each of five Adam steps in float64, and the result, from PyTorch (tests/golden)."""
+    """Losses and gradient norms before each of five Adam steps, and the final network, equal PyTorch's in float64 (tests/golden)."""
     d = load("train_trajectory")
     optim = OptimConfig(steps=int(d["total_steps"]), batch=2, learning_rate=2e-4)
     config = Config(model=AECRNetConfig(**FLOAT64), optim=optim)
@@ -43,7 +43,7 @@ def test_five_steps_of_the_official_code(x64):
     state = replicate(init_state(config, build_network(config.model, weights)), mesh)
     step = make_train_step(config, RestorationLoss(vgg19(d["vgg_seed"], np.float64), cr=0.1, dtype="float64"), mesh)
     inputs = [shard_batch({k: nhwc(d[k][i]) for k in ("hazy", "clear")}, mesh) for i in range(5)]
-    # The full network five times: here fast code is worth its compilation.
+    # Five steps of the full network take so long that optimized code is worth its compilation time.
     compiled = step.func.lower(*step.args, state, inputs[0]).compile({"xla_backend_optimization_level": "3"})
     for i in range(5):
         state, measured = compiled(*step.args, state, inputs[i])
@@ -58,7 +58,7 @@ def test_five_steps_of_the_official_code(x64):
 
 
 def test_first_step_of_the_official_code_in_float32():
-    """As above, for what users compute in."""
+    """The first step agrees also in float32, the type that users compute in."""
     d = load("train_trajectory")
     config = Config(optim=OptimConfig(steps=int(d["total_steps"]), batch=2))
     mesh = make_mesh(jax.devices()[:1])
@@ -101,12 +101,12 @@ def test_one_device_and_eight_compute_the_same(x64, optimizer):
 
 
 def test_one_device_and_eight_compute_the_same_in_float32():
-    """One step; Adam's first is the sign of the gradient times the rate, so parameters are compared where the gradient is not about 0."""
+    """Adam's first step is the rate times the sign of the gradient, so parameters are compared where the gradient is not near 0."""
     config = Config(model=SMALL, optim=OptimConfig(batch=8, steps=10))
     (one, one_measured), (eight, eight_measured) = (run(config, n, batches(1, np.float32)) for n in (1, 8))
     near(one_measured, eight_measured, 1e-5, 1e-7)
     near(one.stats, eight.stats, 1e-5, 1e-5)
-    (_, adam, _), (_, other, _) = one.opt_state, eight.opt_state  # its first moment is a tenth of the gradient
+    (_, adam, _), (_, other, _) = one.opt_state, eight.opt_state  # Adam's first moment is a tenth of the gradient
     largest = max(np.abs(moment).max() for moment in adam[0].mu.values())
     for name, moment in adam[0].mu.items():
         scale = max(np.abs(moment).max(), 1e-5 * largest)
@@ -116,7 +116,7 @@ def test_one_device_and_eight_compute_the_same_in_float32():
 
 
 def test_the_step_is_the_pmap_of_a_step_per_device(x64, monkeypatch):
-    """With the collectives that a step per device needs: FastDeconv's patches, the distances of the ratio, the gradient, L1."""
+    """The per-device step needs collectives for FastDeconv's patches, the distances of the ratio, the gradient and L1."""
     config = Config(model=SMALL64, optim=OptimConfig(batch=8, steps=10))
     batch = batches(1)[0]
     expected, measured = run(config, 8, [batch])
@@ -158,7 +158,7 @@ def test_the_compiled_step_reduces_gradients_and_gathers_no_images(accumulate):
     config = Config(model=SMALL, optim=OptimConfig(batch=16, steps=10, accumulate=accumulate))
     text = compiled(config).as_text()
     reduced = re.findall(r"= (.*) all-reduce(?:-start)?\(", text)
-    # the gradient of the deformable kernel, [3, 3, 16, 16], in whatever layout and company
+    # The gradient of the deformable kernel, [3, 3, 16, 16], is reduced, in any layout and possibly together with others.
     assert any(sorted(map(int, shape.split(","))) == [3, 3, 16, 16] for line in reduced for shape in re.findall(r"f32\[([\d,]+)\]", line))
     for kind in ("all-gather", "all-to-all", "collective-permute"):
         moved = re.findall(rf"= (.*) {kind}(?:-start)?\(", text)
@@ -167,7 +167,7 @@ def test_the_compiled_step_reduces_gradients_and_gathers_no_images(accumulate):
 
 
 def test_accumulated_gradients_are_those_of_the_batch(x64):
-    """Without what is of the whole batch (FastDeconv's statistics, the ratio), parts add up to the batch exactly."""
+    """Without FastDeconv's statistics and the ratio, which are over the whole batch, the parts add up to the batch exactly."""
     model = AECRNetConfig(width=4, blocks=1, fast_deconv=False, dfe="none", **FLOAT64)
     configs = [Config(model=model, loss=LossConfig(cr=0), optim=OptimConfig(batch=8, steps=10, accumulate=n)) for n in (1, 2)]
     (whole, measured), (parts, measured_parts) = (run(config, 2, batches(2)) for config in configs)
@@ -176,7 +176,7 @@ def test_accumulated_gradients_are_those_of_the_batch(x64):
 
 
 def test_moving_average_of_parameters():
-    """Two steps by hand: decays min(0.9, 1/10) and min(0.9, 2/11) with the parameters after each step."""
+    """The decays of the first two steps are min(0.9, 1/10) and min(0.9, 2/11), applied to the parameters after each step."""
     model = AECRNetConfig(width=4, blocks=1, dfe="none")
     config = Config(model=model, loss=LossConfig(cr=0), optim=OptimConfig(batch=8, steps=10, ema=0.9))
     start = jax.device_get(init_state(config).params)
@@ -191,7 +191,7 @@ def test_moving_average_of_parameters():
 
 
 def test_frozen_statistics():
-    """The loss is that of the network as evaluated, and the running averages stay."""
+    """The loss is that of the network in evaluation mode, and the running averages do not change."""
     config = Config(model=SMALL, loss=LossConfig(cr=0), optim=OptimConfig(batch=8, steps=10))
     batch = batches(1, np.float32)[0]
     start = init_state(config)
@@ -202,7 +202,7 @@ def test_frozen_statistics():
 
 
 def kept_for_the_gradient(config, capsys):
-    """Bytes of activations that the forward pass keeps, as JAX lists them."""
+    """Return the bytes of the activations that JAX keeps for the backward pass."""
     graph, state = nnx.split(state_to_model(config, init_state(config)))
     capsys.readouterr()
     print_saved_residuals(lambda state, x: nnx.merge(graph, state)(x).sum(), state, jnp.zeros((2, 32, 32, 3)))
@@ -211,7 +211,7 @@ def kept_for_the_gradient(config, capsys):
 
 
 def test_rematerialization_keeps_less_and_changes_no_number(capsys):
-    """(XLA's CPU backend computes nothing anew all the same, so the compiled program's memory shows nothing here.)"""
+    """The residuals are counted, because XLA's CPU backend does not recompute and the compiled program's memory shows no difference."""
     model = AECRNetConfig(width=4, blocks=2, shared=False)
     configs = [
         Config(model=dataclasses.replace(model, remat=remat), loss=LossConfig(cr=0), optim=OptimConfig(batch=8, steps=10))
@@ -225,7 +225,7 @@ def test_rematerialization_keeps_less_and_changes_no_number(capsys):
 
 
 def test_bfloat16_compute():
-    """Parameters and their gradient stay float32; the loss is that of float32 to bfloat16's three digits."""
+    """Parameters stay float32, and the losses agree with those in float32 to about the three digits of bfloat16."""
     losses = {}
     for dtype in ("float32", "bfloat16"):
         config = Config(model=AECRNetConfig(width=4, blocks=1, dtype=dtype), optim=OptimConfig(batch=8, steps=10))
@@ -241,14 +241,15 @@ def test_warmup_and_factor_for_offsets():
     before = jax.device_get(init_state(config).params)
     state, _ = run(config, 1, batches(1, np.float32))
     steps = {name: np.abs(state.params[name] - x).max() for name, x in before.items()}
-    # Adam's first step is the rate, whatever the gradient, but for its epsilon.
+    # Except for epsilon, Adam's first step has the size of the rate for any gradient.
     assert steps["deform.0.offset_mask.kernel"] == pytest.approx(0.025e-3, rel=0.05)
     assert steps["down1.kernel"] == pytest.approx(0.25e-3, rel=0.01)
 
 
 def test_muon_takes_orthogonal_steps():
-    """With the gradient's singular vectors by NumPy: a kernel's first step has the same length along each of them, but for the
-    iteration's 0.7 to 1.2, and a root mean square of 0.2 rates; what is no wide kernel takes Nesterov Adam's 0.9 * 0.1 / 0.19 + 1."""
+    """A wide kernel's first step has the same length along each singular vector of the gradient (computed with NumPy), up to factors of
+    0.7 to 1.2 from the iteration, and a root mean square of 0.2 rates. Other parameters take the step of Nesterov Adam, which is
+    0.9 * 0.1 / 0.19 + 1 rates."""
     optim = OptimConfig(batch=8, steps=10, schedule="constant", learning_rate=1e-3)
     configs = [Config(model=SMALL, optim=dataclasses.replace(optim, optimizer=name)) for name in ("adam", "muon")]
     (adam, _), (muon, _) = (run(config, 1, batches(1, np.float32)) for config in configs)
@@ -261,7 +262,7 @@ def test_muon_takes_orthogonal_steps():
             along = -np.diag(left.T @ step @ right.T)[clear] / np.sqrt(max(step.shape)) / 0.2e-3
             assert (along > 0.6).all() and (along < 1.3).all(), (name, along)
         else:
-            clear = np.abs(gradient) > 1e-6  # less is no more than Adam's epsilon and rounding
+            clear = np.abs(gradient) > 1e-6  # smaller values are dominated by Adam's epsilon and rounding
             np.testing.assert_allclose(-step[clear], 1.4737e-3 * np.sign(gradient[clear]), rtol=0.02, err_msg=name)
 
 
@@ -278,7 +279,7 @@ def test_training_lowers_the_loss_without_regularization():
 
 @pytest.mark.parametrize("rates", [{"positives": 3, "negatives": 2}, {"negatives": 0}])
 def test_the_step_uses_the_rates(rates):
-    """Table 4's rates and CR*: what the step measures is the regularization of the network's output in training mode."""
+    """With the rates of Table 4 and with CR*, the step measures the regularization of the network's output in training mode."""
     config = Config(model=AECRNetConfig(width=4, blocks=1, dfe="none"), loss=LossConfig(**rates), optim=OptimConfig(batch=8, steps=10))
     batch = batches(1, np.float32)[0]
     batch = {k: v * np.linspace(0.1, 1, 8, dtype=np.float32).reshape(8, 1, 1, 1) for k, v in batch.items()}
@@ -289,7 +290,7 @@ def test_the_step_uses_the_rates(rates):
 
 
 def test_refuses_a_batch_that_does_not_divide():
-    with pytest.raises(UserError, match=r"optim.batch \(=12\) must divide by the 8 devices, such as 8 or 16"):
+    with pytest.raises(UserError, match=r"optim.batch \(=12\) must be divisible by 8 \(8 devices\), such as 8 or 16"):
         check_batch(12, 1, make_mesh())
 
 

@@ -1,4 +1,4 @@
-"""Runs in processes of their own that are killed, stopped and starved, and go on bit by bit."""
+"""Runs in separate processes resume bit-exactly after they are killed, stopped, or run out of disk space."""
 
 import json
 import os
@@ -46,8 +46,13 @@ def config(tmp_path_factory):
 
 
 def start(config, workdir, *options, devices=1, limit=None, cache=None, **process):
-    """Start a training in a process of its own. `devices`: simulated devices; `limit`: the largest file that it may write, in bytes;
-    `cache`: a folder for its own compilation cache."""
+    """Start training in a separate process.
+
+    Args:
+      devices: number of simulated devices.
+      limit: size in bytes of the largest file that the process may write.
+      cache: folder for a compilation cache of its own.
+    """
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": str(ROOT),
@@ -69,7 +74,7 @@ def finish(process, status=0):
 
 
 def steps(workdir):
-    """The step that the log has come to."""
+    """Return the last step in the log."""
     path = workdir / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
@@ -87,7 +92,7 @@ def last(workdir):
 
 
 def checksums(workdir, step):
-    """Of every array of a checkpoint: parameters, their average, statistics, optimizer, step."""
+    """Return the checksums of all arrays of a checkpoint: parameters, their average, statistics, optimizer state, step."""
     folder = workdir / "checkpoints" / str(step) / "checksums"
     found = [json.loads(path.read_text()) for path in folder.iterdir() if path.name == "metadata"]
     assert len(found) == 1 and len(found[0]["model"]) > 40
@@ -96,10 +101,11 @@ def checksums(workdir, step):
 
 @pytest.mark.slow
 def test_killed_at_20_random_moments(config, tmp_path):
-    """With a checkpoint after every step, most kills hit one that is being written; the end is that of a run that was left alone."""
+    """A run resumes after SIGKILL at any moment. Checkpoints follow every step, so some kills hit one that is being written; the final
+    checkpoint is bit-identical to that of an uninterrupted run."""
     workdirs, rng, half_written, seen = [tmp_path / "a", tmp_path / "b"], random.Random(0), 0, 0
     for _ in range(10):
-        processes = [start(config, workdir) for workdir in workdirs]  # two runs at a time, for two cores
+        processes = [start(config, workdir) for workdir in workdirs]  # two runs at a time, one per core
         for process, workdir in zip(processes, workdirs):
             wait_for(process, workdir, seen + 1)
             time.sleep(rng.uniform(0, 0.4))
@@ -121,7 +127,7 @@ def test_killed_at_20_random_moments(config, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_devices(config, tmp_path):
-    """Two steps on two devices and one on one are three on one, but for the order of sums."""
+    """Two steps on two devices and one step on one device equal three steps on one device, up to the order of sums."""
     assert "2 device(s)" in finish(start(config, tmp_path / "w", "--optim.steps", 2, devices=2))
     said = finish(start(config, tmp_path / "w", "--optim.steps", 3))
     assert "continuing from step 2" in said and "1 device(s)" in said
@@ -147,9 +153,9 @@ def test_a_stop_saves_and_says_so(config, tmp_path, number):
 
 
 def test_a_disk_that_takes_no_checkpoint_ends_the_run(config, tmp_path):
-    """No file may grow beyond 2 kB, as with a quota: the log fits, but neither a checkpoint nor a compiled program does.
+    """Files are limited to 2 kB, as by a quota: the log fits, but neither a checkpoint nor a compiled program does.
 
-    The line is the only one on standard error, although other threads fail at the same time.
+    Standard error has exactly one line, although other threads fail at the same time.
     """
     process = start(config, tmp_path / "w", limit=2000, cache=tmp_path / "cache")
     _, said = process.communicate(timeout=120)
@@ -159,7 +165,7 @@ def test_a_disk_that_takes_no_checkpoint_ends_the_run(config, tmp_path):
 
 
 def start_two(config, workdir, *options, own=((), ())):
-    """`own` has options for each."""
+    """Start two processes of one run; `own` has the separate options of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -181,8 +187,8 @@ def test_two_processes_are_killed_and_go_on(config, tmp_path):
     alone = [finish(process) for process in start_two(config, tmp_path / "alone", *options, "--run.save_every", 1000)]
     assert checksums(workdir, end) == checksums(tmp_path / "alone", end)
     assert f"done: step {end}" in resumed[0] and "continuing from step" in resumed[0]
-    assert "done" not in alone[1] and "PSNR" not in alone[1]  # process 0 speaks for all
-    # Two processes with a device each compute what one does, but for the order of sums.
+    assert "done" not in alone[1] and "PSNR" not in alone[1]  # only process 0 prints progress
+    # Two processes with one device each give the values of one process, up to the order of sums.
     finish(start(config, tmp_path / "one", *options, "--run.save_every", 1000))
     one, two = ([json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()] for run in ("one", "alone"))
     for a, b in zip(one, two, strict=True):
@@ -202,7 +208,7 @@ def test_sigterm_to_one_process_stops_both(config, tmp_path):
 
 
 def test_an_image_that_one_process_cannot_read_ends_both(config, tmp_path):
-    """Process 1 has a copy of the data with one damaged image: it names the image, and neither waits for the other."""
+    """Process 1 has a copy of the data with one damaged image. It names the image, and neither process waits for the other."""
     for folder in ("whole", "broken"):
         for side in ("hazy", "clear"):
             for i in range(8):
@@ -217,7 +223,7 @@ def test_an_image_that_one_process_cannot_read_ends_both(config, tmp_path):
 
 
 def test_ctrl_c_with_worker_processes_saves(config, tmp_path):
-    """As a terminal sends it, to the whole group: the workers leave it to the process that trains."""
+    """A terminal sends SIGINT to the whole process group; the workers ignore it, and the training process handles it."""
     workdir = tmp_path / "w"
     process = start(config, workdir, "--data.workers", 1, "--run.save_every", 1000, start_new_session=True)
     wait_for(process, workdir, 3)

@@ -12,7 +12,7 @@ from aecr_jax.losses.vgg import VGG16Features
 
 
 def test_all_five_levels():
-    """Channel means of each level and all of relu5_1, from PyTorch (tests/golden)."""
+    """The channel means of each level and all values of relu5_1 equal those of PyTorch (tests/golden)."""
     d = load("contrastive")
     features = vgg19(d["vgg_seed"])(jnp.array(nhwc(d["anchor"])))
     for level, feature in enumerate(features, 1):
@@ -34,7 +34,7 @@ def test_file_round_trip(tmp_path):
     x = jnp.asarray(np.random.default_rng(0).random((1, 16, 16, 3), np.float32))
     for ours, expected in zip(load_vgg19(path)(x), VGG19Features(weights)(x), strict=True):
         np.testing.assert_array_equal(ours, expected)
-    # A package that padded otherwise must not be taken for this one.
+    # Files of an early version, which padded differently, must not be accepted.
     old = {"format": "aecr_jax.vgg19", "convention": '{"padding": "reflect", "input": "rgb01"}'}
     save_file(weights, path, metadata=old)
     with pytest.raises(UserError, match="pad by reflection, which are no longer read"):
@@ -94,7 +94,7 @@ def test_small_images_are_refused():
 
 
 def test_refuses_images_that_are_not_floats():
-    """Weights cast to integers are zero, and so were the features."""
+    """Integer images are refused, because weights cast to integers would be zero, and so would the features."""
     features = VGG19Features.random(width=2)
     for dtype in (np.uint8, np.bool_):
         with pytest.raises(ValueError, match=rf"images has type {np.dtype(dtype)} and must be floating point in \[0, 1\]"):

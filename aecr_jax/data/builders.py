@@ -151,7 +151,7 @@ def _read_boxes(image: Path) -> list[dict[str, Any]]:
             corners = np.clip([(top - 1) / height, (left - 1) / width, bottom / height, right / width], 0, 1)
             boxes.append({"bbox": tfds.features.BBox(*map(float, corners)), "label": item.findtext("name", "")})
     except (ElementTree.ParseError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"{path} is no VOC annotation: {error}") from error
+        raise UserError(f"{path} is not a valid VOC annotation: {error}") from error
     return boxes
 
 
@@ -215,7 +215,7 @@ def prepare(name: str, source: str | Path, data_dir: str | Path | None = None, s
     """
     folder = _folder(name, data_dir)
     if folder.exists():
-        raise UserError(f"{name} was prepared already in {folder}: remove that folder to prepare it anew")
+        raise UserError(f"{name} has already been prepared in {folder}: delete that folder to prepare it again")
     if not Path(source).is_dir():
         raise UserError(f"there is no folder {source}")
     with _only_writer(make_folder(folder.parent), say):
@@ -256,13 +256,13 @@ def _only_writer(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
             alone = False
         for left in _unfinished(folder):
             if not alone:
-                say(f"warning: {left} was left by a build that was stopped, or another one is writing it: remove it in the first case")
+                say(f"warning: {left} was left by an interrupted build or belongs to a running one: if no build is running, delete it")
                 continue
             try:
                 shutil.rmtree(left)
             except OSError as error:
-                raise UserError(f"{left}, left by a build that was stopped, cannot be removed: {error.strerror}") from error
-            say(f"removed {left}, left by a build that was stopped")
+                raise UserError(f"{left}, left by an interrupted build, cannot be removed: {error.strerror}") from error
+            say(f"removed {left}, left by an interrupted build")
         yield
     finally:
         os.close(descriptor)
@@ -289,8 +289,8 @@ def open_dataset(name: str, data_dir: str | Path | None = None) -> tuple[list[Re
     if not folder.exists():
         left = [str(path) for path in _unfinished(folder.parent)]
         raise UserError(
-            f"{name} was not prepared in {folder}: `python -m aecr_jax prepare-data {name} --source FOLDER` builds it"
-            + (f" (and removes {', '.join(left)}, left by a build that was stopped)" if left else "")
+            f"{name} has not been prepared in {folder}: run `python -m aecr_jax prepare-data {name} --source FOLDER`"
+            + (f", which also removes {', '.join(left)}, left by an interrupted build" if left else "")
         )
     for file in ("dataset_info.json", "metadata.json"):
         try:
@@ -304,9 +304,9 @@ def open_dataset(name: str, data_dir: str | Path | None = None) -> tuple[list[Re
         raise _damaged(folder / "dataset_info.json", error) from error
     split = split or ("test" if "test" in splits else next(iter(splits), ""))
     if split not in splits:
-        raise UserError(f"{name} has no split {split!r}; it has {', '.join(splits)}")
+        raise UserError(f"{name} has no split {split!r}; its splits are {', '.join(splits)}")
     if name == "reside/rtts" or (name, split) == ("reside/hsts", "real"):
-        raise UserError(f"{name}:{split} has no clear images to train on or to score against; `dehaze` takes its folder of hazy ones")
+        raise UserError(f"{name}:{split} has no clear images to train on or to score against; use `dehaze` with its folder of hazy images")
     for path, count in splits[split]:
         _check_records(Path(path), count)
     # Get the files' own bytes, so that records and files are decoded alike. For the sequence in HSTS, tfds cannot skip decoding.
@@ -328,7 +328,7 @@ def _check_records(path: Path, count: int) -> None:
     except Exception as error:  # the type depends on which part of the file is damaged
         raise _damaged(path, error) from error
     if found != count:
-        raise _damaged(path, f"it has {found} records and not {count}")
+        raise _damaged(path, f"it has {found} records instead of {count}")
 
 
 def _record_file(source: Any, position: int) -> str:
@@ -354,7 +354,7 @@ def _folder(name: str, data_dir: str | Path | None) -> Path:
       UserError: there is no data set of that name.
     """
     if name not in DATASETS:
-        raise UserError(f"there is no data set {name!r}; there are {', '.join(DATASETS)}")
+        raise UserError(f"there is no data set {name!r}; choose one of {', '.join(DATASETS)}")
     return Path(data_dir or tfds.core.constants.DATA_DIR).expanduser() / name / str(_HazeBuilder.VERSION)
 
 

@@ -21,7 +21,7 @@ from aecr_jax.data.samples import Sample
 
 # Fingerprints of one image in two files (JPEG and PNG) correlate by 0.9999; those of different scenes of NYU and SOTS, by less than 0.5.
 _SAME_IMAGE = 0.9
-# Haze reduces contrast and raises the dark channel. For genuine pairs (SOTS, ITS, NH-HAZE, Dense-Haze), the embedded scenes, and NYU with
+# Haze reduces contrast and raises the dark channel. For genuine pairs (SOTS, ITS, NH-HAZE, Dense-Haze), drawn scenes, and NYU with
 # drawn haze, the logarithm of the gradients' ratio is at most -0.12, and the dark channel rises by at least 0.03. Exchanged pairs have the
 # opposite signs. The limits are about half of these values.
 _EXCHANGED_CONTRAST, _EXCHANGED_DARK = 0.05, -0.02
@@ -108,11 +108,11 @@ def check_data(
             report.findings.append(
                 (
                     "warning",
-                    "evaluation is on a test set: as in the paper, the best checkpoint is then chosen by the set that it is scored on",
+                    "evaluation uses a test set: the best checkpoint is then selected by the images that it is scored on, as in the paper",
                 )
             )
         if len(testing.sizes) > 10:
-            report.findings.append(("warning", f"test images have {len(testing.sizes)} sizes; the network is compiled anew for each"))
+            report.findings.append(("warning", f"test images have {len(testing.sizes)} sizes; the network is compiled again for each"))
     report.pairs = [(train[m.position], m) for m in _choose(training.measured)]
     return report
 
@@ -122,7 +122,7 @@ def _check_set(report: Report, data: _Set, crop: int) -> None:
     about = f": {data.name}, {data.release}" if data.name else ""
     report.lines.append(
         f"{label}: {len(samples)} images of {len(data.scenes)} scenes{about}"
-        + (f"; {count} read, and only those compared" if count < len(samples) else "")
+        + (f"; only {count} are read and compared" if count < len(samples) else "")
     )
     if data.name:
         _check_release(report, label, data.name, data.release, samples)
@@ -137,18 +137,18 @@ def _check_set(report: Report, data: _Set, crop: int) -> None:
         ("MISTAKE", f"images are smaller than a crop (data.crop={crop})", "origin", lambda m: min(m.size) < crop),
         ("MISTAKE", "clear images are black or of one colour", "clear", lambda m: m.blank[1]),
         ("MISTAKE", "hazy images are of one colour", "origin", lambda m: m.blank[0] and not m.blank[1]),
-        ("warning", "depth maps are almost the same everywhere", "depth", lambda m: m.depth == "flat"),
+        ("warning", "depth maps are almost constant", "depth", lambda m: m.depth == "flat"),
         (
             "warning",
-            "depth maps have zeros far below their other values. If a zero stands for a missing measurement, no haze is made there: fill"
-            " these places first",
+            "depth maps have zeros far below their other values. If zeros mark missing measurements, these places get no haze: fill in"
+            " their depth first",
             "depth",
             lambda m: m.depth == "zeros",
         ),
         (
             "warning",
-            "depth maps have many pixels of the largest value far above the others. If it stands for a missing measurement and not for the"
-            " sky, the rest gets too little haze: fill these places first",
+            "depth maps have many pixels of the largest value far above the others. If this value marks missing measurements and not the"
+            " sky, the rest gets too little haze: fill in the depth of these places first",
             "depth",
             lambda m: m.depth == "far",
         ),
@@ -176,8 +176,8 @@ def _check_release(report: Report, label: str, name: str, release: str, samples:
             report.findings.append(
                 (
                     "MISTAKE",
-                    f"{label} is ITS of RESIDE-v0; the paper's scores, and most others', are for RESIDE-standard's 13,990 images."
-                    " Training on the wrong release is reported to end 10 dB and more below them",
+                    f"{label} is ITS of RESIDE-v0, but the scores of the paper, and most others, are for the 13,990 images of"
+                    " RESIDE-standard. Training on the wrong release is reported to give scores that are lower by 10 dB or more",
                 )
             )
         tested = sorted({s.scene for s in samples if s.scene.isdigit() and 1400 <= int(s.scene) <= 1449} if release != "RESIDE-v0" else ())
@@ -185,7 +185,7 @@ def _check_release(report: Report, label: str, name: str, release: str, samples:
             report.findings.append(("MISTAKE", f"{label} has scenes of the test set SOTS indoor, 1400 to 1449: {listed(tested)}"))
         lossy = [s for s in samples if {path.suffix.lower() for path in s.files.values()} & {".jpg", ".jpeg"}]
         if lossy:
-            report.findings.append(("warning", f"{label}: ITS comes as PNG, and {len(lossy)} of these pairs are JPEG copies"))
+            report.findings.append(("warning", f"{label}: ITS is published as PNG, but {len(lossy)} of these pairs are JPEG copies"))
 
 
 def _check_completeness(report: Report, *sets: _Set) -> None:
@@ -202,7 +202,7 @@ def _check_completeness(report: Report, *sets: _Set) -> None:
     folders = sorted({files["clear"].parent for files in pairs})
     unused = [path for folder in folders for path in list_images(folder) if path.stem.lower() not in used]
     if unused:
-        report.findings.append(("warning", f"{len(unused)} clear images have no hazy one: {listed(map(str, unused))}"))
+        report.findings.append(("warning", f"{len(unused)} clear images have no hazy image: {listed(map(str, unused))}"))
 
 
 def _check_pairs(report: Report, data: _Set) -> None:
@@ -211,7 +211,7 @@ def _check_pairs(report: Report, data: _Set) -> None:
     finite = values[np.isfinite(values)]
     if finite.size:
         median = float(np.median(finite))
-        report.lines.append(f"  hazy against clear: median {median:.2f} dB, {finite.min():.2f} to {finite.max():.2f}")
+        report.lines.append(f"  PSNR of hazy against clear images: median {median:.2f} dB, {finite.min():.2f} to {finite.max():.2f}")
         spread = max(1.4826 * float(np.median(np.abs(finite - median))), 0.5)
         odd = [m for m in measured if np.isfinite(m.psnr) and abs(m.psnr - median) > 4 * spread]
         if odd:
@@ -219,7 +219,7 @@ def _check_pairs(report: Report, data: _Set) -> None:
             values_of = [f"{samples[m.position].origin} ({m.psnr:.1f} dB)" for m in odd]
             report.findings.append(("warning", f"{label}: {len(odd)} pairs differ from the others in PSNR: {listed(values_of)}"))
     if same := data.origins(lambda m: not np.isfinite(m.psnr)):
-        report.findings.append(("MISTAKE", f"{label}: {len(same)} hazy images are equal to their clear ones: {listed(same)}"))
+        report.findings.append(("MISTAKE", f"{label}: {len(same)} hazy images are equal to their clear images: {listed(same)}"))
     if samples[0].kind == "depth":
         return
     stretched = [m for m in measured if m.stretched]
@@ -227,15 +227,15 @@ def _check_pairs(report: Report, data: _Set) -> None:
         report.findings.append(
             (
                 "MISTAKE",
-                f"{label}: the clear images look resized from 640x480 to 620x460; RESIDE cuts 10 pixels off each side, and resizing"
-                " costs some 15 dB. Name the folder of the 640x480 ones: they are cropped here",
+                f"{label}: the clear images look resized from 640x480 to 620x460; RESIDE crops 10 pixels from each side, and resizing"
+                " costs about 15 dB. Use the folder of the 640x480 images: they are cropped when they are read",
             )
         )
     # An image of one colour has no contrast and resembles no other image; it has been reported above.
     measured = [m for m in measured if not any(m.blank)]
     exchanged = data.origins(lambda m: m.contrast > _EXCHANGED_CONTRAST and m.dark < _EXCHANGED_DARK)
     if len(exchanged) > 0.5 * len(measured):
-        text = f"{label}: hazy and clear images look exchanged: in {len(exchanged)} of {len(measured)} pairs the clear one is the hazier"
+        text = f"{label}: hazy and clear images look exchanged: in {len(exchanged)} of {len(measured)} pairs the clear image is hazier"
         report.findings.append(("MISTAKE", f"{text}: {listed(exchanged)}"))
     elif exchanged:
         report.findings.append(("warning", f"{label}: {len(exchanged)} clear images are hazier than their hazy ones: {listed(exchanged)}"))
@@ -248,10 +248,10 @@ def _check_pairs(report: Report, data: _Set) -> None:
         foreign = np.array([correlation(m.hazy[None], n.clear[None])[0, 0] for m, n in zip(measured, other) if n is not None])
         wrong = [samples[m.position].origin for m, a, b in zip(measured, own, foreign) if a <= max(b, 0.1)]
         if len(wrong) > 0.2 * len(measured):
-            text = f"{label}: {len(wrong)} of {len(measured)} hazy images do not look like their clear ones: {listed(wrong)}"
+            text = f"{label}: {len(wrong)} of {len(measured)} hazy images do not look like their clear images: {listed(wrong)}"
             report.findings.append(("MISTAKE", text))
         elif wrong:
-            report.findings.append(("warning", f"{label}: {len(wrong)} hazy images do not look like their clear ones: {listed(wrong)}"))
+            report.findings.append(("warning", f"{label}: {len(wrong)} hazy images do not look like their clear images: {listed(wrong)}"))
 
 
 def _check_overlap(report: Report, training: _Set, testing: _Set) -> None:

@@ -81,7 +81,7 @@ def load(image: Image.Image) -> Image.Image:
 
 def _check_size(name: str, width: int, height: int, values: int = 1) -> None:
     if width * height * max(1, values / 4) > MAX_PIXELS:  # RGB with alpha has four values per pixel
-        raise UserError(f"{name} is too large: {width} x {height} pixels; at most {MAX_PIXELS // 10**6} million pixels are read")
+        raise UserError(f"{name} is too large: {width} x {height} pixels; the limit is {MAX_PIXELS // 10**6} million pixels")
 
 
 # ---- more than 8 bits per value
@@ -131,7 +131,9 @@ def _read_with_vips(file: BinaryIO, name: str) -> tuple[np.ndarray, bytes | None
         orientation = image.get("orientation") if "orientation" in fields else 1
         channels = {"b-w": 1, "grey16": 1, "rgb": 3, "srgb": 3, "rgb16": 3, "scrgb": 3, "cmyk": 4}.get(image.interpretation)
         if channels is None or channels > image.bands:
-            raise UserError(f"{name} has {image.bands} values per pixel of the kind {image.interpretation}: save it as grey, RGB or CMYK")
+            raise UserError(
+                f"{name} has {image.bands} values per pixel in the colour space {image.interpretation}: save it as grey, RGB or CMYK"
+            )
         values = np.asarray(image[:channels]).reshape(image.height, image.width, channels)
     except pyvips.Error as error:
         raise OSError((error.detail or error.message).strip().splitlines()[-1]) from error
@@ -158,13 +160,14 @@ def _to_unit(values: np.ndarray, name: str) -> np.ndarray:
         # Interpolation and highlights may exceed [0, 1] slightly. Files with another range, such as 0 to 255, exceed it by far.
         if low < -1 or high > 2:
             raise UserError(
-                f"{name} holds floating-point values from {low:g} to {high:g}, which must be in [0, 1]: divide them by white, such as 255"
+                f"{name} holds floating-point values from {low:g} to {high:g}, which must be in [0, 1]: divide them by the value of"
+                " white, such as 255"
             )
         return np.clip(values, 0, 1).astype(np.float32)
     # The value of white in wide integers is unknown, unless the values need all of 16 bits. Zero is black in every range.
     if low < 0 or not (high == 0 or 2**15 <= high < 2**16):
         raise UserError(
-            f"{name} holds {values.dtype} values from {low} to {high}, and nothing says which is white: save it with 8 or 16 bits"
+            f"{name} holds {values.dtype} values from {low} to {high}, and the value of white is unknown: save it with 8 or 16 bits"
         )
     return values.astype(np.float32) / 65535
 

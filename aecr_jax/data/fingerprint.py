@@ -104,13 +104,13 @@ def check_same_data(saved: str, now: Fingerprint, samples: Sequence[Sample], wor
         return str(now)
     then = read_fingerprint(workdir)
     if then is None or str(then) != saved or then.names != now.names or then.files.keys() != now.files.keys():
-        raise UserError(f"it trains on {saved}, and now on {now}")
+        raise UserError(f"it was trained on {saved}, but the data are now {now}")
     changed = [
         f"{kind} {name}" for kind in then.files for (name, before), (_, after) in zip(then.files[kind], now.files[kind]) if before != after
     ]
     if unexplained := [file for file in changed if file not in read_damaged(workdir)]:
         more = f" and {len(unexplained) - _LISTED} more" if len(unexplained) > _LISTED else ""
-        raise UserError(f"it trains on {saved}, of which {', '.join(unexplained[:_LISTED])}{more} changed since")
+        raise UserError(f"it was trained on {saved}, of which {', '.join(unexplained[:_LISTED])}{more} have changed since")
     return saved
 
 

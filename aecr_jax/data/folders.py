@@ -72,19 +72,19 @@ def find_pairs(hazy: str | Path, clear: str | Path, problems: list[str] | None =
     hazy_by_name = {path.stem.lower(): path for path in hazy_images}
     if not pairs and all(_match(path, hazy_by_name) for path in clear_images):
         found.append(
-            f"hazy and clear images look exchanged: no image in {hazy} has a clear one in {clear}, and every one of {clear}, such as"
-            f" {clear_images[0].name}, is named as a hazy version of one in {hazy}"
+            f"hazy and clear images look exchanged: no image in {hazy} has a clear image in {clear}, and every image in {clear}, such"
+            f" as {clear_images[0].name}, is named like a hazy version of an image in {hazy}"
         )
     elif alone:
         looked = (
             f"looked in {clear} for {' or '.join(clear_names(alone[0].stem))} with any image extension, among images such as"
-            f" {clear_images[0].name}. Names must be equal, or as 01_hazy with 01_GT, or RESIDE's numbers as 1400_1 with 1400"
+            f" {clear_images[0].name}. Names must be equal, or like 01_hazy with 01_GT, or RESIDE's numbers, such as 1400_1 with 1400"
         )
         if problems is None:
             names = listed([str(alone[0]), *(path.name for path in alone[1:])])
-            found.append(f"{len(alone)} of {len(hazy_images)} hazy images have no clear one, first {names}: {looked}")
+            found.append(f"{len(alone)} of {len(hazy_images)} hazy images have no clear image, first {names}: {looked}")
         else:
-            found.append(f"{len(alone)} hazy images have no clear one: {listed(map(str, alone))}; {looked}")
+            found.append(f"{len(alone)} hazy images have no clear image: {listed(map(str, alone))}; {looked}")
     found += _shared(pairs)
     _report(found, problems)
     return pairs
@@ -158,7 +158,7 @@ def _by_name(images: Sequence[Path], found: list[str]) -> dict[str, Path]:
     for path in images:
         other = by_name.setdefault(path.stem.lower(), path)
         if other != path:
-            found.append(f"{other} and {path} have one name: remove one of them")
+            found.append(f"{other} and {path} have the same name: remove one of them")
     return by_name
 
 
@@ -168,8 +168,8 @@ def _shared(pairs: Sequence[Pair]) -> list[str]:
     for pair in pairs:
         versions.setdefault(pair.clear, []).append(pair.hazy)
     return [
-        f"{len(hazy)} hazy images have one clear image, {clear}: {listed(map(str, hazy))}. Only those with RESIDE's numbers share one, as"
-        " 1400_1 and 1400_2 share 1400"
+        f"{len(hazy)} hazy images have the same clear image, {clear}: {listed(map(str, hazy))}. Only images with RESIDE's numbers may share"
+        " one, as 1400_1 and 1400_2 share 1400"
         for clear, hazy in versions.items()
         if len(hazy) > 1 and not _are_versions(hazy)
     ]
@@ -184,5 +184,5 @@ def _report(found: Sequence[str], problems: list[str] | None) -> None:
     if problems is not None:
         problems += found
     elif found:
-        more = f" (and {len(found) - 1} more such problems, which check-data lists)" if len(found) > 1 else ""
+        more = f" (check-data lists {len(found) - 1} more such problems)" if len(found) > 1 else ""
         raise UserError(found[0] + more)

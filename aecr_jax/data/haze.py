@@ -25,7 +25,7 @@ def add_haze(clear: np.ndarray, depth: np.ndarray, airlight: float, beta: float)
       ValueError: the sizes differ, or a depth is negative or NaN.
     """
     if clear.shape[:2] != depth.shape:
-        raise ValueError(f"depth has shape {depth.shape} and must have clear's, {clear.shape[:2]}")
+        raise ValueError(f"depth has shape {depth.shape} and must have the height and width of clear, {clear.shape[:2]}")
     if not depth.min() >= 0:  # also true for NaN
         raise ValueError(f"depth must be at least 0 everywhere, and its smallest value is {depth.min()}")
     transmission = np.exp(-beta * depth.astype(np.float32))[..., None]
@@ -52,5 +52,5 @@ def depth_problem(values: np.ndarray) -> str | None:
     if low == high:
         return f"every value is {high:g}"
     if not ((values > 0.01 * high) & (values < high)).any():
-        return f"every value is {high:g} or less than 1% of that, as in a mask or where {high:g} stands for a missing measurement"
+        return f"every value is {high:g} or less than 1% of that, as in a mask or where {high:g} marks missing measurements"
     return None

@@ -106,7 +106,7 @@ def read_depth(file: str | Path | bytes, name: str = "") -> np.ndarray:
     image = _open(file, name)
     values = np.asarray(image if image.mode == "F" or image.mode.startswith("I") else image.convert("L"), np.float32)
     if problem := depth_problem(values):
-        raise UserError(f"{name or _called(file)} is no depth map: {problem}")
+        raise UserError(f"{name or _called(file)} is not a valid depth map: {problem}")
     half = 0.0 if image.mode == "F" else 0.5  # the middle of the interval that was rounded down to an integer
     return np.minimum((values + half) / values.max(), 1)
 
@@ -159,7 +159,7 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
     """
     path, image = Path(path), np.asarray(image, np.float32)
     if not np.isfinite(image).all():
-        raise UserError(f"{path} is not written: the image to save there contains NaN or infinite values")
+        raise UserError(f"{path} was not written: the image contains NaN or infinite values")
     pixels = np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
     format = Image.registered_extensions().get(path.suffix.lower(), "PNG")
     with replacing(path) as partial, open(partial, "wb") as file:

@@ -33,8 +33,8 @@ class Layout:
     parts: dict[str, Part]
 
 
-# Data set -> split -> (hazy folder, clear folder) below the folder that the user names, in search order; "." is that folder itself.
-# An entry without a clear folder has only hazy images.
+# Data set -> split -> (hazy folder, clear folder), in search order. The paths begin with the data set's own folder; the user may name
+# that folder or its parent. An entry without a clear folder has only hazy images.
 _INDOOR = [("SOTS/indoor/nyuhaze500", "gt"), ("SOTS/nyuhaze500", "gt"), ("SOTS/indoor", "gt"), ("SOTS/indoor", "clear")]
 _OUTDOOR = [("SOTS/outdoor", "gt"), ("SOTS/outdoor", "clear")]
 _FOLDERS: dict[str, dict[str, list[tuple[str, str]]]] = {
@@ -106,7 +106,7 @@ def find_layout(name: str, root: str | Path) -> Layout:
       UserError: the name is unknown, the data set is not in the folder, or an image has no counterpart.
     """
     if name not in _FOLDERS:
-        raise UserError(f"there is no data set {name!r}; there are {', '.join(_FOLDERS)}")
+        raise UserError(f"there is no data set {name!r}; choose one of {', '.join(_FOLDERS)}")
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"there is no folder {root}")
@@ -119,7 +119,8 @@ def find_layout(name: str, root: str | Path) -> Layout:
             looked = " or ".join(f"{hazy} with {clear}" if clear and clear != hazy else hazy for hazy, clear in candidates)
             archives = sorted(p.name for p in root.iterdir() if re.search(r"\.(zip|rar|tar|7z|z\d\d|\d\d\d)(\.gz)?$", p.name.lower()))
             raise UserError(
-                f"{name} is not in {root}: looked for {looked}" + (f"; unpack {', '.join(archives[:3])} there first" if archives else "")
+                f"{name} was not found in {root}: looked for {looked}"
+                + (f"; unpack {', '.join(archives[:3])} there first" if archives else "")
             )
     pairs = [pair for part in parts.values() for pair in part.pairs]
     alone = [path for part in parts.values() for path in part.hazy]
@@ -201,4 +202,4 @@ def missing_images(name: str, release: str, hazy: int, clear: int) -> str | None
     if (hazy, clear) in (*releases.values(), *_PARTS.get((name, release), [])):
         return None
     published = " or ".join(f"{known} has {n} hazy and {m} clear images" for known, (n, m) in releases.items())
-    return f"{published}, this copy {hazy} and {clear}"
+    return f"{published}, but this copy has {hazy} and {clear}"

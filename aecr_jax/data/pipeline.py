@@ -57,7 +57,7 @@ def check_samples(samples: Sequence[Sample], *, crop: int, batch: int, process_c
       UserError: the image is damaged or smaller than a crop, or the batch is not divisible by the number of processes.
     """
     if batch % process_count:
-        raise UserError(f"optim.batch (={batch}) must divide by the {process_count} processes")
+        raise UserError(f"optim.batch (={batch}) must be a multiple of the number of processes ({process_count})")
     Source(samples, least=crop)[0]
 
 
@@ -116,6 +116,6 @@ def cache_bytes(samples: Sequence[Sample], data: DataConfig) -> int:
         raise UserError(
             f"data.cache needs about {count / 1e9:.1f} GB for {len(samples)} images"
             + (f" in {data.workers} workers" if data.workers else "")
-            + f", and this machine has {memory / 1e9:.1f}: set data.cache False"
+            + f", but this machine has {memory / 1e9:.1f} GB: set data.cache to False"
         )
     return count

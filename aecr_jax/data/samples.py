@@ -135,7 +135,7 @@ def fit_clear(hazy: np.ndarray, clear: np.ndarray, hazy_name: str, clear_name: s
 
 @dataclass(frozen=True, slots=True, eq=False)  # eq compares fields, and arrays cannot be compared in this way
 class DrawnScene(Sample):
-    """An embedded scene, held in memory."""
+    """A drawn scene, held in memory."""
 
     name: str = field()  # field(), because otherwise the property of the base class would become the default value
     clear: np.ndarray

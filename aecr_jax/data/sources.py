@@ -27,8 +27,8 @@ _SIZE = (320, 240)
 _SCENES = re.compile(r"scenes(?:/(?P<part>train|test))?(?::(?P<count>\d+))?(?::(?P<width>\d+)x(?P<height>\d+))?$")
 _PART = re.compile(rf"(?P<data>.+)@(?P<split>\w+)/(?P<part>{'|'.join(PARTS)})$")
 NOTATION = (
-    "a folder, HAZY,CLEAR, clear=FOLDER,depth=FOLDER, a built data set such as reside/its, or scenes; with @NAME/PART for a part of a named"
-    " split"
+    "a folder, HAZY,CLEAR, clear=FOLDER,depth=FOLDER, a built data set such as reside/its, or scenes; append @NAME/PART for a part of a"
+    " named split"
 )
 
 
@@ -61,9 +61,11 @@ class DataConfig:
     def validate(self) -> None:
         """Raise UserError if the settings are inconsistent."""
         if not self.train:
-            raise UserError(f"data.train is empty: name {NOTATION}")
+            raise UserError(f"data.train (='') must be {NOTATION}")
         if self.eval and self.holdout:
-            raise UserError(f"data.holdout (={self.holdout}) and data.eval (={self.eval}) both say what to evaluate on: set one of them")
+            raise UserError(
+                f"data.holdout (={self.holdout}) and data.eval (={self.eval}) both select the evaluation data: set only one of them"
+            )
 
 
 class SplitSamples(NamedTuple):
@@ -95,7 +97,7 @@ def open_samples(spec: str, *, data_dir: str = "", training: bool = False, probl
         try:
             parts = apply_split(part["split"], samples)
             if part["part"] not in parts:
-                raise UserError(f"split {part['split']} has no part {part['part']}; it has {', '.join(parts)}")
+                raise UserError(f"split {part['split']} has no part {part['part']}; its parts are {', '.join(parts)}")
         except UserError as error:
             if problems is None:
                 raise
@@ -116,7 +118,7 @@ def open_samples(spec: str, *, data_dir: str = "", training: bool = False, probl
         return list(records), name
     if Path(spec).is_dir() or "," not in spec:
         if not Path(spec).is_dir():
-            raise MissingFileError(f"there is no folder {spec}: name {NOTATION}")
+            raise MissingFileError(f"there is no folder {spec}: data must be {NOTATION}")
         return list(find_dataset(spec, problems)), spec
     return _open_two_folders(spec, problems)
 
@@ -134,7 +136,7 @@ def _open_two_folders(spec: str, problems: list[str] | None) -> tuple[list[Sampl
 
 
 def split_samples(data: DataConfig, problems: list[str] | None = None) -> SplitSamples:
-    """Open the training and the evaluation samples that the settings name; embedded scenes are drawn here, once.
+    """Open the training and the evaluation samples that the settings name; drawn scenes are drawn once, here.
 
     `problems` has the same meaning as in `find_pairs`.
 
@@ -165,7 +167,7 @@ def drawn_test_scenes(spec: str) -> str:
 
 
 def draw_scenes(stream: int, count: int, size: tuple[int, int]) -> Sequence[DrawnScene]:
-    """Draw `count` embedded scenes of `size` (height, width), two at a time."""
+    """Draw `count` scenes of `size` (height, width), two at a time."""
     with ThreadPoolExecutor(2) as pool:
         drawn = pool.map(lambda i: render_scene((stream, i), *size), range(count))
         return [

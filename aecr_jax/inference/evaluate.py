@@ -63,7 +63,7 @@ def score_images(
             after, before = (measure(x, image.clear) for x in (restored, image.hazy))
             score = Score(image.name, float(after[0]), float(after[1]), float(before[0]), float(before[1]))
             if not all(map(math.isfinite, astuple(score)[1:])):
-                raise UserError("the score is not finite: look at the values of the clear image")
+                raise UserError("the score is not finite: check the values of the clear image")
         except UserError as error:
             raise UserError(f"{image.name}: {error}") from error
         yield score, image, restored
@@ -140,7 +140,7 @@ def _check_folders(output: Path, samples: list[Sample]) -> None:
     inputs = {path.parent.resolve() for sample in samples for path in sample.files.values()}
     for kind in _FOLDERS:
         if (folder := output / kind).resolve() in inputs:
-            raise UserError(f"{folder} holds images to evaluate on and would be overwritten: name another --output")
+            raise UserError(f"{folder} contains images to evaluate on and would be overwritten: choose another --output")
 
 
 def summarize(scores: list[Score], count: int | None = None) -> dict[str, Any]:

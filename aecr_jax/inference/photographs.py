@@ -80,8 +80,8 @@ def dehaze_files(
         write_image(target, restored)
     done = len(images) + len(skipped) - len(there) - failed
     print(
-        f"{done} images in {output}"
-        + (f", {len(there)} skipped: their results exist" if there else "")
+        f"{done} images written to {output}"
+        + (f", {len(there)} skipped because their results exist" if there else "")
         + (f", {failed} could not be restored" if failed else "")
     )
     return not failed
@@ -127,14 +127,14 @@ def _existing_results(todo: Sequence[tuple[Path, Path]], existing: Existing) -> 
     there = []
     for _, target in todo:
         if os.path.realpath(target) in sources:
-            raise UserError(f"{target} is an input and would be replaced: name another folder for --output")
+            raise UserError(f"{target} is an input and would be replaced: choose another folder for --output")
         if os.path.isdir(target) and not os.path.islink(target):
-            raise UserError(f"{target} is a folder, where a result would be written: name another folder for --output")
+            raise UserError(f"{target} is a folder, but a result would be written there: choose another folder for --output")
         if os.path.lexists(target):
             there.append(target)
     if there and existing == "refuse":
         raise UserError(
-            f"{there[0]} already exists ({len(there)} of {len(todo)} results): name another --output, or add --overwrite to replace"
+            f"{there[0]} already exists ({len(there)} of {len(todo)} results): choose another --output, or add --overwrite to replace"
             " results or --skip-existing to keep them"
         )
     return set(there) if existing == "skip" else set()
@@ -166,8 +166,8 @@ def _unsearched(folder: Path, output: Path) -> str:
     here = os.path.realpath(output)
     count = sum(os.path.isdir(path) and os.path.realpath(path) != here for path in visible)
     if count == 1:
-        return f"{folder} has 1 sub-folder that was not searched: to dehaze it, name it too"
-    return f"{folder} has {count} sub-folders that were not searched: to dehaze them, name them too" if count else ""
+        return f"{folder} has 1 sub-folder that was not searched: to dehaze its images, add it as an input"
+    return f"{folder} has {count} sub-folders that were not searched: to dehaze their images, add them as inputs" if count else ""
 
 
 def _complain(message: str) -> None:

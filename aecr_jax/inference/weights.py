@@ -72,7 +72,7 @@ def load_with_info(path: str | Path) -> tuple[Network, dict[str, Any]]:
         workdir, step = path.parent.parent, int(path.name)
     else:
         raise UserError(
-            f"{path} is no checkpoint: looked for {_WEIGHTS}, for a folder {CHECKPOINTS}, and for a folder such as {CHECKPOINTS}/1000"
+            f"{path} is not a checkpoint: looked for {_WEIGHTS}, for a folder {CHECKPOINTS}, and for a folder such as {CHECKPOINTS}/1000"
         )
     folder = workdir / CHECKPOINTS
     check_folder_name(workdir)
@@ -80,7 +80,7 @@ def load_with_info(path: str | Path) -> tuple[Network, dict[str, Any]]:
     if step is None and (step := _best_step(folder)) is None and list_steps(folder):
         raise UserError(f"no checkpoint in {folder} can be read")
     if step is None or step not in list_steps(folder):
-        raise UserError(f"{path} has no whole checkpoint: a run writes its first at its first evaluation (run.eval_every)")
+        raise UserError(f"{path} has no complete checkpoint: a run writes its first one after run.save_every or run.eval_every steps")
     try:
         return _load_trained(folder / str(step))
     except Exception as error:  # orbax, tensorstore and the file system raise many types of errors
@@ -103,7 +103,7 @@ def save_checkpoint(model: Network, path: str | Path, about: dict[str, Any] | No
     try:
         _check_arrays(arrays)
     except ValueError as error:
-        raise UserError(f"model {path} is not written: {error}") from error
+        raise UserError(f"model {path} was not written: {error}") from error
     config = config_to_dict(model.config)
     about = ({} if model.step is None else {"step": model.step}) | (about or {})
     text = json.dumps({"model": config, "about": about, "sha256": _sha256(arrays, config)}, indent=2)
@@ -119,9 +119,9 @@ def refuse_model(path: str | Path, *, overwrite: bool = False) -> None:
       UserError: `path` is a file, holds a training run, or holds the files of a model and `overwrite` is not set.
     """
     if Path(path).exists() and not Path(path).is_dir():
-        raise UserError(f"{path} is a file: name a folder for the model")
+        raise UserError(f"{path} is a file: choose a folder for the model")
     if (Path(path) / CHECKPOINTS).exists():
-        raise UserError(f"{path} holds a training run: name another folder for the model")
+        raise UserError(f"{path} holds a training run: choose another folder for the model")
     for name in (_WEIGHTS, _CONFIG):
         refuse_existing(Path(path) / name, overwrite=overwrite)
 
@@ -135,7 +135,7 @@ def check_folder_name(folder: str | Path) -> None:
     try:
         str(Path(folder).resolve()).encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{folder} cannot hold checkpoints: its name, with those of the folders above, must be UTF-8") from error
+        raise UserError(f"{folder} cannot hold checkpoints: its full path must be valid UTF-8") from error
 
 
 def list_steps(folder: str | Path) -> list[int]:
@@ -156,7 +156,7 @@ def _best_step(folder: Path) -> int | None:
         try:
             scores[step] = read_psnr(folder / str(step))
         except Exception as error:
-            log.warning("checkpoint %s is left out: its score cannot be read (%s)", folder / str(step), first_line(error))
+            log.warning("checkpoint %s is ignored: its score cannot be read (%s)", folder / str(step), first_line(error))
     return max(scores, key=lambda step: (scores[step], step), default=None)
 
 
@@ -196,7 +196,7 @@ def _load_exported(path: Path) -> tuple[Network, dict[str, Any]]:
         arrays = load_file(path / _WEIGHTS)
         # Models that were exported before checksums were introduced have none.
         if config.get("sha256", expected := _sha256(arrays, config["model"])) != expected:
-            raise ValueError("its weights or settings are not what was written")
+            raise ValueError("its weights or settings differ from what was written")
         model_config = config_from_dict(config["model"])
         try:
             _check_arrays(arrays)
@@ -231,12 +231,12 @@ def read_json(folder: Path, item: str) -> dict[str, Any]:
     def read(name: str) -> dict[str, Any]:
         value = json.loads((folder / name / ("metrics" if name == "metrics" else "metadata")).read_text())
         if not isinstance(value, dict):
-            raise ValueError(f"{name} is no JSON object")
+            raise ValueError(f"{name} is not a JSON object")
         return value
 
     value = read(item)
     if (folder / SEAL).is_dir() and read(SEAL)[item] != json_checksum(value):
-        raise ValueError(f"{item} is not what was written")
+        raise ValueError(f"{item} differs from what was written")
     return value
 
 
@@ -255,7 +255,7 @@ def verify(folder: Path, items: dict[str, Any]) -> None:
     for item, tree in items.items():
         for name, checksum in checksums(tree).items():
             if written[item][name] != checksum:
-                raise ValueError(f"{name} is not what was written")
+                raise ValueError(f"{name} differs from what was written")
 
 
 def json_checksum(value: Any) -> int:

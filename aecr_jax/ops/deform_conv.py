@@ -263,7 +263,7 @@ def _check_shapes(x: Array, offset: Array, kernel: Array, bias: Array | None, ma
     ]
     h_out, w_out = sizes
     if h_out < 1 or w_out < 1:
-        raise ValueError(f"x of {x.shape[1]}x{x.shape[2]} is smaller than the kernel's reach: the output would be {h_out}x{w_out}")
+        raise ValueError(f"x of {x.shape[1]}x{x.shape[2]} is smaller than the extent of the kernel: the output would be {h_out}x{w_out}")
     expected: dict[str, tuple[Array | None, tuple[int, ...]]] = {
         "offset": (offset, (x.shape[0], h_out, w_out, groups * taps * 2)),
         "mask": (mask, (x.shape[0], h_out, w_out, groups * taps)),

@@ -90,7 +90,7 @@ class Checkpoints:
         needed = 1.1 * sum(x.nbytes for x in jax.tree.leaves(state)) + 1e6
         if (free := shutil.disk_usage(self.folder).free) < needed:
             raise UserError(
-                f"no checkpoint can be written to {self.folder}: {needed / 1e6:.1f} MB must be free and the disk has {free / 1e6:.1f} MB"
+                f"no checkpoint can be written to {self.folder}: {needed / 1e6:.1f} MB must be free, but the disk has {free / 1e6:.1f} MB"
             )
         metrics = {"psnr": psnr}
         facts: dict[str, Any] = {
@@ -109,7 +109,7 @@ class Checkpoints:
         except Exception as error:  # disk errors, of this save or the previous one, have many types
             raise UserError(f"no checkpoint can be written to {self.folder}: {first_line(error)}") from error
         if not saved:
-            raise UserError(f"{self.folder} has a checkpoint after step {int(state.step)}: name another run.workdir")
+            raise UserError(f"{self.folder} has a checkpoint after step {int(state.step)}: choose another run.workdir")
 
     def restore(self, config: Config, state: TrainState, mesh: Mesh, check_data: Callable[[str], str]) -> Restored | None:
         """Load the last intact checkpoint onto `mesh`, whatever the number of devices that wrote it; return None if there is none.
@@ -150,7 +150,7 @@ class Checkpoints:
         return None
 
     def _none_is_whole(self) -> UserError:
-        return UserError(f"no checkpoint in {self.folder} can be read: delete the folder to begin anew, or name another run.workdir")
+        return UserError(f"no checkpoint in {self.folder} can be read: delete the folder to start again, or choose another run.workdir")
 
     def _load_state(self, step: int, like: TrainState, sharding: NamedSharding, *, ema: bool) -> TrainState:
         like = dataclasses.replace(like, ema=like.params if ema else {})
@@ -185,14 +185,14 @@ class Checkpoints:
     def _check_same_run(self, saved: dict[str, Any], config: Config, data: str, check_data: Callable[[str], str]) -> str:
         other = f"{self.folder.parent} holds another run"
         for name, there, here in registry.config_from_dict(saved["model"]).changes(config.model):
-            raise UserError(f"{other}: {name} is {there} there and {here} here; name another run.workdir")
+            raise UserError(f"{other}: {name} is {there} there and {here} here; choose another run.workdir")
         for part, name in (("run", "seed"), ("optim", "optimizer")):
             if (there := saved[part][name]) != (here := getattr(getattr(config, part), name)):
-                raise UserError(f"{other}: {part}.{name} is {there} there and {here} here; name another run.workdir")
+                raise UserError(f"{other}: {part}.{name} is {there} there and {here} here; choose another run.workdir")
         try:
             return check_data(data)
         except UserError as error:
-            raise UserError(f"{other}: {error}; name another run.workdir") from error
+            raise UserError(f"{other}: {error}; choose another run.workdir") from error
 
     def wait(self) -> None:
         """Wait until all checkpoints are written."""

@@ -136,7 +136,7 @@ class Config:
         for section in dataclasses.fields(self):
             settings = getattr(self, section.name)
             if not isinstance(settings, kind := get_type_hints(Config)[section.name]):
-                raise UserError(f"{section.name} (={settings!r}) must be a {kind.__name__}")
+                raise UserError(f"{section.name} (={settings!r}) must be of type {kind.__name__}")
             try:
                 check_settings(settings)
             except ValueError as error:
@@ -148,8 +148,8 @@ class Config:
         optim, run = self.optim, self.run
         if optim.freeze_stats_after == 0 and not run.init_from:
             raise UserError(
-                "optim.freeze_stats_after (=0) needs run.init_from, because a new network has no statistics to keep; for a new network, set"
-                " it to a few hundred steps, or to -1 to turn freezing off"
+                "optim.freeze_stats_after (=0) requires run.init_from, because a new network has no statistics to keep: set run.init_from,"
+                " or freeze the statistics after a few hundred steps"
             )
         if not optim.learning_rate > 0:
             raise UserError(f"optim.learning_rate (={optim.learning_rate}) must be positive")
@@ -158,20 +158,20 @@ class Config:
         if not run.workdir:
             raise UserError("run.workdir (='') must name a folder")
         if "://" in run.workdir:
-            raise UserError(f"run.workdir (={run.workdir}) must be a folder; mount the bucket, or copy the run there afterwards")
+            raise UserError(f"run.workdir (={run.workdir}) must be a folder, not a URL: mount the bucket, or copy the run to it afterwards")
         if run.process_id >= run.processes:
             raise UserError(f"run.process_id (={run.process_id}) must be less than run.processes (={run.processes})")
         address = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\s]+):(\d{1,5})", run.coordinator)
         if run.coordinator not in ("", "auto") and not (address and 0 < int(address[2]) < 65536):
             raise UserError(f"run.coordinator (={run.coordinator!r}) must be HOST:PORT of process 0, such as node0:1234, or auto")
         if run.processes > 1 and not address:
-            raise UserError(f"run.coordinator (={run.coordinator!r}) must be HOST:PORT of process 0, if run.processes is set")
+            raise UserError(f"run.coordinator (={run.coordinator!r}) must be HOST:PORT of process 0 for run.processes (={run.processes})")
         for name in ("positives", "negatives"):
             count, part = getattr(self.loss, name), optim.batch // optim.accumulate
             if self.loss.cr and count > part:
                 raise UserError(f"loss.{name} (={count}) must be at most optim.batch / optim.accumulate (={part})")
         if "float64" in (self.model.dtype, self.model.param_dtype) and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
-            raise UserError("float64 needs the environment variable JAX_ENABLE_X64=1")
+            raise UserError("model.dtype and model.param_dtype may only be float64 with the environment variable JAX_ENABLE_X64=1")
         self.data.validate()
 
 
@@ -212,7 +212,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             name = f"{group if group in ('data', 'loss', 'optim', 'run') else 'model'}.{unknown[2]}"
             raise UserError(f"config file {path}: unknown setting {name}{_advice(name, setting_names(Config()))}") from error
         if isinstance(error, ImportError) and "TrainConfig" in str(error):
-            raise UserError(f"config file {path}: TrainConfig is OptimConfig and RunConfig now (--help lists their settings)") from error
+            raise UserError(f"config file {path}: TrainConfig is now OptimConfig and RunConfig (--help lists their settings)") from error
         raise UserError(f"config file {path} fails: {type(error).__name__}: {first_line(error)}") from error
     configs = found.get("configs", {"": found.get("config")})
     if variant and variant not in configs:
@@ -279,10 +279,10 @@ def _pair_up(arguments: Sequence[str]) -> dict[str, str]:
 
 def _advice(name: str, names: list[str]) -> str:
     if new := RENAMED.get(name):
-        return f"; it is --{new} now"
+        return f"; use --{new}"
     last = {n.split(".")[-1]: n for n in names}
     near = difflib.get_close_matches(name, names, 3, 0.5) or [last[n] for n in difflib.get_close_matches(name.split(".")[-1], last, 3, 0.6)]
-    return f"; nearest: {', '.join('--' + n for n in near)}" if near else "; --help lists them"
+    return f"; nearest: {', '.join('--' + n for n in near)}" if near else "; --help lists all settings"
 
 
 def setting_names(config: Config) -> list[str]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 _PACKAGE = Path(__file__).parents[1]
 _USAGE = """usage: python train.py --config FILE[:NAME] [--SECTION.KEY VALUE ...]
 
-Trains a network, or continues the run in run.workdir. FILE is a Python file such as configs/its.py; NAME is one of its configs if it has
+Trains a network, or resumes the run in run.workdir. FILE is a Python file such as configs/its.py; NAME is one of its configs if it has
 several (configs/table2.py:base_dfe). Every setting can be given as --SECTION.KEY VALUE."""
 
 
@@ -33,7 +33,7 @@ def settings_help() -> str:
     ):
         lines += _section(group, _class(file, name))
     common = _class("networks/network.py", "NetworkConfig")
-    lines += ["", "model.name chooses the network; its other settings follow from it."]
+    lines += ["", "model.name selects the network, and with it the other settings of the model."]
     lines += _section("model", common, "every network")
     for path in sorted((_PACKAGE / "networks").glob("*.py")):
         for node in ast.parse(path.read_text()).body:

@@ -54,8 +54,8 @@ class FolderLock:
                     break  # NFS may report a failure although it has created the link
                 if owner is not None and _is_alive(owner, self._path, self._say):
                     raise UserError(
-                        f"{self._path.parent} is in use: process {owner.get('pid')} on {owner.get('host')} has trained there since"
-                        f" {owner.get('since')}. Wait for it, stop it, or name another run.workdir; if there is no such process, delete"
+                        f"{self._path.parent} is in use: process {owner.get('pid')} on {owner.get('host')} has been training there since"
+                        f" {owner.get('since')}. Wait for it, stop it, or choose another run.workdir; if there is no such process, delete"
                         f" {self._path}"
                     )
                 _take_away(self._path, owner)
@@ -69,7 +69,7 @@ class FolderLock:
     def check(self) -> None:
         """Raise UserError if another process has taken over the lock in the meantime, for instance while this one was suspended."""
         if self._lost:
-            raise UserError(f"{self._path.parent} has been taken over by another process: {self._path} names it")
+            raise UserError(f"{self._path.parent} has been taken over by another process, which {self._path} describes")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop.set()
@@ -150,7 +150,7 @@ def _is_alive(owner: dict[str, Any], path: Path, say: Callable[[str], None]) -> 
             return not ended and abs(_started(process) - float(owner["started"])) < 1
         except (psutil.Error, KeyError, TypeError, ValueError):
             return False
-    say(f"{path} names another machine ({owner.get('host')}): watching for {3 * HEARTBEAT_SECONDS:.0f} s whether its run is alive")
+    say(f"{path} is from another machine ({owner.get('host')}): waiting {3 * HEARTBEAT_SECONDS:.0f} s to see whether its run is active")
     before = _touched(path)
     deadline = time.monotonic() + 3 * HEARTBEAT_SECONDS
     while time.monotonic() < deadline:

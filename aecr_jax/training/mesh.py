@@ -38,4 +38,4 @@ def check_batch(batch: int, accumulate: int, mesh: Mesh) -> None:
     if batch % parts:
         fitting = sorted({max(batch // parts, 1) * parts, (batch // parts + 1) * parts})
         by = f"{mesh.size} devices" + (f" times optim.accumulate (={accumulate})" if accumulate > 1 else "")
-        raise UserError(f"optim.batch (={batch}) must divide by the {by}, such as {' or '.join(map(str, fitting))}")
+        raise UserError(f"optim.batch (={batch}) must be divisible by {parts} ({by}), such as {' or '.join(map(str, fitting))}")

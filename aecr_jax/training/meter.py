@@ -89,14 +89,14 @@ class Meter:
         values = {name: float(value) for name, value in jax.device_get({name: measurements[name] for name in _WATCHED}).items()}
         if np.isfinite(list(values.values())).all():
             return
-        last = f"the last checkpoint is that of step {self.saved}" if self.saved else "no checkpoint was written yet"
+        last = f"the last checkpoint is that of step {self.saved}" if self.saved else "no checkpoint has been written yet"
         everyone = np.asarray(multihost_utils.process_allgather(indices)).ravel()
         files = ", ".join(self._samples[i].origin for i in everyone)
         offset = f", largest offset {float(measurements['offset_max']):.4g} pixels" if "offset_max" in measurements else ""
         raise UserError(
             f"step {step} is not finite: loss {values['total']:.4g}, gradient norm {values['grad_norm']:.4g}, parameter norm"
-            f" {values['param_norm']:.4g}{offset}; {last} in {self._workdir}. A lower optim.learning_rate or optim.offset_rate, or"
-            f" optim.clip_norm, may help. Its images: {files}"
+            f" {values['param_norm']:.4g}{offset}; {last} in {self._workdir}. A lower optim.learning_rate or optim.offset_rate,"
+            f" or gradient clipping (optim.clip_norm), may help. Images of this step: {files}"
         )
 
 

@@ -87,7 +87,7 @@ def write_report(workdir: str | Path) -> Path:
     panels = _read_panels(workdir, notes.append)
     # An exported model also has a config.json, but without training settings.
     if not (entries or versions or panels or "optim" in config or "train" in config):
-        raise UserError(_printable(f"{workdir} is no work directory of a run, or nothing of it can be read: {'; '.join(notes)}"))
+        raise UserError(_printable(f"{workdir} is not the work directory of a run, or its files cannot be read: {'; '.join(notes)}"))
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("aecr_jax.training", ""),
         autoescape=True,
@@ -190,7 +190,7 @@ def _parse(text: bytes) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(value, dict):
-        raise ValueError(f"it holds {_TYPES[type(value)]} where a JSON object belongs")
+        raise ValueError(f"it contains {_TYPES[type(value)]} instead of a JSON object")
     return value
 
 
@@ -258,7 +258,7 @@ def _value(values: dict[str, Any], name: str, kind: _Kind, file: str, note: _Not
 def _settings(config: dict[str, Any], note: _Note) -> list[tuple[str, list[tuple[str, str]]]]:
     sections = [(name, _rows(section, note)) for name, section in config.items() if isinstance(section, dict)]
     if others := {name: value for name, value in config.items() if not isinstance(value, dict)}:
-        note(f"{CONFIG}: not a section of settings: {', '.join(f'`{name}`' for name in others)[:200]}")
+        note(f"{CONFIG}: these are not sections of settings: {', '.join(f'`{name}`' for name in others)[:200]}")
         sections.append(("outside of sections", _rows(others, note)))
     return sections
 

@@ -97,7 +97,7 @@ def _open_inputs(config: Config, say: Say) -> _Inputs:
     loss = make_loss(config)
     train_samples, eval_samples, evaluated_on = split_samples(config.data)
     if not eval_samples:
-        raise UserError("nothing to evaluate on: set data.eval or data.holdout")
+        raise UserError("there are no evaluation data: set data.eval or data.holdout")
     if config.data.cache:
         say(f"keeping {len(train_samples)} images in memory: about {cache_bytes(train_samples, config.data) / 1e9:.1f} GB")
     check_samples(train_samples, crop=config.data.crop, batch=config.optim.batch, process_count=jax.process_count())
@@ -216,8 +216,8 @@ class _Run:
             if (stopping := stop.at(step)) is not None:
                 raise _stopped(stopping, step - 1, self.workdir) from error
             raise UserError(
-                f"the input ended at step {step}: {first_line(error)}; if a worker was killed for its memory, lower data.workers or"
-                f" data.threads, or set data.cache False{kept}"
+                f"the input ended at step {step}: {first_line(error)}; if a worker was killed because memory ran out, reduce"
+                f" data.workers or data.threads, or set data.cache to False{kept}"
             ) from error
 
     def _keep(self, step: int) -> str:

@@ -30,7 +30,7 @@ def read_split(name: str) -> dict[str, list[str]]:
       UserError: there is no such split.
     """
     if name not in split_names():
-        raise UserError(f"there is no split {name!r}; there are {', '.join(split_names())}")
+        raise UserError(f"there is no split {name!r}; choose one of {', '.join(split_names())}")
     lines = (_FOLDER / f"{name}.txt").read_text().splitlines()
     parts = (line.split(":") for line in lines if line and not line.startswith("#"))
     return {part: scenes.split() for part, scenes in parts}
@@ -47,18 +47,18 @@ def apply_split(name: str, samples: Sequence[Sample]) -> dict[str, list[Sample]]
     others = split.pop(OTHERS, [])
     dataset = samples[0].dataset.rpartition("/")[2]
     if dataset and not name.startswith(dataset):
-        raise UserError(f"split {name} is not of {dataset}; there are {', '.join(split_names())}")
+        raise UserError(f"split {name} is not for {dataset}; choose one of {', '.join(split_names())}")
     by_scene: dict[str, list[Sample]] = {}
     for sample in samples:
         by_scene.setdefault(_scene_number(sample.scene), []).append(sample)
     strange = set(by_scene) - {_scene_number(scene) for scenes in (*split.values(), others) for scene in scenes}
     if strange:
-        raise UserError(f"split {name} does not know {len(strange)} of the {len(by_scene)} scenes of the data, such as {min(strange)}")
+        raise UserError(f"split {name} does not contain {len(strange)} of the {len(by_scene)} scenes in the data, such as {min(strange)}")
     chosen = {}
     for part, scenes in split.items():
         missing = [scene for scene in scenes if _scene_number(scene) not in by_scene]
         if missing:
-            raise UserError(f"split {name} has {len(scenes)} scenes for {part}, and the data lack {len(missing)}, first {missing[0]}")
+            raise UserError(f"split {name} has {len(scenes)} scenes for {part}, but {len(missing)} are not in the data, first {missing[0]}")
         chosen[part] = [sample for scene in scenes for sample in by_scene[_scene_number(scene)]]
     return chosen
 
