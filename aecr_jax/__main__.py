@@ -238,9 +238,7 @@ def _make_parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write an HTML report of a training run", allow_abbrev=False)
     report.add_argument("workdir", metavar="WORKDIR", help="work directory of the run; report.html is written there")
 
-    vgg = commands.add_parser(
-        "convert-vgg", help="convert VGG weights for contrastive regularization and perceptual loss", allow_abbrev=False
-    )
+    vgg = commands.add_parser("convert-vgg", help="convert VGG weights for the losses", allow_abbrev=False)
     vgg.add_argument("file", metavar="FILE", help="torchvision's .pth, or a .safetensors or .npz with the names of torchvision or timm")
     vgg.add_argument("--output", required=True, metavar="FILE", help="the .safetensors to write")
     vgg.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
@@ -259,7 +257,7 @@ def _make_parser() -> argparse.ArgumentParser:
             "--output",
             required=True,
             metavar="PATH",
-            help="folder to write, or the .pth, .safetensors or .npz to write when converting back",
+            help="folder to write; to convert back, a .pth, .safetensors or .npz file",
         )
         parser_.add_argument(
             "--overwrite", action="store_true", help="replace --output if it exists: the file, or a model's files in the folder"

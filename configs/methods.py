@@ -1,7 +1,7 @@
 """The methods that the paper compares with (Tables 1 and 3), each by its authors' recipe, on RESIDE ITS, evaluated on SOTS indoor.
 
 Command: `python train.py --config configs/methods.py:ffa_net`, and so on; `:ffa_net:cr` adds contrastive regularization (Table 3), and
-`:ffa_net:laptop` is a small version of the network on NYU Depth v2 with haze made on the fly (`--data.train NYU`; NYU has `rgb/` and `depth/`)
+`:ffa_net:laptop --data.train NYU` is a small version of the network on NYU Depth v2, with haze made on the fly (NYU has `rgb/` and `depth/`)
 Hardware: made for one accelerator with 40 GB or more, or several; a laptop for the others.
 Time: not measured by this project yet, except for the laptop's versions (docs/networks.md).
 Expected score on SOTS indoor, of which none has been reproduced by this project yet. Table 1 of the AECR paper repeats the numbers of the
@@ -15,8 +15,9 @@ methods' own papers for GridDehazeNet and those after it; AOD-Net's and DehazeNe
     kddn             34.72 dB, 0.9845; with CR 35.18
     pfdn             32.68 dB, 0.9760
 
-What this project's pipeline does otherwise: it always flips and turns crops (GridDehazeNet's and AOD-Net's do not), it crops where AOD-Net
-resizes whole images to 640x480, and MSBDN's patches come from images at their own scale only. PFDN's recipe is not known; it has AECR-Net's.
+The input differs from the authors' in some points: crops are always flipped and turned (not so for GridDehazeNet and AOD-Net), AOD-Net's
+images are cropped and not resized to 640x480, and MSBDN's patches come from images at one scale. PFDN's recipe is not known, so it has
+AECR-Net's.
 
 DehazeNet trains on clear patches with one random transmission each, and KDDN on the features of a teacher that restores clear images from
 themselves: first `configs/methods.py:kddn_teacher`, then `:kddn`, which reads the teacher from `runs/kddn_teacher`.
@@ -105,4 +106,24 @@ recipes = {
         crop=256,
     ),
     "pfdn": recipe(PFDNConfig(), L1, OptimConfig()),
+}
+
+laptop = {
+    "aod_net": for_laptop(AODNetConfig(), crop=128),
+    "dehaze_net": dataclasses.replace(
+        for_laptop(DehazeNetConfig(), crop=16, batch=64),
+        data=DataConfig(train="constant:data/nyu_depth_v2/rgb", holdout=50, crop=16, threads=2),
+        loss=LossConfig(kind="transmission", cr=0),
+    ),
+    "grid_dehaze_net": for_laptop(GridDehazeNetConfig(width=8, growth=8, dense_layers=2)),
+    "ffa_net": for_laptop(FFANetConfig(width=16, blocks=2)),
+    "msbdn": for_laptop(MSBDNConfig(width=8, blocks=4), learning_rate=5e-4),
+    "kddn_teacher": for_laptop(KDDNTeacherConfig(width=16)),
+    "kddn": for_laptop(KDDNConfig(width=16, blocks=2)),
+    "pfdn": for_laptop(PFDNConfig(width=16, blocks=3)),
+}
+configs = {
+    **recipes,
+    **{f"{name}:cr": with_cr(recipes[name]) for name in recipes if name != "kddn_teacher"},
+    **{f"{name}:laptop": config for name, config in laptop.items()},
 }
