@@ -1,4 +1,4 @@
-"""A narrow AECR-Net on the embedded scenes: the whole path in a few minutes, nothing to download.
+"""A narrow AECR-Net on drawn scenes: the whole path in a few minutes, nothing to download.
 
 Command: `python train.py --config configs/demo.py` (or `make demo`, which also evaluates and dehazes)
 Hardware: 2 CPU cores

@@ -1,7 +1,8 @@
 """The methods that the paper compares with (Tables 1 and 3), each by its authors' recipe, on RESIDE ITS, evaluated on SOTS indoor.
 
 Command: `python train.py --config configs/methods.py:ffa_net`, and so on; `:ffa_net:cr` adds contrastive regularization (Table 3), and
-`:ffa_net:laptop --data.train NYU` is a small version of the network on NYU Depth v2, with haze made on the fly (NYU has `rgb/` and `depth/`)
+`:ffa_net:laptop --data.train NYU` is a small version of the network on NYU Depth v2 (a folder with `rgb/` and `depth/`), with haze made
+on the fly
 Hardware: made for one accelerator with 40 GB or more, or several; a laptop for the others.
 Time: not measured by this project yet, except for the laptop's versions (docs/networks.md).
 Expected score on SOTS indoor, of which none has been reproduced by this project yet. Table 1 of the AECR paper repeats the numbers of the
