@@ -82,7 +82,7 @@ CASES: dict[str, Case] = {
         },
         slow=True,
     ),
-    "kddn": Case(6_116_419, features={"res1.0": "groups.0.layers.0", "res1": "groups.0", "res6": "groups.5"}),
+    "kddn": Case(6_116_419, features={"res1.0": "groups.0.layers.0", "res1": "groups.0", "res6": "groups.5"}, slow=True),
 }
 
 

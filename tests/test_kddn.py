@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from aecr_jax.convert import kddn
 from aecr_jax.convert.kddn_teacher import FORMAT
 from aecr_jax.networks.arrays import count_parameters, get_arrays
 from aecr_jax.networks.kddn import KDDN, KDDNConfig, KDDNTeacher, KDDNTeacherConfig
@@ -83,6 +84,21 @@ def test_padding_reflects_and_crops_back():
     x = jax.random.uniform(jax.random.key(0), (1, 6, 9, 3))
     padded = jnp.array(np.pad(x, ((0, 0), (0, 2), (0, 3), (0, 0)), mode="reflect"))
     np.testing.assert_allclose(model(x), model(padded)[:, :6, :9], atol=1e-6)
+
+
+def test_the_unused_convolutions_of_the_authors_student1_are_ignored():
+    """It is the same network with three more convolutions, `convR1` to `convR3`."""
+    model = KDDN(KDDNConfig(width=2, blocks=1), rngs=nnx.Rngs(0))
+    arrays = {name: np.asarray(array) for name, array in get_arrays(model).items()}
+    extra = {
+        f"convR{i}.{kind}": np.zeros(shape, np.float32) for i in (1, 2, 3) for kind, shape in (("weight", (64, 2, 3, 3)), ("bias", 64))
+    }
+    built = get_arrays(kddn.FORMAT.build(kddn.FORMAT.to_theirs(arrays) | extra))
+    assert set(built) == set(arrays)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(built[name], array)
+    with pytest.raises(ValueError, match=r"tensor convR4.bias is not one of the authors' KDDN"):
+        kddn.FORMAT.build(kddn.FORMAT.to_theirs(arrays) | {"convR4.bias": np.zeros(2, np.float32)})
 
 
 def test_refuses_what_are_no_images():

@@ -27,10 +27,11 @@ def _double(x: Array, axis: int) -> Array:
     # Output 2k is at the input's position k - k / (2n - 1), and output 2k + 1 at k + (n - 1 - k) / (2n - 1). Therefore two shifted copies
     # of the input suffice, and nothing is gathered, which would make the gradient slow.
     n = x.shape[axis]
-    below = (jnp.arange(n, dtype=x.dtype) / (2 * n - 1)).reshape([n if i == axis else 1 for i in range(x.ndim)])
-    above = jnp.flip(below, axis)
-    first, last = lax.slice_in_dim(x, 0, 1, axis=axis), lax.slice_in_dim(x, n - 1, n, axis=axis)
-    previous = jnp.concatenate([first, lax.slice_in_dim(x, 0, n - 1, axis=axis)], axis)
-    following = jnp.concatenate([lax.slice_in_dim(x, 1, n, axis=axis), last], axis)
-    doubled = jnp.stack([x + below * (previous - x), x + above * (following - x)], axis + 1)
-    return doubled.reshape(*x.shape[:axis], 2 * n, *x.shape[axis + 1 :])
+    share = (jnp.arange(n, dtype=x.dtype) / (2 * n - 1)).reshape([n if i == axis else 1 for i in range(x.ndim)])
+    previous, following = (
+        jnp.pad(lax.slice_in_dim(x, start, start + n - 1, axis=axis), [pads if i == axis else (0, 0) for i in range(x.ndim)])
+        for start, pads in ((0, (1, 0)), (1, (0, 1)))  # zeros where the share is 0
+    )
+    even = (1 - share) * x + share * previous
+    odd = (1 - jnp.flip(share, axis)) * x + jnp.flip(share, axis) * following
+    return jnp.stack([even, odd], axis + 1).reshape(*x.shape[:axis], 2 * n, *x.shape[axis + 1 :])
