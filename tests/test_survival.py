@@ -49,7 +49,7 @@ def start(config, workdir, *options, devices=1, limit=None, cache=None, **proces
     """Start a training in a process of its own. `devices`: simulated devices; `limit`: the largest file that it may write, in bytes;
     `cache`: a folder for its own compilation cache."""
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}"),
         "PYTHONPATH": str(ROOT),
     }
     if cache:
