@@ -53,7 +53,7 @@ config = Config(
     model=AECRNetConfig(width=4, blocks=1),
     data=DataConfig(train="scenes:4:32x24", crop=16, threads=1),
     loss=LossConfig(features="random"),
-    optim=OptimConfig(steps=4, batch=8),
+    optim=OptimConfig(steps=4, batch=8, schedule="constant"),  # one program for any number of steps
     run=RunConfig(log_every=1, eval_every=2, eval_images=3),
 )
 """
