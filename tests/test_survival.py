@@ -54,7 +54,7 @@ def start(config, workdir, *options, devices=1, limit=None, cache=None, **proces
       cache: folder for a compilation cache of its own.
     """
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}"),
         "PYTHONPATH": str(ROOT),
     }
     if cache:
