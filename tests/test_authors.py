@@ -42,6 +42,8 @@ class Case:
     features: Mapping[str, str] = field(default_factory=dict)
     """Maps the file's names of layers to ours."""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    slow: bool = False
+    """Whether the gradients take too long for the quick tests."""
 
 
 CASES: dict[str, Case] = {
@@ -56,6 +58,7 @@ CASES: dict[str, Case] = {
             "upsample_module.1_3": "ups.1.0",
             "rdb_out": "block_out",
         },
+        slow=True,
     ),
 }
 
@@ -106,7 +109,7 @@ def test_output_in_float32(name):
     np.testing.assert_allclose(y, file["y64"], rtol=0, atol=2e-5 * np.abs(file["y64"]).max())
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if case.slow else name for name, case in CASES.items()])
 def test_output_and_gradients_in_float64(name, x64):
     file = np.load(GOLDEN / f"{name}.npz")
     model = reference_model(name, file, "float64")
