@@ -58,6 +58,7 @@ CASES: dict[str, Case] = {
             "upsample_module.1_3": "ups.1.0",
             "rdb_out": "block_out",
         },
+        slow=True,
     ),
     "ffa_net": Case(
         parameters=4_455_913,

@@ -6,7 +6,7 @@ from flax import nnx
 from jax import lax
 
 from aecr_jax.networks.layers import Conv, ConvTranspose, DeformConv, FastDeconv, Mixup, PReLU, inverse_square_root
-from aecr_jax.ops.conv import conv_few_inputs, conv_few_outputs
+from aecr_jax.ops.conv import concatenate_channels, conv_few_channels, conv_few_inputs, conv_few_outputs
 
 TYPES = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 
@@ -44,7 +44,7 @@ def test_a_convolution_with_an_even_kernel_halves_the_size(reflect):
 
 
 @pytest.mark.parametrize("padding", ["VALID", ((3, 3), (2, 1))])
-@pytest.mark.parametrize(("conv", "channels"), [(conv_few_inputs, (2, 5)), (conv_few_outputs, (5, 2))])
+@pytest.mark.parametrize(("conv", "channels"), [(conv_few_inputs, (2, 5)), (conv_few_outputs, (5, 2)), (conv_few_channels, (2, 3))])
 def test_narrow_convolutions_are_xla_convolutions(conv, channels, padding):
     x = jax.random.normal(jax.random.key(0), (2, 11, 9, channels[0]))
     kernel = jax.random.normal(jax.random.key(1), (7, 5, *channels))
@@ -59,6 +59,11 @@ def test_narrow_convolutions_are_xla_convolutions(conv, channels, padding):
     cotangent = jax.random.normal(jax.random.key(2), plain(x, kernel).shape)
     for got, expected in zip(jax.vjp(ours, x, kernel)[1](cotangent), jax.vjp(plain, x, kernel)[1](cotangent)):
         np.testing.assert_allclose(got, expected, atol=1e-3)
+
+
+def test_concatenation_of_channels():
+    x, y = (jax.random.normal(jax.random.key(c), (2, 3, 4, c)) for c in (2, 5))
+    np.testing.assert_array_equal(concatenate_channels(x, y), jnp.concatenate([x, y], -1))
 
 
 def test_inverse_square_root_of_a_diagonal_matrix():

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from aecr_jax.networks.layers import Conv
 from aecr_jax.networks.network import Network, NetworkConfig, as_images
-from aecr_jax.ops.conv import conv_few_outputs
+from aecr_jax.ops.conv import concatenate_channels, conv_few_channels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class AODNet(Network):
     def __init__(self, config: AODNetConfig = AODNetConfig(), *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
         types: dict[str, Any] = dict(dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.param_dtype), rngs=rngs)
-        options: dict[str, Any] = dict(kernel_init=nnx.initializers.normal(0.02), conv_general_dilated=conv_few_outputs, **types)
+        options: dict[str, Any] = dict(kernel_init=nnx.initializers.normal(0.02), conv_general_dilated=conv_few_channels, **types)
         self.conv1 = Conv(3, 3, 1, **options)
         self.conv2 = Conv(3, 3, 3, **options)
         self.conv3 = Conv(6, 3, 5, **options)
@@ -59,7 +59,8 @@ class AODNet(Network):
         x = hazy.astype(self.config.dtype)
         x1 = nnx.relu(self.conv1(x))
         x2 = nnx.relu(self.conv2(x1))
-        x3 = nnx.relu(self.conv3(jnp.concatenate([x1, x2], -1)))
-        x4 = nnx.relu(self.conv4(jnp.concatenate([x2, x3], -1)))
-        k = nnx.relu(self.conv5(jnp.concatenate([x1, x2, x3, x4], -1)))
+        x12 = concatenate_channels(x1, x2)
+        x3 = nnx.relu(self.conv3(x12))
+        x4 = nnx.relu(self.conv4(concatenate_channels(x2, x3)))
+        k = nnx.relu(self.conv5(concatenate_channels(x12, concatenate_channels(x3, x4))))
         return nnx.relu(k * x - k + 1).astype(hazy.dtype)

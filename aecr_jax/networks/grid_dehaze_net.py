@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from aecr_jax.networks.layers import Conv, ConvTranspose
 from aecr_jax.networks.network import Network, NetworkConfig, as_images
-from aecr_jax.ops.conv import conv_few_inputs, conv_few_outputs
+from aecr_jax.ops.conv import concatenate_channels, conv_few_inputs, conv_few_outputs
 from aecr_jax.settings import bounded
 
 _ROWS, _COLUMNS = 3, 6
@@ -114,10 +114,15 @@ class ResidualDenseBlock(nnx.Module):
         self.fuse = Conv(width + growth * layers, width, 1, **types)
 
     def __call__(self, x: Array) -> Array:
-        features = x
-        for layer in self.layers:
-            features = jnp.concatenate([features, nnx.relu(layer(features))], -1)
-        return x + self.fuse(features)
+        features, new = x, nnx.relu(self.layers[0](x))
+        for layer in self.layers[1:]:
+            features = concatenate_channels(features, new)
+            new = nnx.relu(layer(features))
+        # The 1x1 convolution of the last concatenation, without computing the concatenation.
+        assert self.fuse.bias is not None
+        kernel, bias = self.fuse.kernel[0, 0].astype(x.dtype), self.fuse.bias[...].astype(x.dtype)
+        known = features.shape[-1]
+        return x + (features @ kernel[:known] + new @ kernel[known:] + bias[None, None, None])
 
 
 class Down(nnx.Module):
