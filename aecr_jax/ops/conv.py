@@ -15,9 +15,10 @@ _FOLD = 4  # columns that `conv_few_channels` computes at a time
 def conv_transpose(x: Array, kernel: Array, *, padding: int = 0, output_padding: Sequence[int] = (0, 0)) -> Array:
     """Apply a transposed convolution with stride 2, as PyTorch's `ConvTranspose2d` defines it.
 
-    Each of the four output phases (even and odd rows and columns) is computed by a separate convolution with its share of the taps,
-    and the four results are interleaved. The usual form, one convolution with `lhs_dilation`, has a weight gradient that XLA computes
-    in a naive loop on the CPU.
+    Each of the four output phases (even and odd rows and columns) is computed by a convolution with its share of the taps, and the four
+    results are interleaved. If the kernel's size is even, all phases have equally many taps, and one convolution with four times as many
+    outputs computes them; few outputs would leave much of a CPU's vector registers unused. The usual form, one convolution with
+    `lhs_dilation`, has a weight gradient that XLA computes in a naive loop on the CPU.
 
     Args:
       x: `[N, H, W, C]`.
@@ -43,9 +44,19 @@ def conv_transpose(x: Array, kernel: Array, *, padding: int = 0, output_padding:
     after = [max(0, count + max(shifts) - x.shape[axis]) for axis, count in ((1, rows), (2, columns))]
     padded = jnp.pad(x, ((0, 0), (before, after[0]), (before, after[1]), (0, 0)))
 
+    def kernel_of(row: int, column: int) -> Array:
+        return kernel[taps[row], taps[column]][::-1, ::-1]
+
+    combined = None
+    if kernel.shape[0] % 2 == 0:
+        combined = _conv(padded, jnp.concatenate([kernel_of(row, column) for row in (0, 1) for column in (0, 1)], -1))
+
     def compute(row: int, column: int) -> Array:
-        window = kernel[taps[row], taps[column]][::-1, ::-1]
         top, left = before - befores[row], before - befores[column]
+        if combined is not None:
+            first = (2 * row + column) * o
+            return combined[:, top : top + rows, left : left + columns, first : first + o]
+        window = kernel_of(row, column)
         part = padded[:, top : top + rows + window.shape[0] - 1, left : left + columns + window.shape[1] - 1]
         return _conv(part, window)
 
