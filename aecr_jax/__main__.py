@@ -22,6 +22,8 @@ from aecr_jax import __version__
 from aecr_jax.benchmark.command import add_kinds, run_benchmark
 from aecr_jax.errors import Stopped, UserError, complaint, first_line
 
+_CHECKPOINT = "work directory of a run, a converted model, or the name of a network without parameters: dcp (default: the shipped model)"
+
 
 class _StoreOnce(argparse.Action):
     """Store a value like argparse's default action, but reject an empty value and a second value for the same option.
@@ -182,13 +184,13 @@ def _make_parser() -> argparse.ArgumentParser:
     train.add_argument("--config", metavar="FILE", help="Python file that sets `config`, such as configs/its.py")
 
     evaluate = commands.add_parser("eval", help="score a checkpoint", allow_abbrev=False)
-    evaluate.add_argument("--checkpoint", metavar="DIR", help="work directory of a run, or a converted model (default: the shipped model)")
+    evaluate.add_argument("--checkpoint", metavar="DIR", help=_CHECKPOINT)
     evaluate.add_argument(
         "--data",
         required=True,
         metavar="DATA",
-        help="folder with hazy/ and clear/ (or rgb/ and depth/), HAZY,CLEAR, a built data set, or scenes; append @NAME/PART for a part"
-        " of a named split",
+        help="folder with hazy/ and clear/ (or rgb/ and depth/), HAZY,CLEAR, constant:FOLDER, a built data set, or scenes; append"
+        " @NAME/PART for a part of a named split",
     )
     evaluate.add_argument("--data-dir", default="", metavar="DIR", help="folder of built data sets (default: ~/tensorflow_datasets)")
     evaluate.add_argument("--output", metavar="DIR", help="folder for per_image.csv, summary.json and panel.png")
@@ -200,7 +202,7 @@ def _make_parser() -> argparse.ArgumentParser:
     existing = dehaze.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace existing results")
     existing.add_argument("--skip-existing", action="store_true", help="skip images whose results exist")
-    dehaze.add_argument("--checkpoint", metavar="DIR", help="work directory of a run, or a converted model (default: the shipped model)")
+    dehaze.add_argument("--checkpoint", metavar="DIR", help=_CHECKPOINT)
     dehaze.add_argument(
         "--tile",
         type=int,

@@ -26,9 +26,8 @@ themselves: first `configs/methods.py:kddn_teacher`, then `:kddn`, which reads t
 
 import dataclasses
 
-from aecr_jax.networks.dehaze_net import DehazeNetConfig
-
 from aecr_jax.networks.aod_net import AODNetConfig
+from aecr_jax.networks.dehaze_net import DehazeNetConfig
 from aecr_jax.networks.ffa_net import FFANetConfig
 from aecr_jax.networks.grid_dehaze_net import GridDehazeNetConfig
 from aecr_jax.networks.kddn import KDDNConfig, KDDNTeacherConfig

@@ -47,6 +47,11 @@ class Case:
 
 
 CASES: dict[str, Case] = {
+    "dehaze_net": Case(
+        parameters=8305,
+        call=lambda model, images: model.transmission(images),
+        features={"f1_maxout": "features", "f3_maxpool": "local_maximum"},
+    ),
     "aod_net": Case(parameters=1_761, features={f"e_conv{layer}": f"conv{layer}" for layer in (1, 3, 5)}),
     "grid_dehaze_net": Case(
         parameters=958_051,

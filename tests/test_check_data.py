@@ -16,7 +16,7 @@ from aecr_jax.data.images import read_depth, read_image, write_image
 from aecr_jax.data.layouts import recognise_data_set
 from aecr_jax.data.reader import to_pair
 from aecr_jax.data.samples import Pair
-from aecr_jax.data.sources import draw_scenes
+from aecr_jax.data.sources import draw_scenes, open_samples
 
 GENUINE = ("sots_indoor_subset", "sots_outdoor_subset", "nh_haze_samples", "dense_haze_samples", "its_samples")
 
@@ -256,3 +256,15 @@ def test_the_picture_does_not_replace_a_file(tmp_path, capsys):
     main(["check-data", "--data", str(root), "--limit", "2", "--output", str(output), "--overwrite"])
     assert read_image(output).shape[1] > 240
     assert "argument --output: must not be empty" in fails(capsys, "check-data", "--data", root, "--output", "")
+
+
+def test_constant_haze_may_hide_an_image_or_leave_it_clear(tmp_path, monkeypatch):
+    """It is no mistake of the data if the drawn transmission is almost 0 or almost 1, unlike a blank clear image."""
+    for i in range(3):
+        picture(tmp_path / f"{i}.png", seed=i)
+    picture(tmp_path / "3.png", value=0.5)
+    samples, _ = open_samples(f"constant:{tmp_path}")
+    for transmission in (0, 0.5, 1):
+        monkeypatch.setattr("aecr_jax.data.reader.haze_for", lambda clear, depth, rng, t=transmission: clear * t + 1 - t)
+        (found,) = mistakes(check_data(samples))
+        assert f"clear images are black or of one colour: {tmp_path / '3.png'}" in found

@@ -12,8 +12,10 @@ from safetensors.numpy import load_file, save_file
 from aecr_jax import load_checkpoint
 from aecr_jax.__main__ import main
 from aecr_jax.convert.networks import find_format
+from aecr_jax.inference.weights import save_checkpoint
 from aecr_jax.networks.arrays import get_arrays
-from aecr_jax.networks.registry import abstract_network, find_network
+from aecr_jax.networks.dehaze_net import DehazeNetConfig
+from aecr_jax.networks.registry import abstract_network, build_network, find_network
 
 
 @dataclass
@@ -26,6 +28,7 @@ class Case:
 
 
 CASES = {
+    "dehaze_net": Case({}, "conv5x5.weight"),
     "aod_net": Case({}, "e_conv4.weight"),
     "grid_dehaze_net": Case({"width": 2, "growth": 3, "dense_layers": 2}, "rdb_module.1_2.conv_1x1.weight"),
     "ffa_net": Case({"width": 8, "blocks": 2}, "g3.gp.1.calayer.ca.2.weight"),
@@ -142,3 +145,12 @@ def test_untrained_coefficients_of_grid_dehaze_net(tmp_path):
     write(tmp_path / "theirs.npz", tensors)
     assert main(["convert", str(tmp_path / "theirs.npz"), "--output", str(tmp_path / "ours")]) == 0
     np.testing.assert_array_equal(load_checkpoint(tmp_path / "ours").coefficient[...], np.ones((3, 6, 2, 8)))
+
+
+def test_settings_that_the_authors_dehaze_net_has_not(tmp_path, capsys):
+    """Their file has no place for the radius of the guided filter."""
+    tensors, form = make_tensors("dehaze_net"), find_format("dehaze_net")
+    arrays = form.to_ours(tensors, list(get_arrays(abstract_network(DehazeNetConfig()))))
+    save_checkpoint(build_network(DehazeNetConfig(radius=9), arrays), tmp_path / "ours")
+    assert main(["convert", str(tmp_path / "ours"), "--output", str(tmp_path / "back.npz")]) == 2
+    assert "is not the authors' DehazeNet, whose settings are" in capsys.readouterr().err

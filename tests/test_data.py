@@ -7,13 +7,13 @@ from PIL import Image
 
 from aecr_jax import UserError
 from aecr_jax.data.folders import clear_names, find_dataset, find_depth_scenes, find_pairs
-from aecr_jax.data.haze import add_haze, draw_haze
+from aecr_jax.data.haze import add_constant_haze, add_haze, draw_haze
 from aecr_jax.data.images import list_images, panel, read_depth, read_image, write_image
 from aecr_jax.data.pipeline import cache_bytes, train_batches
 from aecr_jax.data.reader import eval_images
 from aecr_jax.data.samples import DepthScene, Pair
 from aecr_jax.data.scenes import render_scene
-from aecr_jax.data.sources import DataConfig, split_samples
+from aecr_jax.data.sources import DataConfig, open_samples, split_samples
 from aecr_jax.training.config import Config, OptimConfig, RunConfig
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -37,6 +37,33 @@ def test_haze_by_hand():
     hazy = add_haze(clear, np.array([[1.0, 0.0]]), 0.8, 1.0)
     np.testing.assert_allclose(hazy[0, 0] * 255, [176] * 3, atol=1e-4)
     np.testing.assert_allclose(hazy[0, 1] * 255, [128] * 3, atol=1e-4)
+
+
+def test_constant_haze_by_hand():
+    """0.5 t + 1 (1 - t) with t = 0.25 is 0.875, rounded to 8 bit 223 / 255; t = 1 leaves the image clear."""
+    clear = np.full((2, 2, 3), 0.5, np.float32)
+    np.testing.assert_allclose(add_constant_haze(clear, 0.25) * 255, np.full((2, 2, 3), 223), atol=1e-4)
+    np.testing.assert_allclose(add_constant_haze(clear, 1.0) * 255, np.full((2, 2, 3), 128), atol=1e-4)
+
+
+def test_clear_images_get_one_transmission_each_from_the_seed(tmp_path):
+    """Solved for t, every pixel of a crop gives the same up to 8 bits; in the crops of a training run, it is spread over [0, 1)."""
+    for i in range(2):
+        write_image(tmp_path / f"{i}.png", np.random.default_rng(i).random((12, 10, 3)).astype(np.float32) / 2)
+    data = DataConfig(train=f"constant:{tmp_path}", crop=8, threads=1)
+    samples, _ = open_samples(data.train)
+    batches = train_batches(samples, data, batch=40, seed=3)
+    batch, other = next(batches), next(batches)
+    t = (1 - batch["hazy"]) / (1 - batch["clear"])
+    np.testing.assert_allclose(t, np.broadcast_to(np.median(t, (1, 2, 3), keepdims=True), t.shape), atol=2 / 255)
+    drawn = np.sort(np.median(t, (1, 2, 3)))
+    np.testing.assert_allclose(drawn, np.linspace(0, 1, 40), atol=0.25)
+    again = next(train_batches(samples, data, batch=40, seed=3, start=40))
+    for key in ("hazy", "clear", "index"):
+        np.testing.assert_array_equal(again[key], other[key])
+    first, second = (list(eval_images(samples)) for _ in range(2))
+    np.testing.assert_array_equal(first[1].hazy, second[1].hazy)
+    assert first[1].hazy.shape == (12, 10, 3) and (first[1].hazy >= first[1].clear - 1e-6).all()
 
 
 def test_haze_parameters_are_resides():

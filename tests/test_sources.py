@@ -11,7 +11,7 @@ from test_data import picture
 
 from aecr_jax import UserError
 from aecr_jax.data.builders import prepare
-from aecr_jax.data.samples import DepthScene, DrawnScene, Pair
+from aecr_jax.data.samples import ClearImage, DepthScene, DrawnScene, Pair
 from aecr_jax.data.sources import DataConfig, drawn_test_scenes, open_samples, split_samples
 from aecr_jax.data.splits import apply_split
 
@@ -36,6 +36,21 @@ def test_folders(root):
     assert open_samples(f"clear={rgb},depth={depth}") == (scenes, str(rgb))
     assert pairs[0].files == {"hazy": hazy / "0.png", "clear": clear / "0.png"} and pairs[0].kind == "pair"
     assert scenes[0].files == {"clear": rgb / "0.png", "depth": depth / "0.png"} and scenes[0].kind == "depth"
+
+
+def test_clear_images_alone(root):
+    spec, rgb = f"constant:{root / 'nyu' / 'rgb'}", root / "nyu" / "rgb"
+    assert open_samples(spec) == ([ClearImage(rgb / f"{i}.png") for i in range(3)], spec)
+    image = open_samples(spec)[0][1]
+    assert image.kind == "clear" and image.name == image.scene == "1" and set(image.read()) == {"clear"}
+    assert [sample.name for sample in split_samples(DataConfig(train=spec, holdout=1)).evaluation] == ["2"]
+    (root / "empty").mkdir()
+    for name, message in (("none", "there is no folder"), ("empty", "no images in .*empty")):
+        with pytest.raises(UserError, match=message):
+            open_samples(f"constant:{root / name}")
+    picture(rgb / "2.jpg")
+    with pytest.raises(UserError, match="have the same name"):
+        open_samples(spec)
 
 
 def test_drawn_scenes():
@@ -100,7 +115,7 @@ def test_a_folder_may_have_the_signs_of_the_notation_in_its_name(root):
 
 
 def test_wrong_notations_are_one_line(root, capsys):
-    assert "there is no folder nowhere: data must be a folder, HAZY,CLEAR, clear=FOLDER,depth=FOLDER, a built" in fails(
+    assert "there is no folder nowhere: data must be a folder, HAZY,CLEAR, clear=FOLDER,depth=FOLDER, constant:FOLDER, a built" in fails(
         capsys, "eval", "--data", "nowhere"
     )
     with pytest.raises(FileNotFoundError):

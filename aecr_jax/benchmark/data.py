@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from aecr_jax.benchmark.speed import write_json
-from aecr_jax.data.haze import add_haze, draw_haze
+from aecr_jax.data.haze import haze_for
 from aecr_jax.data.images import to_float
 from aecr_jax.data.pipeline import Augment, cache_bytes, train_batches
 from aecr_jax.data.reader import Source
@@ -92,9 +92,9 @@ def _measure_stages(samples: Sequence[Sample], crop: int, batch: int, seconds: f
     measure("read and decode", lambda i: samples[i % len(samples)].read())
     element = Source(samples, least=crop)[0]
     cut = {key: to_float(array[:crop, :crop]) for key, array in element.items() if key != "index"}
-    if "depth" in element:
-        measure("make haze (of the crop)", lambda i: add_haze(cut["clear"], cut["depth"], *draw_haze(rng)))
-    measure("augment (with haze)" if "depth" in element else "augment", lambda i: augment.random_map(element, rng))
+    if "hazy" not in element:
+        measure("make haze (of the crop)", lambda i: haze_for(cut["clear"], cut.get("depth"), rng))
+    measure("augment" if "hazy" in element else "augment (with haze)", lambda i: augment.random_map(element, rng))
     crops = [augment.random_map(element, rng) for _ in range(batch)]
     measure("batch", lambda i: {key: np.stack([c[key] for c in crops]) for key in crops[0]}, batch)
     return stages

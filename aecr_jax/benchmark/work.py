@@ -20,7 +20,7 @@ from aecr_jax.errors import UserError
 from aecr_jax.losses.restoration import RestorationLoss
 from aecr_jax.losses.vgg import VGG19Features
 from aecr_jax.networks.network import NetworkConfig
-from aecr_jax.networks.registry import config_from_dict, make_network
+from aecr_jax.networks.registry import config_from_dict, has_parameters, make_network
 from aecr_jax.ops.deform_conv import deform_conv2d
 from aecr_jax.training.config import Config, DataConfig, LossConfig, OptimConfig
 from aecr_jax.training.mesh import make_mesh, replicate, shard_batch
@@ -132,8 +132,11 @@ def _model(work: Work) -> tuple[Any, tuple[Any, ...], int | None]:
 
 
 def _train(work: Work) -> tuple[Any, tuple[Any, ...], int | None]:
+    model = work.model_config()
+    if not has_parameters(model):
+        raise UserError(f"--network (={work.network}) has no parameters to train")
     config = Config(
-        model=work.model_config(),
+        model=model,
         data=DataConfig(crop=work.size),
         loss=LossConfig(cr=0.1 if work.cr else 0.0),
         optim=OptimConfig(batch=work.batch),

@@ -18,7 +18,7 @@ from aecr_jax.inference.weights import load_checkpoint, refuse_model, save_check
 from aecr_jax.networks.arrays import get_arrays
 
 # Networks for which there is a module of the same name in this folder, which defines FORMAT.
-NETWORKS = ("aecr_net", "aod_net", "grid_dehaze_net", "ffa_net", "pfdn", "msbdn", "kddn", "kddn_teacher")
+NETWORKS = ("aecr_net", "dehaze_net", "aod_net", "grid_dehaze_net", "ffa_net", "pfdn", "msbdn", "kddn", "kddn_teacher")
 
 
 def find_format(network: str) -> Format:

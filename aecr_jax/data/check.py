@@ -136,7 +136,13 @@ def _check_set(report: Report, data: _Set, crop: int) -> None:
     checks: list[tuple[Literal["MISTAKE", "warning"], str, _Side, Callable[[Measured], Any]]] = [
         ("MISTAKE", f"images are smaller than a crop (data.crop={crop})", "origin", lambda m: min(m.size) < crop),
         ("MISTAKE", "clear images are black or of one colour", "clear", lambda m: m.blank[1]),
-        ("MISTAKE", "hazy images are of one colour", "origin", lambda m: m.blank[0] and not m.blank[1]),
+        # Constant haze, which is added to clear images alone, may hide everything.
+        (
+            "MISTAKE",
+            "hazy images are of one colour",
+            "origin",
+            lambda m: m.blank[0] and not m.blank[1] and samples[m.position].kind != "clear",
+        ),
         ("warning", "depth maps are almost constant", "depth", lambda m: m.depth == "flat"),
         (
             "warning",
@@ -156,7 +162,8 @@ def _check_set(report: Report, data: _Set, crop: int) -> None:
     for level, text, side, keep in checks:
         if origins := data.origins(keep, side):
             report.findings.append((level, f"{label}: {len(origins)} {text}: {listed(origins)}"))
-    _check_pairs(report, data)
+    if samples[0].kind != "clear":
+        _check_pairs(report, data)
 
 
 def _group(data: _Set) -> list[list[str]]:

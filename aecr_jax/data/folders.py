@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from aecr_jax.data.images import list_images
-from aecr_jax.data.samples import DepthScene, Pair
+from aecr_jax.data.samples import ClearImage, DepthScene, Pair
 from aecr_jax.errors import UserError
 
 HAZY_FOLDERS = ("hazy", "haze", "hazy_images", "input")
@@ -111,6 +111,21 @@ def find_depth_scenes(clear: str | Path, depth: str | Path, problems: list[str] 
         )
     _report(found, problems)
     return [DepthScene(path, by_name[path.stem.lower()]) for path in clear_images if path.stem.lower() in by_name]
+
+
+def find_clear_images(clear: str | Path, problems: list[str] | None = None) -> list[ClearImage]:
+    """List the images in the folder `clear`, sorted by name. `problems` has the same meaning as in `find_pairs`.
+
+    Raises:
+      UserError: the folder is missing or empty, or two files have the same name.
+    """
+    images = every_image(clear)
+    if not images:
+        raise UserError(f"no images in {clear}: looked for clear images such as 00000.jpg")
+    found: list[str] = []
+    _by_name(images, found)
+    _report(found, problems)
+    return [ClearImage(path) for path in images]
 
 
 def find_dataset(root: str | Path, problems: list[str] | None = None) -> list[Pair] | list[DepthScene]:

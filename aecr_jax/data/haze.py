@@ -28,9 +28,41 @@ def add_haze(clear: np.ndarray, depth: np.ndarray, airlight: float, beta: float)
         raise ValueError(f"depth has shape {depth.shape} and must have the height and width of clear, {clear.shape[:2]}")
     if not depth.min() >= 0:  # also true for NaN
         raise ValueError(f"depth must be at least 0 everywhere, and its smallest value is {depth.min()}")
-    transmission = np.exp(-beta * depth.astype(np.float32))[..., None]
-    hazy = clear * transmission + np.float32(airlight) * (1 - transmission)
+    return _scatter(clear, np.exp(-beta * depth.astype(np.float32))[..., None], np.float32(airlight))
+
+
+def add_constant_haze(clear: np.ndarray, transmission: float) -> np.ndarray:
+    """Add haze with one transmission and airlight 1 to an image, as DehazeNet's training does; rounded to 8 bits.
+
+    Args:
+      clear: float32 `[H, W, 3]` in [0, 1].
+      transmission: t in [0, 1]; 1 leaves the image clear.
+
+    Returns:
+      The hazy image, float32 `[H, W, 3]` in [0, 1].
+    """
+    return _scatter(clear, np.float32(transmission), np.float32(1))
+
+
+def _scatter(clear: np.ndarray, transmission: np.ndarray | np.float32, airlight: np.float32) -> np.ndarray:
+    hazy = clear * transmission + airlight * (1 - transmission)
     return (np.round(hazy * 255) / 255).astype(np.float32)
+
+
+def haze_for(clear: np.ndarray, depth: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
+    """Add random haze to a clear image: with depth, that of RESIDE's training set; without, one transmission for the whole image.
+
+    Args:
+      clear: float32 `[H, W, 3]` in [0, 1].
+      depth: `[H, W]`, as for `add_haze`, or None.
+      rng: the source of airlight and beta, or of the transmission, uniform in [0, 1).
+
+    Returns:
+      The hazy image, float32 `[H, W, 3]` in [0, 1].
+    """
+    if depth is None:
+        return add_constant_haze(clear, rng.uniform())
+    return add_haze(clear, depth, *draw_haze(rng))
 
 
 def draw_haze(rng: np.random.Generator) -> tuple[float, float]:

@@ -14,7 +14,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from aecr_jax.data.haze import add_haze, draw_haze
+from aecr_jax.data.haze import haze_for
 from aecr_jax.data.images import to_float
 from aecr_jax.data.reader import Source
 from aecr_jax.data.samples import Sample
@@ -23,13 +23,13 @@ from aecr_jax.errors import UserError
 
 
 class Augment(grain.transforms.RandomMap):
-    """A random square crop, horizontal flip and quarter turns, as in the paper, and random haze if the sample has depth instead of haze."""
+    """A random square crop, horizontal flip and quarter turns, as in the paper, and random haze if the sample has none."""
 
     def __init__(self, crop: int):
         self._crop = crop
 
     def random_map(self, element: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Transform `{"hazy" or "depth", "clear", "index"}` of any size into `{"hazy", "clear", "index"}`, images `[crop, crop, 3]`."""
+        """Transform a sample of any size, with "index", into `{"hazy", "clear", "index"}`, images `[crop, crop, 3]`."""
         h, w = element["clear"].shape[:2]
         top, left = rng.integers(h - self._crop + 1), rng.integers(w - self._crop + 1)
         flip, turns = rng.integers(2), int(rng.integers(4))
@@ -40,8 +40,8 @@ class Augment(grain.transforms.RandomMap):
 
         # Crop before anything else, because a crop is only a fraction of its image.
         images = {key: to_float(cut(element[key])) for key in ("hazy", "clear", "depth") if key in element}
-        if "depth" in images:
-            images["hazy"] = add_haze(images["clear"], images["depth"], *draw_haze(rng))
+        if "hazy" not in images:
+            images["hazy"] = haze_for(images["clear"], images.get("depth"), rng)
         return {"hazy": images["hazy"], "clear": images["clear"], "index": element["index"]}
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from aecr_jax.data.haze import add_haze, draw_haze
+from aecr_jax.data.haze import haze_for
 from aecr_jax.data.images import to_float, unique_names
 from aecr_jax.data.samples import Sample
 from aecr_jax.errors import UserError
@@ -28,7 +28,7 @@ class DamagedSample(UserError):
 
 
 class Source:
-    """Random access to samples, as grain requires: `{"hazy", "clear", "index"}` for pairs, `{"clear", "depth", "index"}` for scenes.
+    """Random access to samples, as grain requires: the result of `Sample.read` and "index".
 
     Reading a sample raises UserError if it is damaged, or smaller than `least` pixels on a side. With `cache`, each is read only once.
     """
@@ -64,17 +64,17 @@ class Source:
 
 
 def to_pair(read: dict[str, np.ndarray], seed: int | tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Convert the result of a sample's `read` to (hazy, clear), float32 `[H, W, 3]`; for clear + depth, haze is drawn from `seed`."""
+    """Convert the result of a sample's `read` to (hazy, clear), float32 `[H, W, 3]`; if it has no haze, that is drawn from `seed`."""
     clear = to_float(read["clear"])
     if "hazy" in read:
         return to_float(read["hazy"]), clear
-    return add_haze(clear, read["depth"], *draw_haze(np.random.default_rng(seed))), clear
+    return haze_for(clear, read.get("depth"), np.random.default_rng(seed)), clear
 
 
 def eval_images(
     samples: Sequence[Sample], *, limit: int | None = None, seed: int = 0, process_index: int = 0, process_count: int = 1
 ) -> Iterator[EvalImage]:
-    """Yield whole samples in order; for clear + depth, haze is drawn from `seed` and the index, so that it is the same at every call.
+    """Yield whole samples in order; if they have no haze, that is drawn from `seed` and the index, so that it is the same at every call.
 
     With `limit`, at most that many samples are used, evenly spread. In a run of several processes, each process yields its share.
     """

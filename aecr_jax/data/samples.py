@@ -13,13 +13,13 @@ import numpy as np
 from aecr_jax.data.images import read_depth, read_pixels
 from aecr_jax.errors import UserError
 
-Kind = Literal["pair", "depth"]
+Kind = Literal["pair", "depth", "clear"]
 # RESIDE's clear images have 640x480 pixels, and its hazy ones 620x460, without 10 pixels on each side. Resizing instead costs 15 dB.
 _RESIDE_FRAME, _RESIDE_CROP, _RESIDE_BORDER = (480, 640), (460, 620), 10
 
 
 class Sample(ABC):
-    """A hazy image with its clear one, or a clear image with depth from which haze is made.
+    """A hazy image with its clear one, or a clear image, with depth or alone, to which haze is added.
 
     The properties below are those of a sample with image files of its own; other kinds of samples override them. A sample must be
     picklable, because worker processes read samples too.
@@ -28,7 +28,7 @@ class Sample(ABC):
     __slots__ = ()
 
     kind: ClassVar[Kind]
-    """The kind of images that `read` returns: "pair" (hazy and clear) or "depth" (clear and depth)."""
+    """The kind of images that `read` returns: "pair" (hazy and clear), "depth" (clear and depth) or "clear" (clear alone)."""
 
     @property
     @abstractmethod
@@ -118,6 +118,28 @@ class DepthScene(Sample):
         if depth.shape == _RESIDE_FRAME:
             clear, depth = _cut_border(clear), _cut_border(depth)
         return {"clear": clear, "depth": depth}
+
+
+@dataclass(frozen=True, slots=True)
+class ClearImage(Sample):
+    """A clear image alone, to which haze with one random transmission and airlight 1 is added."""
+
+    clear: Path
+
+    kind = "clear"
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The file `clear`."""
+        return {"clear": self.clear}
+
+    def read(self) -> dict[str, np.ndarray]:
+        """Return `clear` `[H, W, 3]`.
+
+        Raises:
+          UserError: the file cannot be read.
+        """
+        return {"clear": read_pixels(self.clear)}
 
 
 def fit_clear(hazy: np.ndarray, clear: np.ndarray, hazy_name: str, clear_name: str) -> np.ndarray:

@@ -26,7 +26,15 @@ from aecr_jax.errors import MissingFileError, UserError, first_line
 from aecr_jax.files import refuse_existing, replacing
 from aecr_jax.networks.arrays import get_arrays
 from aecr_jax.networks.network import Network
-from aecr_jax.networks.registry import abstract_network, build_network, config_from_dict, config_to_dict
+from aecr_jax.networks.registry import (
+    abstract_network,
+    build_network,
+    config_from_dict,
+    config_to_dict,
+    find_network,
+    has_parameters,
+    network_names,
+)
 from aecr_jax.renamed import migrate
 from aecr_jax.validation import check_weight
 
@@ -48,7 +56,8 @@ def load_checkpoint(path: str | Path = DEFAULT_MODEL) -> Network:
 
     Args:
       path: the work directory of a training run or its `checkpoints` folder (the checkpoint with the best validation PSNR is loaded),
-        a single checkpoint in that folder, or an exported model; by default the model that is shipped with the package.
+        a single checkpoint in that folder, or an exported model; by default the model that is shipped with the package. If there is no
+        such folder, the name of a network without parameters, such as "dcp", gives that network with its default settings.
 
     Raises:
       UserError: `path` is none of these, or is damaged or incomplete.
@@ -58,8 +67,12 @@ def load_checkpoint(path: str | Path = DEFAULT_MODEL) -> Network:
 
 def load_with_info(path: str | Path) -> tuple[Network, dict[str, Any]]:
     """Load a model as `load_checkpoint` does, and the JSON saved with it: the config of a run, or `config.json` of an exported model."""
-    path = Path(path)
+    name, path = str(path), Path(path)
     if not path.is_dir():
+        if name in network_names() and not has_parameters(model_config := find_network(name).Config()):
+            model = build_network(model_config, {})
+            model.name = name
+            return model, {"model": config_to_dict(model_config), "about": {"name": name}}
         raise MissingFileError(f"there is no checkpoint folder {path}")
     if (path / _WEIGHTS).is_file():
         return _load_exported(path)

@@ -11,12 +11,14 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from aecr_jax.networks.arrays import replace_arrays
+from aecr_jax.networks.arrays import get_arrays, replace_arrays
 from aecr_jax.networks.network import Network, NetworkConfig
 
 # Maps each name to "module:class", or to the class itself once it is imported or registered.
 _NETWORKS: dict[str, str | type[Network]] = {
     "aecr_net": "aecr_jax.networks.aecr_net:AECRNet",
+    "dcp": "aecr_jax.networks.dcp:DCP",
+    "dehaze_net": "aecr_jax.networks.dehaze_net:DehazeNet",
     "aod_net": "aecr_jax.networks.aod_net:AODNet",
     "grid_dehaze_net": "aecr_jax.networks.grid_dehaze_net:GridDehazeNet",
     "ffa_net": "aecr_jax.networks.ffa_net:FFANet",
@@ -63,6 +65,11 @@ def make_network(config: NetworkConfig, *, rngs: nnx.Rngs) -> Network:
 def abstract_network(config: NetworkConfig) -> Network:
     """Build the network that a config describes, with shapes in place of arrays."""
     return nnx.eval_shape(lambda: make_network(config, rngs=nnx.Rngs(0)))
+
+
+def has_parameters(config: NetworkConfig) -> bool:
+    """Return whether the network that a config describes has parameters; DCP, for example, has none."""
+    return bool(get_arrays(abstract_network(config), nnx.Param))
 
 
 def build_network(config: NetworkConfig, arrays: Mapping[str, Any]) -> Network:

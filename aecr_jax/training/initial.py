@@ -11,8 +11,10 @@ from aecr_jax.errors import UserError
 from aecr_jax.inference.weights import has_checkpoint, load_with_info
 from aecr_jax.losses.loss import Loss
 from aecr_jax.losses.restoration import RestorationLoss
+from aecr_jax.losses.transmission import TransmissionLoss
 from aecr_jax.losses.vgg import VGG16Features, VGG19Features, VGGFeatures
 from aecr_jax.networks.network import Network
+from aecr_jax.networks.registry import find_network
 from aecr_jax.training.config import Config
 
 
@@ -23,6 +25,8 @@ def make_loss(config: Config) -> Loss:
       UserError: a file of weights is missing or wrong, the crops are too small for the features, or the loss does not fit the network.
     """
     loss, dtype = config.loss, config.model.dtype
+    if loss.kind == "transmission":
+        return TransmissionLoss(find_network(config.model.NAME))
     features = _load_features(VGG19Features, loss.features, config.data.crop) if loss.cr else None
     perceptual = _load_features(VGG16Features, loss.perceptual_features, config.data.crop) if loss.perceptual else None
     return RestorationLoss(

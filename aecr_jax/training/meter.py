@@ -101,7 +101,7 @@ class Meter:
 
 
 # The parts of the losses, of which a run has some.
-_SHOWN = ("l1", "l2", "smooth_l1", "transmission", "perceptual", "distillation", "cr")
+_SHOWN = ("l1", "l2", "smooth_l1", "mse", "perceptual", "distillation", "cr")
 
 
 def describe(values: dict[str, Any]) -> str:

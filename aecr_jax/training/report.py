@@ -34,7 +34,7 @@ _CURVES: list[tuple[str, str, list[str], bool]] = [
     ("PSNR (dB), RGB", "eval", ["psnr", "input_psnr"], False),
     ("SSIM", "eval", ["ssim", "input_ssim"], False),
     ("pixel distance", "train", ["l1", "l2", "smooth_l1"], True),
-    ("squared error of the transmission", "train", ["transmission"], True),
+    ("squared error of the transmission", "train", ["mse"], True),
     ("perceptual loss and distillation", "train", ["perceptual", "distillation"], True),
     ("contrastive regularization", "train", ["cr"], False),
     ("distance to the clear image, by feature level", "train", [f"d_ap_{i}" for i in _LEVELS], True),

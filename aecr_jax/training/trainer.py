@@ -27,7 +27,7 @@ from aecr_jax.inference.restore import Restorer
 from aecr_jax.inference.weights import check_folder_name
 from aecr_jax.losses.loss import Loss
 from aecr_jax.networks.network import Network
-from aecr_jax.networks.registry import abstract_network, find_network
+from aecr_jax.networks.registry import abstract_network, find_network, has_parameters
 from aecr_jax.processes import STATUS, StopRequest, check_shared, initialize, is_main, no_bar
 from aecr_jax.training.checkpoint import Checkpoints, Position
 from aecr_jax.training.config import Config
@@ -65,6 +65,8 @@ def train(config: Config, *, say: Say = tqdm.write) -> dict[str, Any]:
       Stopped: the run received SIGTERM or Ctrl-C; its state has been saved.
     """
     config.validate()
+    if not has_parameters(config.model):
+        raise UserError(f"model.name (={config.model.NAME}) has no parameters to train; eval and dehaze take it with --checkpoint")
     check_folder_name(config.run.workdir)
     initialize(config.run.coordinator, config.run.processes, config.run.process_id)
     if not is_main():
