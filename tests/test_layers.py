@@ -6,7 +6,7 @@ from flax import nnx
 from jax import lax
 
 from aecr_jax.networks.layers import Conv, ConvTranspose, DeformConv, FastDeconv, Mixup, PReLU, inverse_square_root
-from aecr_jax.ops.conv import conv_few_inputs, conv_few_outputs
+from aecr_jax.ops.conv import conv_1x1, conv_few_inputs, conv_few_outputs
 
 TYPES = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 
@@ -59,6 +59,14 @@ def test_narrow_convolutions_are_xla_convolutions(conv, channels, padding):
     cotangent = jax.random.normal(jax.random.key(2), plain(x, kernel).shape)
     for got, expected in zip(jax.vjp(ours, x, kernel)[1](cotangent), jax.vjp(plain, x, kernel)[1](cotangent)):
         np.testing.assert_allclose(got, expected, atol=1e-3)
+
+
+def test_a_1x1_convolution_is_an_xla_convolution():
+    x, kernel = jax.random.normal(jax.random.key(0), (2, 5, 4, 6)), jax.random.normal(jax.random.key(1), (1, 1, 6, 1))
+    expected = lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    np.testing.assert_allclose(conv_1x1(x, kernel, (1, 1), "VALID"), expected, atol=1e-5)
+    with pytest.raises(ValueError, match=r"kernel has shape \(1, 1, 6, 1\) and strides are \(2, 2\): both must be 1x1"):
+        conv_1x1(x, kernel, (2, 2), "VALID")
 
 
 def test_inverse_square_root_of_a_diagonal_matrix():
