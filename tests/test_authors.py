@@ -69,12 +69,14 @@ CASES: dict[str, Case] = {
         parameters=4_455_913,
         images=lambda x: x * np.array([0.14, 0.15, 0.152])[None, None, None] + np.array([0.64, 0.60, 0.58])[None, None, None],
         features={"pre": "first", "g1.gp.0": "groups.0.layers.0", "g2": "groups.1", "ca": "group_attention"},
+        slow=True,
     ),
     "pfdn": Case(
         parameters=11_268_611,
         images=lambda x: (x + 1) / 2,
         output=lambda y: 2 * y - 1,
         features={"pfdbs.0.fdu": "blocks.0.dehazing", "pfdbs": "blocks.8"},
+        slow=True,
     ),
     "msbdn": Case(
         parameters=31_353_061,

@@ -6,7 +6,7 @@ from flax import nnx
 from jax import lax
 
 from aecr_jax.networks.layers import Conv, ConvTranspose, DeformConv, FastDeconv, Mixup, PReLU, inverse_square_root
-from aecr_jax.ops.conv import concatenate_channels, conv_few_channels, conv_few_inputs, conv_few_outputs
+from aecr_jax.ops.conv import concatenate_channels, conv_1x1, conv_few_channels, conv_few_inputs, conv_few_outputs
 
 TYPES = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 
@@ -64,6 +64,14 @@ def test_narrow_convolutions_are_xla_convolutions(conv, channels, padding):
 def test_concatenation_of_channels():
     x, y = (jax.random.normal(jax.random.key(c), (2, 3, 4, c)) for c in (2, 5))
     np.testing.assert_array_equal(concatenate_channels(x, y), jnp.concatenate([x, y], -1))
+
+
+def test_a_1x1_convolution_is_an_xla_convolution():
+    x, kernel = jax.random.normal(jax.random.key(0), (2, 5, 4, 6)), jax.random.normal(jax.random.key(1), (1, 1, 6, 1))
+    expected = lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    np.testing.assert_allclose(conv_1x1(x, kernel, (1, 1), "VALID"), expected, atol=1e-5)
+    with pytest.raises(ValueError, match=r"kernel has shape \(1, 1, 6, 1\) and strides are \(2, 2\): both must be 1x1"):
+        conv_1x1(x, kernel, (2, 2), "VALID")
 
 
 def test_inverse_square_root_of_a_diagonal_matrix():

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from aecr_jax.networks.layers import Conv, FABlock, gate
 from aecr_jax.networks.network import Network, NetworkConfig, as_images
+from aecr_jax.ops.conv import conv_few_inputs, conv_few_outputs
 from aecr_jax.settings import bounded
 
 # Mean and standard deviation per channel by which the authors normalise hazy images. They are not those of ImageNet.
@@ -92,13 +93,13 @@ class FFANet(Network):
         types["rngs"] = rngs
         w = config.width
         hidden = max(1, w // FABlock.REDUCTION)
-        self.first = Conv(3, w, 3, **types)
+        self.first = Conv(3, w, 3, conv_general_dilated=conv_few_inputs, **types)
         self.groups = nnx.List([Group(w, config.blocks, **types) for _ in range(_GROUPS)])
         self.group_attention = GroupAttention(w, _GROUPS, **types)
         self.pixel_down = Conv(w, hidden, 1, **types)
         self.pixel_up = Conv(hidden, 1, 1, **types)
         self.last1 = Conv(w, w, 3, **types)
-        self.last2 = Conv(w, 3, 3, **types)
+        self.last2 = Conv(w, 3, 3, conv_general_dilated=conv_few_outputs, **types)
 
     def __call__(self, hazy: ArrayLike) -> Array:
         hazy = as_images(hazy)

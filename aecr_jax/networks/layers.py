@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from aecr_jax.ops.conv import conv_transpose
+from aecr_jax.ops.conv import conv_1x1, conv_transpose
 from aecr_jax.ops.deform_conv import deform_conv2d
 
 DType = Any
@@ -54,6 +54,8 @@ class Conv(nnx.Conv):
     ):
         init = uniform_within(in_features * size * size)
         self.reflected = (size - 1) // 2 if reflect else 0
+        if size == 1 and stride == 1:
+            options.setdefault("conv_general_dilated", conv_1x1)
         super().__init__(
             in_features,
             out_features,

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from aecr_jax.networks.layers import Conv, ConvTranspose, gate, uniform_within
 from aecr_jax.networks.network import Network, NetworkConfig, as_images
+from aecr_jax.ops.conv import conv_few_inputs, conv_few_outputs
 from aecr_jax.settings import bounded
 
 
@@ -89,13 +90,13 @@ class PFDN(Network):
         types: dict[str, Any] = dict(dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.param_dtype))
         types["rngs"] = rngs
         w = config.width
-        self.down1 = Conv(3, w, 3, **types)
+        self.down1 = Conv(3, w, 3, conv_general_dilated=conv_few_inputs, **types)
         self.down2 = Conv(w, 2 * w, 3, stride=2, **types)
         self.down3 = Conv(2 * w, 4 * w, 3, stride=2, **types)
         self.blocks = nnx.List([FeatureDehazingBlock(4 * w, **types) for _ in range(config.blocks)])
         self.up1 = ConvTranspose(4 * w, 2 * w, 2, **types)
         self.up2 = ConvTranspose(2 * w, w, 2, **types)
-        self.up3 = Conv(w, 3, 3, **types)
+        self.up3 = Conv(w, 3, 3, conv_general_dilated=conv_few_outputs, **types)
 
     def __call__(self, hazy: ArrayLike) -> Array:
         hazy = as_images(hazy)
