@@ -97,7 +97,7 @@ recipes = {
         L1,
         OptimConfig(steps=20 * EPOCH // 2, batch=2, learning_rate=1e-4),
         crop=256,
-        train="data/ITS/clear,data/ITS/clear",
+        train="clear=data/ITS/clear",
     ),
     "kddn": recipe(
         KDDNConfig(),
@@ -118,7 +118,10 @@ laptop = {
     "grid_dehaze_net": for_laptop(GridDehazeNetConfig(width=8, growth=8, dense_layers=2)),
     "ffa_net": for_laptop(FFANetConfig(width=16, blocks=2)),
     "msbdn": for_laptop(MSBDNConfig(width=8, blocks=4), learning_rate=5e-4),
-    "kddn_teacher": for_laptop(KDDNTeacherConfig(width=16)),
+    "kddn_teacher": dataclasses.replace(
+        for_laptop(KDDNTeacherConfig(width=16)),
+        data=DataConfig(train="clear=data/nyu_depth_v2/rgb", holdout=50, crop=96, threads=2),
+    ),
     "kddn": for_laptop(KDDNConfig(width=16, blocks=2)),
     "pfdn": for_laptop(PFDNConfig(width=16, blocks=3)),
 }

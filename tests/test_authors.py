@@ -43,7 +43,7 @@ class Case:
     """Maps the file's names of layers to ours."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     slow: bool = False
-    """Whether the gradients take too long for the quick tests."""
+    """Whether gradients and single layers take too long for the quick tests."""
 
 
 CASES: dict[str, Case] = {
@@ -94,6 +94,10 @@ CASES: dict[str, Case] = {
 }
 
 
+# The tests that take long for large networks.
+THOROUGH = [pytest.param(name, marks=pytest.mark.slow) if case.slow else name for name, case in CASES.items()]
+
+
 def weights_by_rule(seed: int, gain: float, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     """Make the authors' tensors of these shapes by the rule of the reference files."""
     tensors = {}
@@ -140,7 +144,7 @@ def test_output_in_float32(name):
     np.testing.assert_allclose(y, file["y64"], rtol=0, atol=2e-5 * np.abs(file["y64"]).max())
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if case.slow else name for name, case in CASES.items()])
+@pytest.mark.parametrize("name", THOROUGH)
 def test_output_and_gradients_in_float64(name, x64):
     file = np.load(GOLDEN / f"{name}.npz")
     model = reference_model(name, file, "float64")
@@ -163,7 +167,7 @@ def test_output_and_gradients_in_float64(name, x64):
         np.testing.assert_allclose(np.sum(gradients[their] * direction), dot, rtol=1e-6, atol=1e-6 * norm, err_msg=their)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", THOROUGH)
 def test_layers_and_odd_sizes_in_float64(name, x64):
     if not (SHARED / f"{name}.npz").exists():
         pytest.skip("the outputs of single layers are in ../shared/networks")

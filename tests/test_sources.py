@@ -115,8 +115,9 @@ def test_a_folder_may_have_the_signs_of_the_notation_in_its_name(root):
 
 
 def test_wrong_notations_are_one_line(root, capsys):
-    assert "there is no folder nowhere: data must be a folder, HAZY,CLEAR, clear=FOLDER,depth=FOLDER, constant:FOLDER, a built" in fails(
-        capsys, "eval", "--data", "nowhere"
+    assert (
+        "there is no folder nowhere: data must be a folder, HAZY,CLEAR, clear=FOLDER,depth=FOLDER, constant:FOLDER, clear=FOLDER, a built"
+        in fails(capsys, "eval", "--data", "nowhere")
     )
     with pytest.raises(FileNotFoundError):
         open_samples("nowhere")
@@ -149,3 +150,16 @@ def test_the_ten_scenes_behind_the_shipped_models_score():
         apply_split("sots_indoor_10", samples([*ten, "7"]))
     with pytest.raises(UserError, match="split sots_indoor_10 is not for sots_outdoor"):
         apply_split("sots_indoor_10", samples(ten, "reside/sots_outdoor"))
+
+
+def test_clear_images_as_their_own_targets(tmp_path):
+    picture(tmp_path / "b.png", (6, 4))
+    picture(tmp_path / "a.jpg", (8, 5))
+    samples, name = open_samples(f"clear={tmp_path}")
+    assert name == f"clear={tmp_path}" and [sample.name for sample in samples] == ["a", "b"]
+    for sample in samples:
+        images = sample.read()
+        np.testing.assert_array_equal(images["hazy"], images["clear"])
+    with pytest.raises(UserError, match=r"no images in .*: looked for clear images"):
+        (tmp_path / "empty").mkdir()
+        open_samples(f"clear={tmp_path / 'empty'}")

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from aecr_jax.data.folders import find_clear_images, find_dataset, find_depth_scenes, find_pairs
 from aecr_jax.data.layouts import DATASETS
-from aecr_jax.data.samples import DrawnScene, Sample
+from aecr_jax.data.samples import DrawnScene, Pair, Sample
 from aecr_jax.data.scenes import render_scene
 from aecr_jax.data.splits import PARTS, apply_split
 from aecr_jax.errors import MissingFileError, UserError
@@ -25,11 +25,11 @@ _STREAMS = {"train": 0, "test": 1}
 _COUNTS = {"train": 200, "test": 20}
 _SIZE = (320, 240)
 _SCENES = re.compile(r"scenes(?:/(?P<part>train|test))?(?::(?P<count>\d+))?(?::(?P<width>\d+)x(?P<height>\d+))?$")
-_CONSTANT = "constant:"
+_CONSTANT, _CLEAR = "constant:", "clear="
 _PART = re.compile(rf"(?P<data>.+)@(?P<split>\w+)/(?P<part>{'|'.join(PARTS)})$")
 NOTATION = (
-    "a folder, HAZY,CLEAR, clear=FOLDER,depth=FOLDER, constant:FOLDER, a built data set such as reside/its, or scenes; append @NAME/PART"
-    " for a part of a named split"
+    "a folder, HAZY,CLEAR, clear=FOLDER,depth=FOLDER, constant:FOLDER, clear=FOLDER, a built data set such as reside/its, or scenes; append"
+    " @NAME/PART for a part of a named split"
 )
 
 
@@ -40,7 +40,8 @@ class DataConfig:
     `train` and `eval` take a folder with `hazy/` and `clear/` (or `rgb/` and `depth/`), two folders `HAZY,CLEAR` or
     `clear=FOLDER,depth=FOLDER`, a data set that `prepare-data` built (`reside/its`, `reside/its:val`), or `scenes` drawn by the program
     (`scenes:COUNT:WIDTHxHEIGHT`). `@NAME/PART` at the end selects the train, validation or test part of a named split. `constant:FOLDER`
-    takes clear images alone; each crop gets haze with one random transmission and airlight 1, as in DehazeNet's training.
+    takes clear images alone; each crop gets haze with one random transmission and airlight 1, as in DehazeNet's training. `clear=FOLDER`
+    alone takes clear images as both input and target, as in the training of KDDN's teacher.
     """
 
     train: str = "scenes"
@@ -120,6 +121,9 @@ def open_samples(spec: str, *, data_dir: str = "", training: bool = False, probl
         return list(records), name
     if spec.startswith(_CONSTANT) and not Path(spec).is_dir():
         return list(find_clear_images(spec.removeprefix(_CONSTANT), problems)), spec
+    if spec.startswith(_CLEAR) and "," not in spec and not Path(spec).is_dir():
+        images = find_clear_images(spec.removeprefix(_CLEAR), problems)
+        return [Pair(image.clear, image.clear) for image in images], spec
     if Path(spec).is_dir() or "," not in spec:
         if not Path(spec).is_dir():
             raise MissingFileError(f"there is no folder {spec}: data must be {NOTATION}")

@@ -32,7 +32,9 @@ class AODNet(Network):
     Five convolutions of three channels each estimate one map K from the image, with which the haze model becomes
     `restored = relu(K * hazy - K + 1)`. The layers are those of the authors' Caffe model (github.com/Boyiliee/AOD-Net,
     `test_template.prototxt`), which MayankSingal/PyTorch-Image-Dehazing repeats. Images are not normalised, and convolutions pad with
-    zeros. Kernels are initialised from a normal distribution of standard deviation 0.02, as in both projects' training.
+    zeros. Kernels are initialised from a normal distribution of standard deviation 0.02, as in both projects' training. The last bias
+    begins at 1, so that K is about 1 and the output about the input: with the authors' initial values, K is about 0, and a channel of K
+    that is negative has no gradient and stays white for ever.
 
     Args:
       config: the network's settings; the authors' by default.
@@ -52,7 +54,7 @@ class AODNet(Network):
         self.conv2 = Conv(3, 3, 3, **options)
         self.conv3 = Conv(6, 3, 5, **options)
         self.conv4 = Conv(6, 3, 7, **options)
-        self.conv5 = Conv(12, 3, 3, **options)
+        self.conv5 = Conv(12, 3, 3, bias_init=nnx.initializers.ones_init(), **options)
 
     def __call__(self, hazy: ArrayLike) -> Array:
         hazy = as_images(hazy)

@@ -35,7 +35,7 @@ class Conv(nnx.Conv):
     """A square convolution, padded so that the output has the input's size divided by the stride.
 
     The padding is (size - 1) // 2 on each side: zeros, or the input's reflection. With an even `size`, the stride must be 2 and the
-    input's height and width even. The initial values are PyTorch's, and the kernel's are those of `kernel_init` if it is given.
+    input's height and width even. The initial values are PyTorch's, unless `kernel_init` or `bias_init` is given.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class Conv(nnx.Conv):
         stride: int = 1,
         reflect: bool = False,
         kernel_init: nnx.Initializer | None = None,
+        bias_init: nnx.Initializer | None = None,
         dtype: DType,
         param_dtype: DType,
         rngs: nnx.Rngs,
@@ -64,7 +65,7 @@ class Conv(nnx.Conv):
             # "SAME" would pad an even input on one side only when the stride is 2.
             padding="VALID" if reflect else (size - 1) // 2,
             kernel_init=kernel_init or init,
-            bias_init=init,
+            bias_init=bias_init or init,
             dtype=dtype,
             param_dtype=param_dtype,
             rngs=rngs,

@@ -170,6 +170,8 @@ class Config:
             count, part = getattr(self.loss, name), optim.batch // optim.accumulate
             if self.loss.cr and count > part:
                 raise UserError(f"loss.{name} (={count}) must be at most optim.batch / optim.accumulate (={part})")
+        if self.loss.cr and self.loss.kind != "restoration":
+            raise UserError(f"loss.cr (={self.loss.cr}) must be 0 if loss.kind is {self.loss.kind}")
         if "float64" in (self.model.dtype, self.model.param_dtype) and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
             raise UserError("model.dtype and model.param_dtype may only be float64 with the environment variable JAX_ENABLE_X64=1")
         self.data.validate()

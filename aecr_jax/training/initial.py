@@ -9,10 +9,12 @@ from flax import nnx
 
 from aecr_jax.errors import UserError
 from aecr_jax.inference.weights import has_checkpoint, load_with_info
+from aecr_jax.losses.distillation import DistillationLoss
 from aecr_jax.losses.loss import Loss
 from aecr_jax.losses.restoration import RestorationLoss
 from aecr_jax.losses.transmission import TransmissionLoss
 from aecr_jax.losses.vgg import VGG16Features, VGG19Features, VGGFeatures
+from aecr_jax.networks.kddn import KDDNConfig, KDDNTeacher
 from aecr_jax.networks.network import Network
 from aecr_jax.networks.registry import find_network
 from aecr_jax.training.config import Config
@@ -27,7 +29,9 @@ def make_loss(config: Config) -> Loss:
     loss, dtype = config.loss, config.model.dtype
     if loss.kind == "transmission":
         return TransmissionLoss(find_network(config.model.NAME))
-    features = _load_features(VGG19Features, loss.features, config.data.crop) if loss.cr else None
+    features = _load_features(VGG19Features, loss.features, config.data.crop) if loss.cr or loss.kind == "distillation" else None
+    if loss.kind == "distillation":
+        return _make_distillation(config, features)
     perceptual = _load_features(VGG16Features, loss.perceptual_features, config.data.crop) if loss.perceptual else None
     return RestorationLoss(
         features,
@@ -39,6 +43,19 @@ def make_loss(config: Config) -> Loss:
         perceptual_features=perceptual,
         dtype=dtype,
     )
+
+
+def _make_distillation(config: Config, features: VGG19Features | None) -> DistillationLoss:
+    if not isinstance(config.model, KDDNConfig):
+        raise UserError(f"model.name (={config.model.NAME}) must be kddn, because loss.kind (=distillation) compares its features")
+    if not config.loss.teacher:
+        raise UserError("loss.teacher is empty and must be the checkpoint of a kddn_teacher, because loss.kind is distillation")
+    teacher = load_with_info(config.loss.teacher)[0]
+    if not isinstance(teacher, KDDNTeacher):
+        raise UserError(f"loss.teacher (={config.loss.teacher}) is a {teacher.config.NAME} and must be a kddn_teacher")
+    if teacher.config.width != config.model.width:
+        raise UserError(f"model.width (={config.model.width}) must be that of loss.teacher, {teacher.config.width}")
+    return DistillationLoss(teacher, features, dtype=config.model.dtype)
 
 
 def _load_features(network: type[VGGFeatures], file: str, crop: int) -> Any:
