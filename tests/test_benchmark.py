@@ -183,7 +183,7 @@ def test_the_fastest_opponent_is_measured(tmp_path, capsys, monkeypatch):
         (["op", "--size", "4", "--channels", "2", "--output", "/proc/no/figures.json"], "/proc/no"),
         (["growth", "--sizes", "0", "8"], "--sizes"),
         (["train", "--size", "8"], "--size (=8) must be at least 16"),
-        (["model", "--size", "250", "--against", "torch"], "--size (=250) must be a multiple of 4"),
+        (["model", "--size", "250", "--against", "torch"], "--size (=250) and --columns must be multiples of 4"),
         (["op", "--output", "/proc/no/figures.json"], "/proc/no"),
         (["growth", "--plot", "plot.nonsense"], "plot.nonsense"),
         (["op", "stray"], "stray"),

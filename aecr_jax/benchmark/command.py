@@ -32,6 +32,8 @@ def _add_speed(kinds: Any) -> None:
         batch, size = defaults[what]
         speed.add_argument("--batch", type=int, default=batch, metavar="N", help=f"images; default {batch}")
         speed.add_argument("--size", type=int, default=size, metavar="N", help=f"height and width; default {size}")
+        if what == "model":
+            speed.add_argument("--columns", type=int, metavar="N", help="width, if it is not that of --size")
         if what == "op":
             speed.add_argument("--channels", type=int, default=256, metavar="N", help="of input and output; default 256")
         else:
@@ -79,12 +81,12 @@ def run_benchmark(options: argparse.Namespace, rest: list[str]) -> int:
 def _benchmark_speed(options: argparse.Namespace, rest: list[str]) -> int:
     if rest:
         raise UserError(f"unrecognized arguments: {' '.join(rest)}; see python -m aecr_jax benchmark {options.what} --help")
-    for name in ("batch", "size", "channels", "width", "rounds", "sizes", "batches"):
+    for name in ("batch", "size", "columns", "channels", "width", "rounds", "sizes", "batches"):
         if getattr(options, name, None) is None:
             continue
         given = getattr(options, name)
         # The reflection padding before the network's first convolution needs 4 pixels, and the five levels of VGG-19 need 16.
-        least = {"op": 1, "train": 16}.get(options.what, 4) if name in ("size", "sizes") else 1
+        least = {"op": 1, "train": 16}.get(options.what, 4) if name in ("size", "columns", "sizes") else 1
         if min(given if isinstance(given, Sequence) else [given]) < least:
             raise UserError(f"--{name} (={given}) must be at least {least}")
     if options.what == "growth":
@@ -94,7 +96,7 @@ def _benchmark_speed(options: argparse.Namespace, rest: list[str]) -> int:
         benchmark_growth(sizes, batches, width=options.width, rounds=options.rounds, output=options.output, plot=options.plot)
         return 0
     if options.against and options.what != "op":
-        _check_twin(options.network, options.size)
+        _check_twin(options.network, options.size, getattr(options, "columns", None) or options.size)
     if options.against:  # set before the backend starts, because JAX would otherwise reserve most of a GPU's memory
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from aecr_jax.benchmark.speed import benchmark
@@ -104,7 +106,7 @@ def _benchmark_speed(options: argparse.Namespace, rest: list[str]) -> int:
     if options.what == "op":
         works = [Work("op", channels=options.channels, backward=backward, **common) for backward in (False, True)]
     elif options.what == "model":
-        works = [Work("model", network=options.network, width=options.width, **common)]
+        works = [Work("model", network=options.network, width=options.width, columns=options.columns, **common)]
     else:
         works = [Work("train", network=options.network, width=options.width, cr=cr, **common) for cr in (False, True)]
     torch_python = options.torch_python if options.against else None
@@ -112,7 +114,7 @@ def _benchmark_speed(options: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
-def _check_twin(network: str, size: int) -> None:
+def _check_twin(network: str, size: int, columns: int) -> None:
     """Raise UserError if the PyTorch side does not have the network or cannot process images of this size."""
     from aecr_jax.benchmark.opponent import has_twin
     from aecr_jax.networks.registry import find_network
@@ -123,5 +125,7 @@ def _check_twin(network: str, size: int) -> None:
         multiple = find_network(network).MULTIPLE
     except ValueError as error:
         raise UserError(str(error)) from error
-    if size % multiple:
-        raise UserError(f"--size (={size}) must be a multiple of {multiple} with --against, because PyTorch's network does not pad")
+    if size % multiple or columns % multiple:
+        raise UserError(
+            f"--size (={size}) and --columns must be multiples of {multiple} with --against, because PyTorch's network does not pad"
+        )

@@ -61,7 +61,7 @@ def _op(request: dict[str, Any], device: torch.device) -> Run:
 
 def _model(request: dict[str, Any], device: torch.device) -> Run:
     model = _layout(request, _network(request).to(device)).eval()
-    x = _images(request, torch.rand(request["batch"], 3, request["size"], request["size"], device=device))
+    x = _images(request, torch.rand(request["batch"], 3, request["size"], request["columns"] or request["size"], device=device))
     call = _compiled(request, model)
 
     def forward() -> None:

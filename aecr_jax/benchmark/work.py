@@ -35,7 +35,9 @@ class Work:
     """Kind of work: "op", "model" or "train"."""
     batch: int = 1
     size: int = 64
-    """Height and width in pixels."""
+    """Height in pixels, and width unless `columns` is set."""
+    columns: int | None = None
+    """Width in pixels of the images for "model"."""
     channels: int = 256
     """Channels of the operator's input and output."""
     network: str = "aecr_net"
@@ -55,7 +57,7 @@ class Work:
         else:
             what = "forward" if self.kind == "model" else f"train step, {'L1 + CR' if self.cr else 'L1'}"
             what = what if self.network == "aecr_net" else f"{self.network} {what}"
-        return f"{what}, {self.batch} x {self.size}x{self.size}"
+        return f"{what}, {self.batch} x {self.size}x{self.columns or self.size}"
 
     def model_config(self) -> NetworkConfig:
         """Return the config of the network that is measured.
@@ -127,7 +129,7 @@ def _model(work: Work) -> tuple[Any, tuple[Any, ...], int | None]:
     model = make_network(work.model_config(), rngs=nnx.Rngs(0))
     model.eval()
     graph, state = nnx.split(model)
-    x = jnp.asarray(np.random.default_rng(0).random((work.batch, work.size, work.size, 3)), jnp.float32)
+    x = jnp.asarray(np.random.default_rng(0).random((work.batch, work.size, work.columns or work.size, 3)), jnp.float32)
     return jax.jit(lambda state, x: nnx.merge(graph, state)(x)), (state, x), None
 
 
