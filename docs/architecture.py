@@ -10,12 +10,12 @@ PICTURE = Path(__file__).parent / "pictures" / "architecture.svg"
 PACKAGES = {
     "ops": ("deformable convolution", 0, 0),
     "data": ("folders, data sets, haze, grain pipeline", 1, 0),
-    "losses": ("L1 and contrastive regularization, VGG-19", 2, 0),
     "networks": ("one file per network, registry by name", 0, 1),
-    "inference": ("load, save, dehaze, evaluate", 0.3, 2),
+    "inference": ("load, save, dehaze, evaluate, compare", 0.3, 2),
+    "losses": ("L1, contrastive regularization, others; VGG", 1.6, 2),
     "training": ("settings, step, trainer, checkpoints, report", 0.6, 3),
     "convert": ("weights of other projects", 2, 3),
-    "benchmark": ("speed, PyTorch twin", 0.6, 4),
+    "benchmark": ("speed, PyTorch twins", 0.6, 4),
     "__main__": ("commands and exit statuses", 1.3, 5),
 }
 _WIDTH, _HEIGHT, _COLUMN, _ROW, _GAP = 270, 50, 290, 95, 10
