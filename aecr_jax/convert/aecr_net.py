@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
-
 import numpy as np
 
-from aecr_jax.convert.format import SCALAR, Format, Layout, rename
+from aecr_jax.convert.format import SCALAR, Format, Layout, read_size, rename
 from aecr_jax.convert.tensors import Tensors
 from aecr_jax.networks.aecr_net import AECRNetConfig
+
+_TITLE = "the official AECR-Net"
 
 # PyTorch's unfold orders the values of a patch by (channel, row, column), this project by (row, column, channel).
 _PATCH = np.arange(27).reshape(3, 3, 3).transpose(1, 2, 0).ravel()
@@ -40,15 +40,12 @@ _rename = rename(
 
 
 def _read_config(tensors: Tensors) -> AECRNetConfig:
-    # Use the most frequent width, so that a single wrong tensor is reported itself and not the correct ones.
-    widths = [len(tensors[name]) for name in ("down1.1.weight", "down1.1.bias", "up2.0.bias") if name in tensors and tensors[name].ndim]
-    if len(widths) < 2 or not all(widths):
-        raise ValueError("tensor down1.1.weight of shape (64, 3, 7, 7) is missing: this is no official AECR-Net checkpoint")
-    return AECRNetConfig(width=statistics.mode(widths), fast_deconv="deconv.weight" in tensors)
+    width = read_size(tensors, ("down1.1.weight", "down1.1.bias", "up2.0.bias"), _TITLE)
+    return AECRNetConfig(width=width, fast_deconv="deconv.weight" in tensors)
 
 
 FORMAT = Format(
-    title="the official AECR-Net",
+    title=_TITLE,
     signature=r"dcn_block\.dcn\.weight",
     read_config=_read_config,
     rename=lambda name: _SPECIAL.get(name) or _rename(name),

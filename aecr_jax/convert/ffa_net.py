@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-import statistics
 
-from aecr_jax.convert.format import Format, Layout, rename
+from aecr_jax.convert.format import Format, Layout, count_layers, read_size, rename
 from aecr_jax.convert.tensors import Tensors
 from aecr_jax.networks.ffa_net import FFANetConfig
+
+_TITLE = "the authors' FFA-Net"
 
 _layers = rename(
     [
@@ -30,17 +31,12 @@ def _rename(ours: str) -> tuple[str, Layout]:
 
 
 def _read_config(tensors: Tensors) -> FFANetConfig:
-    # Use the most frequent width, so that a single wrong tensor is reported itself and not the correct ones.
-    names = ("pre.0.weight", "pre.0.bias", "post.0.bias")
-    widths = [len(tensors[name]) for name in names if name in tensors and tensors[name].ndim]
-    blocks = {int(found[1]) for name in tensors if (found := re.fullmatch(r"g[123]\.gp\.(\d+)\.conv[12]\.weight", name))}
-    if len(widths) < 2 or not all(widths) or not blocks:
-        raise ValueError("tensor pre.0.weight of shape (64, 3, 3, 3) is missing: this is no checkpoint of FFA-Net")
-    return FFANetConfig(width=statistics.mode(widths), blocks=max(blocks) + 1)
+    width = read_size(tensors, ("pre.0.weight", "pre.0.bias", "post.0.bias"), _TITLE)
+    return FFANetConfig(width=width, blocks=count_layers(tensors, r"g[123]\.gp\.(\d+)\.conv[12]\.weight", _TITLE))
 
 
 FORMAT = Format(
-    title="the authors' FFA-Net",
+    title=_TITLE,
     signature=r"g1\.gp\.0\.calayer\.ca\.0\.weight",
     read_config=_read_config,
     rename=_rename,

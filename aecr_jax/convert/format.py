@@ -6,6 +6,7 @@ Conversion renames and rearranges tensors; their values do not change.
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -57,6 +58,30 @@ def rename(rules: Sequence[tuple[str, str]], *, transposed: str = "(?!)", linear
         return f"{theirs}.weight", next(layout for pattern, layout in kinds if not pattern or re.fullmatch(pattern, layer))
 
     return find
+
+
+def read_size(tensors: Tensors, names: Sequence[str], title: str) -> int:
+    """Return the length of the first axis that most of the tensors `names` have, so that a single wrong one is later reported itself.
+
+    Raises:
+      ValueError: fewer than two of them exist, so these are not the tensors of `title`.
+    """
+    sizes = [len(tensors[name]) for name in names if name in tensors and tensors[name].ndim]
+    if len(sizes) < 2 or not all(sizes):
+        raise ValueError(f"tensor {names[0]} is missing: this is no checkpoint of {title}")
+    return statistics.mode(sizes)
+
+
+def count_layers(tensors: Tensors, pattern: str, title: str) -> int:
+    """Return one more than the largest number in the group of a regular expression that matches the names of tensors.
+
+    Raises:
+      ValueError: no name matches, so these are not the tensors of `title`.
+    """
+    numbers = [int(found[1]) for name in tensors if (found := re.fullmatch(pattern, name))]
+    if not numbers:
+        raise ValueError(f"no tensor has a name such as {pattern}: this is no checkpoint of {title}")
+    return max(numbers) + 1
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
-import statistics
-from collections import Counter
-
-from aecr_jax.convert.format import SAME, Format, rename
+from aecr_jax.convert.format import SAME, Format, count_layers, read_size, rename
 from aecr_jax.convert.tensors import Tensors
 from aecr_jax.networks.grid_dehaze_net import GridDehazeNetConfig
+
+_TITLE = "GridDehazeNet"
 
 _BLOCKS = {r"blocks\.(\d)\.(\d)": r"rdb_module.\1_\2", "block_in": "rdb_in", "block_out": "rdb_out"}
 _rename = rename(
@@ -26,22 +24,14 @@ _rename = rename(
 
 
 def _read_config(tensors: Tensors) -> GridDehazeNetConfig:
-    # Use the most frequent sizes, so that a single wrong tensor is reported itself and not the correct ones.
-    widths = [len(tensors[name]) for name in ("conv_in.weight", "conv_in.bias", "rdb_in.conv_1x1.bias") if _has_axes(tensors, name)]
-    growths = [len(tensors[name]) for name in tensors if re.fullmatch(r"rdb_.*\.0\.conv\.bias", name) and _has_axes(tensors, name)]
-    layers = Counter(found[1] for name in tensors if (found := re.fullmatch(r"(rdb_.*)\.residual_dense_layers\.\d+\.conv\.bias", name)))
-    if not widths or not growths or not layers:
-        raise ValueError("tensor conv_in.weight of shape (16, 3, 3, 3) is missing: this is no checkpoint of GridDehazeNet")
-    width, growth, dense_layers = (statistics.mode(sizes) for sizes in (widths, growths, layers.values()))
-    return GridDehazeNetConfig(width=width, growth=growth, dense_layers=dense_layers)
-
-
-def _has_axes(tensors: Tensors, name: str) -> bool:
-    return name in tensors and tensors[name].ndim > 0
+    width = read_size(tensors, ("conv_in.weight", "conv_in.bias", "rdb_in.conv_1x1.bias"), _TITLE)
+    first = [f"{block}.residual_dense_layers.0.conv.bias" for block in ("rdb_in", "rdb_out", "rdb_module.0_0")]
+    layers = count_layers(tensors, r"rdb_.*\.residual_dense_layers\.(\d+)\.conv\.bias", _TITLE)
+    return GridDehazeNetConfig(width=width, growth=read_size(tensors, first, _TITLE), dense_layers=layers)
 
 
 FORMAT = Format(
-    title="GridDehazeNet",
+    title=_TITLE,
     signature=r"rdb_module\.0_0\.conv_1x1\.weight",
     read_config=_read_config,
     rename=lambda name: ("coefficient", SAME) if name == "coefficient" else _rename(name),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-import statistics
 
-from aecr_jax.convert.format import Format, Layout, rename
+from aecr_jax.convert.format import Format, Layout, count_layers, read_size, rename
 from aecr_jax.convert.tensors import Tensors
 from aecr_jax.networks.kddn import KDDNConfig
+
+_TITLE = "the authors' KDDN"
 
 _layers = rename(
     [
@@ -29,17 +30,12 @@ def _rename(ours: str) -> tuple[str, Layout]:
 
 
 def _read_config(tensors: Tensors) -> KDDNConfig:
-    # Use the most frequent width, so that a single wrong tensor is reported itself and not the correct ones.
-    names = ("conv0.0.conv.bias", "down1.0.conv.bias", "down2.0.conv.bias")
-    widths = [len(tensors[name]) for name in names if name in tensors and tensors[name].ndim]
-    blocks = {int(found[1]) for name in tensors if (found := re.fullmatch(r"res.\.(\d+)\.conv[12]\.weight", name))}
-    if len(widths) < 2 or not all(widths) or not blocks:
-        raise ValueError("tensor down1.0.conv.bias of shape (64,) is missing: this is no checkpoint of KDDN's student")
-    return KDDNConfig(width=statistics.mode(widths), blocks=max(blocks) + 1)
+    width = read_size(tensors, ("conv0.0.conv.bias", "down1.0.conv.bias", "down2.0.conv.bias"), _TITLE)
+    return KDDNConfig(width=width, blocks=count_layers(tensors, r"res.\.(\d+)\.conv[12]\.weight", _TITLE))
 
 
 FORMAT = Format(
-    title="the authors' KDDN",
+    title=_TITLE,
     signature=r"res1\.0\.se\.fc\.0\.weight",
     read_config=_read_config,
     rename=_rename,

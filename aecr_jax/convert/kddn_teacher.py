@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-import statistics
 
-from aecr_jax.convert.format import Format, Layout, rename
+from aecr_jax.convert.format import Format, Layout, read_size, rename
 from aecr_jax.convert.tensors import Tensors
 from aecr_jax.networks.kddn import KDDNTeacherConfig
+
+_TITLE = "the authors' KDDN teacher"
 
 _layers = rename(
     [
@@ -30,16 +31,11 @@ def _rename(ours: str) -> tuple[str, Layout]:
 
 
 def _read_config(tensors: Tensors) -> KDDNTeacherConfig:
-    # Use the most frequent width, so that a single wrong tensor is reported itself and not the correct ones.
-    names = ("conv0.conv.bias", "down.0.conv.bias", "down.1.conv.bias")
-    widths = [len(tensors[name]) for name in names if name in tensors and tensors[name].ndim]
-    if len(widths) < 2 or not all(widths):
-        raise ValueError("tensor down.0.conv.bias of shape (64,) is missing: this is no checkpoint of KDDN's teacher")
-    return KDDNTeacherConfig(width=statistics.mode(widths))
+    return KDDNTeacherConfig(width=read_size(tensors, ("conv0.conv.bias", "down.0.conv.bias", "down.1.conv.bias"), _TITLE))
 
 
 FORMAT = Format(
-    title="the authors' KDDN teacher",
+    title=_TITLE,
     signature=r"res1\.model\.0\.conv\.weight",
     read_config=_read_config,
     rename=_rename,

@@ -6,11 +6,12 @@ The released checkpoints are whole pickled models, which are refused because rea
 from __future__ import annotations
 
 import re
-import statistics
 
-from aecr_jax.convert.format import Format, rename
+from aecr_jax.convert.format import Format, count_layers, read_size, rename
 from aecr_jax.convert.tensors import Tensors
 from aecr_jax.networks.msbdn import SCALES, MSBDNConfig
+
+_TITLE = "the authors' MSBDN-DFF"
 
 # The authors name scales by n = 1 (half resolution) to 4 in the encoder, and by 4 to 1 (full resolution) in the decoder.
 _RULES = [
@@ -37,17 +38,12 @@ for _n in range(SCALES):
 
 
 def _read_config(tensors: Tensors) -> MSBDNConfig:
-    # Use the most frequent width, so that a single wrong tensor is reported itself and not the correct ones.
-    names = ("conv_input.conv2d.weight", "conv_input.conv2d.bias", "convd2x.conv2d.bias")
-    widths = [len(tensors[name]) for name in names if name in tensors and tensors[name].ndim]
-    blocks = [int(match[1]) + 1 for name in tensors if (match := re.match(r"dehaze\.res(\d+)\.", name))]
-    if len(widths) < 2 or not all(widths) or not blocks:
-        raise ValueError("tensor conv_input.conv2d.weight of shape (16, 3, 11, 11) is missing: this is no MSBDN-DFF checkpoint")
-    return MSBDNConfig(width=statistics.mode(widths), blocks=max(blocks))
+    width = read_size(tensors, ("conv_input.conv2d.weight", "conv_input.conv2d.bias", "convd2x.conv2d.bias"), _TITLE)
+    return MSBDNConfig(width=width, blocks=count_layers(tensors, r"dehaze\.res(\d+)\.conv[12]\..*", _TITLE))
 
 
 FORMAT = Format(
-    title="the authors' MSBDN-DFF",
+    title=_TITLE,
     signature=r"fusion_4\.down_convs\.0\.conv\.weight",
     read_config=_read_config,
     rename=rename(_RULES, transposed=r"ups\.\d+|.*_fusions\.\d+\.ups\.\d+\.conv", scalar=r".*"),

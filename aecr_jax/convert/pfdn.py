@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import re
-import statistics
-
-from aecr_jax.convert.format import Format, rename
+from aecr_jax.convert.format import Format, count_layers, read_size, rename
 from aecr_jax.convert.tensors import Tensors
 from aecr_jax.networks.pfdn import PFDNConfig
 
+_TITLE = "the PFDN of IDKiro/gUNet"
+
 
 def _read_config(tensors: Tensors) -> PFDNConfig:
-    # Use the most frequent width, so that a single wrong tensor is reported itself and not the correct ones.
-    names = ("encoder.0.weight", "encoder.0.bias", "decoder.2.bias")
-    widths = [len(tensors[name]) for name in names if name in tensors and tensors[name].ndim]
-    blocks = {int(found[1]) for name in tensors if (found := re.fullmatch(r"pfdbs\.(\d+)\.conv[12]\.weight", name))}
-    if len(widths) < 2 or not all(widths) or not blocks:
-        raise ValueError("tensor encoder.0.weight of shape (64, 3, 3, 3) is missing: this is no checkpoint of PFDN")
-    return PFDNConfig(width=statistics.mode(widths), blocks=max(blocks) + 1)
+    width = read_size(tensors, ("encoder.0.weight", "encoder.0.bias", "decoder.2.bias"), _TITLE)
+    return PFDNConfig(width=width, blocks=count_layers(tensors, r"pfdbs\.(\d+)\.conv[12]\.weight", _TITLE))
 
 
 FORMAT = Format(
-    title="the PFDN of IDKiro/gUNet",
+    title=_TITLE,
     signature=r"pfdbs\.0\.fdu\.fc\.0\.weight",
     read_config=_read_config,
     rename=rename(
