@@ -5,8 +5,8 @@ Command: `python train.py --config configs/methods.py:ffa_net`, and so on; `:ffa
 on the fly
 Hardware: made for one accelerator with 40 GB or more, or several; a laptop for the others.
 Time: not measured by this project yet, except for the laptop's versions (docs/networks.md).
-Expected score: the following on SOTS indoor (AECR paper, Table 1); none has been reproduced by this project yet. For GridDehazeNet and those
-after it, these are also the numbers of the methods' own papers; AOD-Net's and DehazeNet's own papers report other data sets.
+Expected score: the following on SOTS indoor (AECR paper, Table 1); none has been reproduced by this project yet. For GridDehazeNet and the
+methods below it, their own papers have the same numbers; AOD-Net's and DehazeNet's own papers report other data sets.
 
     aod_net          19.82 dB, 0.8178
     dehaze_net       20.64 dB, 0.7995
