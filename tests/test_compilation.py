@@ -103,6 +103,7 @@ def test_a_folder_that_cannot_be_written_is_no_cache(tmp_path):
     assert done.stdout.startswith("None")
 
 
+@pytest.mark.slow
 def test_numbers_of_the_official_code_with_the_flags_of_the_commands():
     """The comparisons with PyTorch also pass as users run: with optimization, which other tests turn off, and with the CPU flag."""
     flags = "--xla_force_host_platform_device_count=8"

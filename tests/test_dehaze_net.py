@@ -119,7 +119,7 @@ def test_training_by_the_transmission(config_file, tmp_path, capsys):
     for i in range(3):
         picture(tmp_path / "photographs" / f"{i}.png", (20, 18), seed=i)
     workdir = tmp_path / "w"
-    train = ["train", "--config", config_file, "--run.workdir", workdir, "--loss.kind", "transmission", "--data.train"]
+    train = ["train", "--config", config_file, "--run.workdir", workdir, "--loss.kind", "transmission", "--loss.cr", "0", "--data.train"]
     train += [
         f"constant:{tmp_path / 'photographs'}",
         "--data.eval",

@@ -80,4 +80,5 @@ def test_bfloat16_images_are_filtered_in_float32():
     guide, image = jnp.asarray(np.random.default_rng(0).random((2, 1, 5, 6)), jnp.bfloat16)
     result = filtered(guide, image, 2, 1e-2)
     assert result.dtype == jnp.float32
-    np.testing.assert_array_equal(result, filtered(guide.astype(jnp.float32), image.astype(jnp.float32), 2, 1e-2))
+    # The two are different programs, which may round differently.
+    np.testing.assert_allclose(result, filtered(guide.astype(jnp.float32), image.astype(jnp.float32), 2, 1e-2), rtol=1e-6)
