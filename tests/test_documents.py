@@ -165,6 +165,9 @@ def tiny(arguments):
             "train": "--size 16 --width 4 --rounds 1 --batch 1",
             "growth": "--sizes 8 16 --batches 1 2 --width 4 --rounds 1",
         }
+        for option in ("--size", "--columns", "--rounds"):
+            if option in rest:
+                del rest[rest.index(option) : rest.index(option) + 2]
         rest += sizes[rest[0]].split()
     return [command, *rest]
 
