@@ -16,13 +16,14 @@ from aecr_jax.benchmark.work import Work
 from aecr_jax.errors import UserError
 
 WORKER = Path(__file__).with_name("pytorch_worker.py")
-
+# Work that takes milliseconds is repeated for this long, because the first run after a pause finds cold caches and sleeping threads.
+TURN_S = 0.2
 
 _DEVICES = {"cpu": "cpu", "gpu": "cuda"}
 
 
 class Opponent:
-    """A process that does some work in PyTorch in one variant, once per request. A context manager that ends the process on exit.
+    """A process that does some work in PyTorch in one variant, one turn per request. A context manager that ends the process on exit.
 
     Args:
       python: a Python interpreter with torch and torchvision.
@@ -54,8 +55,8 @@ class Opponent:
         self.close()
 
     def run(self) -> float:
-        """Do the work once and return the time in seconds."""
-        return self._ask({"do": "run"})["seconds"]
+        """Do the work once, or as often as takes `TURN_S` seconds; return the median time of a run in seconds."""
+        return self._ask({"do": "run", "turn_s": TURN_S})["seconds"]
 
     def peak(self) -> int | None:
         """Return the memory, in bytes, that one run needs beyond what the process already holds, or None if it cannot be measured."""

@@ -1,7 +1,8 @@
 """Worker process for `python -m aecr_jax benchmark --against torch`, which measures one piece of work in PyTorch.
 
 It reads one JSON request per line and answers each request with one line of JSON. The first request describes the work and how to run it;
-any number of requests `{"do": "run"}` or `{"do": "peak"}` follow. The worker needs PyTorch and torchvision, but neither aecr_jax nor JAX.
+any number of requests `{"do": "run", "turn_s": SECONDS}` or `{"do": "peak"}` follow. The worker needs PyTorch and torchvision, but neither
+aecr_jax nor JAX.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -155,12 +157,16 @@ def main() -> None:
     run()
     reply(first_s=time.perf_counter() - start, torch=torch.__version__)
     for line in sys.stdin:
-        if json.loads(line)["do"] == "peak":
+        asked = json.loads(line)
+        if asked["do"] == "peak":
             reply(bytes=measure_peak(run, request["device"]))
-        else:
+            continue
+        times: list[float] = []
+        while sum(times) < asked["turn_s"]:
             start = time.perf_counter()
             run()
-            reply(seconds=time.perf_counter() - start)
+            times.append(time.perf_counter() - start)
+        reply(seconds=statistics.median(times))
 
 
 def reply(**values: Any) -> None:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from aecr_jax.benchmark.opponent import Opponent, check_opponent, count_cores, fastest
+from aecr_jax.benchmark.opponent import TURN_S, Opponent, check_opponent, count_cores, fastest
 from aecr_jax.benchmark.work import Prepared, Work, prepare
 from aecr_jax.errors import UserError
 from aecr_jax.files import make_folder
@@ -30,11 +30,12 @@ _PAUSE_S = 0.3
 def benchmark(works: Sequence[Work], *, rounds: int = 15, torch_python: str | None = None, output: str | Path) -> dict[str, Any]:
     """Measure each of `works` and print a table.
 
-    JAX and PyTorch alternate, with one run each per round, so that a temporary slowdown of the machine affects both.
+    JAX and PyTorch alternate, with one turn each per round, so that a temporary slowdown of the machine affects both. A turn is one run,
+    or as many as take `TURN_S` seconds, of which the median counts.
 
     Args:
       works: the work to measure.
-      rounds: number of measured runs, after one run that is not counted.
+      rounds: number of measured turns, after one run that is not counted.
       torch_python: a Python interpreter with torch and torchvision, for the comparison; None for no comparison.
       output: JSON file for the figures.
 
@@ -142,20 +143,33 @@ def summary(seconds: Sequence[float]) -> dict[str, Any]:
 
 def first_seconds(prepared: Prepared) -> float:
     """Do the first run and return its time plus the compile time, in seconds."""
-    return prepared.compile_s + take_turns([prepared.run], 1)[0][0]
+    start = time.perf_counter()
+    prepared.run()
+    return prepared.compile_s + time.perf_counter() - start
 
 
 def take_turns(runs: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
-    """Call the functions in turn, `rounds` times; return their times in seconds. A function that returns a number reports its own time."""
+    """Let the functions take turns, `rounds` times; return their times in seconds (see `benchmark`).
+
+    A function that returns a number reports its own time, that of a whole turn.
+    """
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(rounds):
         for run, seconds in zip(runs, times):
             if len(runs) > 1:
                 time.sleep(_PAUSE_S)
-            start = time.perf_counter()
-            said = run()
-            seconds.append(time.perf_counter() - start if said is None else said)
+            seconds.append(_take_turn(run))
     return times
+
+
+def _take_turn(run: Callable[[], Any]) -> float:
+    times: list[float] = []
+    while sum(times) < TURN_S:
+        start = time.perf_counter()
+        if (said := run()) is not None:
+            return float(said)
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
 
 
 @contextlib.contextmanager

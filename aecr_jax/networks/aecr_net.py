@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from aecr_jax.networks.layers import Conv, ConvTranspose, DeformConv, FABlock, FastDeconv, Mixup
-from aecr_jax.networks.network import Network, NetworkConfig, as_images
+from aecr_jax.networks.network import Network, NetworkConfig, as_images, layer_options
 from aecr_jax.ops.conv import conv_few_inputs, conv_few_outputs
 from aecr_jax.settings import bounded
 
@@ -75,8 +75,7 @@ class AECRNet(Network):
 
     def __init__(self, config: AECRNetConfig = AECRNetConfig(), *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
-        types: dict[str, Any] = dict(dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.param_dtype))
-        types["rngs"] = rngs
+        types = layer_options(config, rngs)
         w = config.width
         self.fast_deconv = FastDeconv(**types) if config.fast_deconv else None
         self.down1 = Conv(3, w, 7, reflect=True, conv_general_dilated=conv_few_inputs, **types)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
 from aecr_jax.networks.layers import Conv
-from aecr_jax.networks.network import Network, NetworkConfig, as_images
+from aecr_jax.networks.network import Network, NetworkConfig, as_images, layer_options
 from aecr_jax.ops.conv import concatenate_channels, conv_few_channels
 
 
@@ -48,7 +47,7 @@ class AODNet(Network):
 
     def __init__(self, config: AODNetConfig = AODNetConfig(), *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
-        types: dict[str, Any] = dict(dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.param_dtype), rngs=rngs)
+        types = layer_options(config, rngs)
         options: dict[str, Any] = dict(kernel_init=nnx.initializers.normal(0.02), conv_general_dilated=conv_few_channels, **types)
         self.conv1 = Conv(3, 3, 1, **options)
         self.conv2 = Conv(3, 3, 3, **options)

@@ -13,7 +13,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from aecr_jax.networks.layers import DType, uniform_within
-from aecr_jax.networks.network import Network, NetworkConfig, as_images
+from aecr_jax.networks.network import Network, NetworkConfig, as_images, layer_options
 from aecr_jax.ops.conv import conv_few_inputs, conv_one_output
 from aecr_jax.ops.guided_filter import guided_filter
 from aecr_jax.ops.windows import window_max
@@ -71,7 +71,7 @@ class DehazeNet(Network):
 
     def __init__(self, config: DehazeNetConfig = DehazeNetConfig(), *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
-        types: dict[str, Any] = dict(dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.param_dtype), rngs=rngs)
+        types = layer_options(config, rngs)
         self.features = MaxoutConv(3, 4, 5, **types)
         self.scales = MultiScaleConv(4, 16, (3, 5, 7), **types)
         self.local_maximum = LocalMaximum(radius=3)

@@ -13,7 +13,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from aecr_jax.networks.layers import Conv, FABlock, gate
-from aecr_jax.networks.network import Network, NetworkConfig, as_images
+from aecr_jax.networks.network import Network, NetworkConfig, as_images, layer_options
 from aecr_jax.ops.conv import conv_few_inputs, conv_few_outputs
 from aecr_jax.settings import bounded
 
@@ -89,8 +89,7 @@ class FFANet(Network):
 
     def __init__(self, config: FFANetConfig = FFANetConfig(), *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
-        types: dict[str, Any] = dict(dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.param_dtype))
-        types["rngs"] = rngs
+        types = layer_options(config, rngs)
         w = config.width
         hidden = max(1, w // FABlock.REDUCTION)
         self.first = Conv(3, w, 3, conv_general_dilated=conv_few_inputs, **types)

@@ -11,7 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from aecr_jax.networks.layers import Conv, ConvTranspose
-from aecr_jax.networks.network import Network, NetworkConfig, as_images
+from aecr_jax.networks.network import Network, NetworkConfig, as_images, layer_options
 from aecr_jax.ops.conv import concatenate_channels, conv_few_inputs, conv_few_outputs
 from aecr_jax.settings import bounded
 
@@ -60,7 +60,7 @@ class GridDehazeNet(Network):
 
     def __init__(self, config: GridDehazeNetConfig = GridDehazeNetConfig(), *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
-        types: dict[str, Any] = dict(dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.param_dtype), rngs=rngs)
+        types = layer_options(config, rngs)
         widths = [config.width * 2**row for row in range(_ROWS)]
         half = _COLUMNS // 2
 

@@ -17,8 +17,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from aecr_jax.networks.layers import Conv, uniform_within
-from aecr_jax.networks.network import Network, NetworkConfig, as_images
-from aecr_jax.ops.conv import conv_few_inputs, conv_few_outputs
+from aecr_jax.networks.network import Network, NetworkConfig, as_images, layer_options
+from aecr_jax.ops.conv import concatenate_channels, conv_few_inputs, conv_few_outputs
 from aecr_jax.ops.resize import upsample_bilinear, upsample_nearest
 from aecr_jax.settings import bounded
 
@@ -76,7 +76,7 @@ class KDDN(Network):
 
     def __init__(self, config: KDDNConfig = KDDNConfig(), *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
-        types, w = _types(config, rngs), config.width
+        types, w = layer_options(config, rngs), config.width
         self.first = Conv(3, w, 3, reflect=True, conv_general_dilated=conv_few_inputs, **types)
         self.down1 = Conv(w, w, 4, stride=2, reflect=True, **types)
         self.down2 = Conv(w, w, 4, stride=2, reflect=True, **types)
@@ -101,8 +101,8 @@ class KDDN(Network):
         for group in self.groups:
             y = y + group(y)
             features.append(y)
-        y = nnx.relu(self.up1(jnp.concatenate([upsample_bilinear(y), half], -1)))
-        y = nnx.relu(self.up2(jnp.concatenate([upsample_bilinear(y), full], -1)))
+        y = nnx.relu(self.up1(concatenate_channels(upsample_bilinear(y), half)))
+        y = nnx.relu(self.up2(concatenate_channels(upsample_bilinear(y), full)))
         return jnp.tanh(self.last(y))[:, :h, :w].astype(hazy.dtype), features
 
 
@@ -147,7 +147,7 @@ class KDDNTeacher(Network):
 
     def __init__(self, config: KDDNTeacherConfig = KDDNTeacherConfig(), *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
-        types, w = _types(config, rngs), config.width
+        types, w = layer_options(config, rngs), config.width
         self.first = Conv(3, w, 7, reflect=True, conv_general_dilated=conv_few_inputs, **types)
         self.down1 = Conv(w, w, 4, stride=2, reflect=True, **types)
         self.down2 = Conv(w, w, 4, stride=2, reflect=True, **types)
@@ -189,7 +189,3 @@ class ResidualBlock(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         return x + self.conv2(nnx.relu(self.conv1(x)))
-
-
-def _types(config: NetworkConfig, rngs: nnx.Rngs) -> dict[str, Any]:
-    return dict(dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.param_dtype), rngs=rngs)

@@ -14,7 +14,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from aecr_jax.networks.layers import Conv, ConvTranspose, DType, PReLU
-from aecr_jax.networks.network import Network, NetworkConfig, as_images
+from aecr_jax.networks.network import Network, NetworkConfig, as_images, layer_options
 from aecr_jax.ops.conv import conv_few_inputs, conv_few_outputs
 from aecr_jax.settings import bounded
 
@@ -145,7 +145,7 @@ class MSBDN(Network):
 
     def __init__(self, config: MSBDNConfig = MSBDNConfig(), *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
-        types: dict[str, Any] = dict(dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.param_dtype), rngs=rngs)
+        types = layer_options(config, rngs)
         features = [config.width * 2**n for n in range(SCALES + 1)]  # from full resolution to the lowest
         coarse_to_fine = features[:SCALES][::-1]
         self.conv_in = Conv(3, features[0], 11, reflect=True, conv_general_dilated=conv_few_inputs, **types)

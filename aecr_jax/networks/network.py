@@ -44,6 +44,11 @@ class NetworkConfig:
         return [(f"model.{name}", here, there) for name, here, there in pairs if here != there]
 
 
+def layer_options(config: NetworkConfig, rngs: nnx.Rngs) -> dict[str, Any]:
+    """Return the arguments that every layer of a network takes: `dtype` and `param_dtype` of its settings, and `rngs`."""
+    return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype), "rngs": rngs}
+
+
 def as_images(value: ArrayLike, name: str = "hazy") -> Array:
     """Convert the argument `name` of a network to an array, and reject what no network accepts.
 

@@ -11,7 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from aecr_jax.networks.layers import Conv, ConvTranspose, gate, uniform_within
-from aecr_jax.networks.network import Network, NetworkConfig, as_images
+from aecr_jax.networks.network import Network, NetworkConfig, as_images, layer_options
 from aecr_jax.ops.conv import conv_few_inputs, conv_few_outputs
 from aecr_jax.settings import bounded
 
@@ -87,8 +87,7 @@ class PFDN(Network):
 
     def __init__(self, config: PFDNConfig = PFDNConfig(), *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
-        types: dict[str, Any] = dict(dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.param_dtype))
-        types["rngs"] = rngs
+        types = layer_options(config, rngs)
         w = config.width
         self.down1 = Conv(3, w, 3, conv_general_dilated=conv_few_inputs, **types)
         self.down2 = Conv(w, 2 * w, 3, stride=2, **types)
