@@ -108,7 +108,7 @@ def test_loss_by_hand():
     t = jnp.array([0.3, 0.6])[:, None, None, None]
     hazy = clear * t + (1 - t)
     loss, model = TransmissionLoss(DehazeNet), with_transmission(make(), 0.5)
-    total, measurements = loss(loss.predict(model, hazy), clear, hazy)
+    total, measurements = loss(loss.predict(model, hazy), {"clear": clear, "hazy": hazy})
     np.testing.assert_allclose(total, 0.025, rtol=1e-5)
     assert measurements == {"mse": total}
     with pytest.raises(UserError, match=r"model.name \(=aecr_net\) must be a network that estimates the transmission, such as dehaze_net"):

@@ -12,6 +12,7 @@ from aecr_jax.networks.kddn import KDDN, KDDNConfig, KDDNTeacher, KDDNTeacherCon
 
 RNG = np.random.default_rng(0)
 HAZY, CLEAR = (jnp.asarray(RNG.random((2, 16, 18, 3)), jnp.float32) for _ in range(2))
+BATCH = {"clear": CLEAR, "hazy": HAZY}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def test_the_sum_of_three_distances(student, teacher, groups):
     """Expected: computed with NumPy from the features of the two networks and of VGG-19."""
     vgg = VGG19Features.random(width=2)
     loss = DistillationLoss(teacher, vgg, groups=groups)
-    total, measurements = loss(loss.predict(student, HAZY), CLEAR, HAZY)
+    total, measurements = loss(loss.predict(student, HAZY), BATCH)
     restored, of_student = student.restore_with_features(HAZY)
     _, of_teacher = teacher.restore_with_features(CLEAR)
     expected = {
@@ -49,7 +50,7 @@ def test_the_sum_of_three_distances(student, teacher, groups):
 
 def test_without_vgg_there_is_no_perceptual_distance(student, teacher):
     loss = DistillationLoss(teacher, None)
-    total, measurements = loss(loss.predict(student, HAZY), CLEAR, HAZY)
+    total, measurements = loss(loss.predict(student, HAZY), BATCH)
     assert list(measurements) == ["l1", "distillation"]
     np.testing.assert_allclose(total, measurements["l1"] + measurements["distillation"], rtol=1e-6)
 
@@ -60,7 +61,7 @@ def test_the_gradient_reaches_only_the_student(student, teacher):
 
     def distances(params, weights, clear):
         loss = nnx.merge(loss_graph, weights)
-        total, measurements = loss(loss.predict(nnx.merge(graph, params), HAZY), clear, HAZY)
+        total, measurements = loss(loss.predict(nnx.merge(graph, params), HAZY), {"clear": clear, "hazy": HAZY})
         return measurements["distillation"], total
 
     # Only the distillation, because L1 depends on the clear images.
@@ -92,8 +93,8 @@ def test_bfloat16_features_are_compared_in_float32(teacher):
     loss = DistillationLoss(teacher, VGG19Features.random(width=1), dtype=jnp.bfloat16)
     prediction = loss.predict(student, HAZY)
     assert prediction[1][0].dtype == loss.teacher.features(CLEAR)[0].dtype == jnp.bfloat16
-    total, measurements = loss(prediction, CLEAR, HAZY)
-    exact = DistillationLoss(teacher, VGG19Features.random(width=1))(prediction, CLEAR, HAZY)[1]
+    total, measurements = loss(prediction, BATCH)
+    exact = DistillationLoss(teacher, VGG19Features.random(width=1))(prediction, BATCH)[1]
     assert total.dtype == jnp.float32
     for name, value in measurements.items():
         assert value.dtype == jnp.float32

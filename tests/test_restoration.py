@@ -20,7 +20,7 @@ def images(seed):
 def test_pixel_distances_by_hand(pixel, expected):
     """The differences 0.5, -2 and 0.1. Smooth L1 with beta 1 is half the square below 1, and the absolute value less 0.5 above."""
     restored = jnp.array([0.5, -2.0, 0.1]).reshape(1, 1, 1, 3)
-    total, measurements = RestorationLoss(None, cr=0, pixel=pixel)(restored, jnp.zeros((1, 1, 1, 3)), restored)
+    total, measurements = RestorationLoss(None, cr=0, pixel=pixel)(restored, {"clear": jnp.zeros((1, 1, 1, 3)), "hazy": restored})
     np.testing.assert_allclose(total, expected, rtol=1e-6)
     assert measurements == {pixel: total}
 
@@ -29,7 +29,7 @@ def test_perceptual_loss_by_numpy():
     """GridDehazeNet's: the mean over the feature maps of their mean squared differences, times its weight, added to the pixel distance."""
     features, restored, clear = VGG16Features.random(width=2), images(0), images(1)
     loss = RestorationLoss(None, cr=0, pixel="smooth_l1", perceptual=0.04, perceptual_features=features)
-    total, measurements = loss(restored, clear, images(2))
+    total, measurements = loss(restored, {"clear": clear, "hazy": images(2)})
     distances = [np.mean((np.asarray(a) - np.asarray(b)) ** 2) for a, b in zip(features(restored), features(clear))]
     np.testing.assert_allclose(measurements["perceptual"], np.mean(distances), rtol=1e-5)
     np.testing.assert_allclose(total, measurements["smooth_l1"] + 0.04 * np.mean(distances), rtol=1e-5)
@@ -39,7 +39,7 @@ def test_all_parts_together():
     loss = RestorationLoss(
         VGG19Features.random(width=2), cr=0.1, pixel="l2", perceptual=0.5, perceptual_features=VGG16Features.random(width=2)
     )
-    total, parts = loss(images(0), images(1), images(2))
+    total, parts = loss(images(0), {"clear": images(1), "hazy": images(2)})
     np.testing.assert_allclose(total, parts["l2"] + 0.5 * parts["perceptual"] + 0.1 * parts["cr"], rtol=1e-6)
 
 

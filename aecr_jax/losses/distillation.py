@@ -7,7 +7,7 @@ of a third party's completion, github.com/hhl73/KDDN.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -68,8 +68,8 @@ class DistillationLoss(Loss):
             raise ValueError(f"width (={model.config.width}) must be the teacher's, {width}")
         return model.restore_with_features(hazy)
 
-    def __call__(self, prediction: tuple[Array, list[Array]], clear: Array, hazy: Array) -> tuple[Array, dict[str, Array]]:
-        restored, of_student = prediction
+    def __call__(self, prediction: tuple[Array, list[Array]], batch: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
+        (restored, of_student), clear = prediction, batch["clear"]
         measurements = {"l1": _mean_distance(restored, clear)}
         if self.features is not None:
             images = (restored.astype(self.dtype), clear.astype(self.dtype))

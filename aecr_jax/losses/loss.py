@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from flax import nnx
@@ -21,12 +22,11 @@ class Loss(nnx.Module):
         """Return what the loss needs of the network for hazy images `[N, H, W, 3]` in [0, 1]; by default the restored images."""
         return model(hazy)
 
-    def __call__(self, prediction: Any, clear: Array, hazy: Array) -> tuple[Array, dict[str, Array]]:
+    def __call__(self, prediction: Any, batch: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
         """Return the total, a scalar, and measurements for the log, as a mapping from names to scalars.
 
         Args:
-          prediction: the result of `predict` for `hazy`.
-          clear: clear images `[N, H, W, 3]` in [0, 1].
-          hazy: hazy images of the same shape.
+          prediction: the result of `predict` for the hazy images.
+          batch: `hazy` and `clear`, images `[N, H, W, 3]` in [0, 1]; for `HazeLoss` also `transmission` and `airlight`.
         """
         raise NotImplementedError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -55,7 +56,8 @@ class RestorationLoss(Loss):
         self.cr, self.positives, self.negatives, self.dtype = cr, positives, negatives, jnp.dtype(dtype)
         self.pixel, self.perceptual = pixel, perceptual
 
-    def __call__(self, prediction: Array, clear: Array, hazy: Array) -> tuple[Array, dict[str, Array]]:
+    def __call__(self, prediction: Array, batch: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
+        clear, hazy = batch["clear"], batch["hazy"]
         # The mean is computed in at least float32, because the sum of millions of bfloat16 differences would be inaccurate.
         total = jnp.mean(_PIXEL[self.pixel](prediction.astype(jnp.promote_types(prediction.dtype, jnp.float32)) - clear))
         measurements = {self.pixel: total}

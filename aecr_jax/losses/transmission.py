@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax.numpy as jnp
 from jax import Array
 
@@ -31,8 +33,8 @@ class TransmissionLoss(Loss):
         """Return the transmission that the network estimates, `[N, H, W, 1]`."""
         return model.transmission(hazy)  # type: ignore[attr-defined]  # checked by the constructor
 
-    def __call__(self, prediction: Array, clear: Array, hazy: Array) -> tuple[Array, dict[str, Array]]:
-        target = solve_transmission(clear, hazy)[:, None, None, None]
+    def __call__(self, prediction: Array, batch: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
+        target = solve_transmission(batch["clear"], batch["hazy"])[:, None, None, None]
         mse = jnp.mean(jnp.square(prediction.astype(target.dtype) - target))
         return mse, {"mse": mse}
 

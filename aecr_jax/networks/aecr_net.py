@@ -13,9 +13,10 @@ from flax import nnx
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from aecr_jax.networks.layers import Conv, ConvTranspose, DeformConv, FABlock, FastDeconv, Mixup
+from aecr_jax.networks.layers import Conv, ConvTranspose, DeformConv, FABlock, FastDeconv, Mixup, ResidualBlock
 from aecr_jax.networks.network import Network, NetworkConfig, as_images, layer_options
 from aecr_jax.ops.conv import conv_few_inputs, conv_few_outputs
+from aecr_jax.ops.resize import enlarge_bilinear
 from aecr_jax.settings import bounded
 
 # Initial theta of the deep and the shallow mixup in the official code.
@@ -45,6 +46,13 @@ class AECRNetConfig(NetworkConfig):
     """Position of the DFE relative to the feature-attention blocks; "none" omits it."""
     mixup: Literal["adaptive", "sum", "none"] = "adaptive"
     """How encoder features are added to the decoder: by learned mixup (Eq. 2), by plain sum ("SC" in Table 2), or not at all."""
+    output: Literal["direct", "residual", "affine", "airlight"] = "direct"
+    """How the last layer gives the restored image: "direct", as the tanh of its output (the paper); "residual", added to the hazy image;
+    "affine", as `x + K x - B` with one channel K and three channels B (DehazeFormer, Song et al., TIP 2023); "airlight", by the
+    scattering model, `x + K (x - A)` with K = 1 / t - 1 > 0 and A in [0, 1]. All but the first begin near the hazy image."""
+    coarse_levels: int = bounded(0, 0, 8)
+    """Number of levels below the deepest one of the paper, at 1/8, 1/16, ... of the resolution, with two residual blocks each. Their
+    result is added to the input of the feature-attention blocks. The paper has none."""
     fast_deconv: bool = True
     """Whether network deconvolution precedes the first convolution, as in the official code; the paper does not mention it."""
     remat: bool = False
@@ -53,7 +61,7 @@ class AECRNetConfig(NetworkConfig):
 
 
 class AECRNet(Network):
-    """Restores hazy images: `[N, H, W, 3]` in [0, 1] -> the same shape, approximately in [0, 1] (the output of a tanh, not clipped).
+    """Restores hazy images: `[N, H, W, 3]` in [0, 1] -> the same shape, approximately in [0, 1], not clipped.
 
     Images must be floating point, and the result has their type; other types, such as 8-bit images, raise a ValueError. An empty
     batch gives an empty result in evaluation mode and raises a ValueError where the batch's statistics are needed.
@@ -81,6 +89,7 @@ class AECRNet(Network):
         self.down1 = Conv(3, w, 7, reflect=True, conv_general_dilated=conv_few_inputs, **types)
         self.down2 = Conv(w, 2 * w, 3, stride=2, **types)
         self.down3 = Conv(2 * w, 4 * w, 3, stride=2, **types)
+        self.coarse = CoarseLevels(4 * w, config.coarse_levels, **types) if config.coarse_levels else None
         self.blocks = nnx.List([FABlock(4 * w, **types) for _ in range(1 if config.shared else config.blocks)])
         layers = 0 if config.dfe == "none" else 1 if config.shared else config.deform_layers
         self.deform = nnx.List([DeformConv(4 * w, 4 * w, 3, padding=1, **types) for _ in range(layers)])
@@ -89,10 +98,36 @@ class AECRNet(Network):
             self.mix2 = Mixup(_THETA_SHALLOW, param_dtype=types["param_dtype"])
         self.up1 = ConvTranspose(4 * w, 2 * w, 3, padding=1, **types)
         self.up2 = ConvTranspose(2 * w, w, 3, padding=1, **types)
-        self.up3 = Conv(w, 3, 7, reflect=True, conv_general_dilated=conv_few_outputs, **types)
+        outputs = 4 if self.estimates_haze(config) else 3
+        self.up3 = Conv(w, outputs, 7, reflect=True, conv_general_dilated=conv_few_outputs, **types)
 
     def __call__(self, hazy: ArrayLike) -> Array:
         hazy = as_images(hazy)
+        if self.estimates_haze(self.config):
+            return self.restore_with_haze(hazy)[0]
+        y = self._decode(hazy)
+        out = jnp.tanh(y) if self.config.output == "direct" else hazy + y
+        return out.astype(hazy.dtype)
+
+    @classmethod
+    def estimates_haze(cls, config: NetworkConfig) -> bool:
+        return isinstance(config, AECRNetConfig) and config.output in ("affine", "airlight")
+
+    def restore_with_haze(self, hazy: ArrayLike) -> tuple[Array, Array, Array]:
+        if not self.estimates_haze(self.config):
+            return super().restore_with_haze(hazy)
+        hazy = as_images(hazy)
+        y = self._decode(hazy)
+        if self.config.output == "affine":
+            gain, offset = y[..., :1], y[..., 1:]
+        else:
+            # The shift makes the restored image begin near the hazy one: K is about 0.1 at first.
+            gain = nnx.softplus(y[..., :1] - 2)
+            offset = gain * nnx.sigmoid(y[..., 1:])
+        return (hazy + gain * hazy - offset).astype(hazy.dtype), gain, offset
+
+    def _decode(self, hazy: Array) -> Array:
+        """Return the output of the last layer, `[N, H, W, 3 or 4]`."""
         h, w = hazy.shape[1:3]
         x = self.pad(hazy)
         if self.fast_deconv is not None:
@@ -101,6 +136,8 @@ class AECRNet(Network):
         down2 = self._apply(self.down2, down1, relu=True)  # [n, h / 2, w / 2, 2 width]
         down3 = self._apply(self.down3, down2, relu=True)  # [n, h / 4, w / 4, 4 width]
         y = down3
+        if self.coarse is not None:
+            y = y + self._apply(self.coarse, y)
         if self.config.dfe == "before":
             y = self._enhance(y)
         # This is a Python loop, because the gradient of a convolution inside lax.scan is 30 to 50 times slower on the CPU.
@@ -110,8 +147,7 @@ class AECRNet(Network):
             y = self._enhance(y)
         up1 = self._apply(self.up1, self._join(down3, y, deep=True), relu=True)
         up2 = self._apply(self.up2, self._join(down2, up1, deep=False), relu=True)
-        out = jnp.tanh(self._apply(self.up3, up2))
-        return out[:, :h, :w].astype(hazy.dtype)
+        return self._apply(self.up3, up2)[:, :h, :w]
 
     def _enhance(self, x: Array) -> Array:
         for i in range(self.config.deform_layers):
@@ -178,3 +214,27 @@ class AECRNet(Network):
         nnx.update(wide, jax.tree.map(enlarge, nnx.state(self), nnx.state(wide)))
         wide.eval()
         return wide
+
+
+class CoarseLevels(nnx.Module):
+    """Levels at 1/2, 1/4, ... of the input's resolution, `[N, H, W, features]` -> the same shape.
+
+    Each level has a convolution with stride 2 and two residual blocks. The levels are joined from the coarsest on, by bilinear
+    interpolation and addition.
+    """
+
+    def __init__(self, features: int, levels: int, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.downs = nnx.List([Conv(features, features, 3, stride=2, **types) for _ in range(levels)])
+        self.blocks = nnx.List([nnx.Sequential(*[ResidualBlock(features, **types) for _ in range(2)]) for _ in range(levels)])
+
+    def __call__(self, x: Array) -> Array:
+        sizes, results = [x.shape[1:3]], []
+        for down, blocks in zip(self.downs, self.blocks):
+            x = blocks(nnx.relu(down(x)))
+            sizes.append(x.shape[1:3])
+            results.append(x)
+        y = results.pop()
+        for size, finer in zip(sizes[-2:0:-1], reversed(results)):
+            y = enlarge_bilinear(y, 2)[:, : size[0], : size[1]] + finer
+        return enlarge_bilinear(y, 2)[:, : sizes[0][0], : sizes[0][1]]

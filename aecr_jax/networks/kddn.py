@@ -16,7 +16,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
-from aecr_jax.networks.layers import Conv, uniform_within
+from aecr_jax.networks.layers import Conv, ResidualBlock, uniform_within
 from aecr_jax.networks.network import Network, NetworkConfig, as_images, layer_options
 from aecr_jax.ops.conv import concatenate_channels, conv_few_inputs, conv_few_outputs
 from aecr_jax.ops.resize import upsample_bilinear, upsample_nearest
@@ -151,7 +151,7 @@ class KDDNTeacher(Network):
         self.first = Conv(3, w, 7, reflect=True, conv_general_dilated=conv_few_inputs, **types)
         self.down1 = Conv(w, w, 4, stride=2, reflect=True, **types)
         self.down2 = Conv(w, w, 4, stride=2, reflect=True, **types)
-        self.blocks = nnx.List([ResidualBlock(w, **types) for _ in range(STAGES)])
+        self.blocks = nnx.List([ResidualBlock(w, reflect=True, **types) for _ in range(STAGES)])
         self.up1 = Conv(w, w, 5, reflect=True, **types)
         self.up2 = Conv(w, w, 5, reflect=True, **types)
         self.last = Conv(w, 3, 7, reflect=True, conv_general_dilated=conv_few_outputs, **types)
@@ -177,15 +177,3 @@ class KDDNTeacher(Network):
             y = block(y)
             features.append(y)
         return features
-
-
-class ResidualBlock(nnx.Module):
-    """Two 3x3 convolutions with padding by reflection, added to their input: `[N, H, W, features]` -> the same shape."""
-
-    def __init__(self, features: int, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
-        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.conv1 = Conv(features, features, 3, reflect=True, **types)
-        self.conv2 = Conv(features, features, 3, reflect=True, **types)
-
-    def __call__(self, x: Array) -> Array:
-        return x + self.conv2(nnx.relu(self.conv1(x)))

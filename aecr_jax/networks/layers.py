@@ -215,6 +215,21 @@ class FABlock(nnx.Module):
         return y + x
 
 
+class ResidualBlock(nnx.Module):
+    """Two 3x3 convolutions, added to their input: `[N, H, W, features]` -> the same shape.
+
+    They pad with zeros, or by reflection if `reflect` is set.
+    """
+
+    def __init__(self, features: int, *, reflect: bool = False, dtype: DType, param_dtype: DType, rngs: nnx.Rngs):
+        options: dict[str, Any] = dict(reflect=reflect, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.conv1 = Conv(features, features, 3, **options)
+        self.conv2 = Conv(features, features, 3, **options)
+
+    def __call__(self, x: Array) -> Array:
+        return x + self.conv2(nnx.relu(self.conv1(x)))
+
+
 class DeformConv(nnx.Module):
     """Modulated deformable convolution (DCNv2), `[N, H, W, in_features] -> [N, H', W', out_features]`.
 

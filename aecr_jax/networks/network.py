@@ -91,6 +91,22 @@ class Network(nnx.Module):
             raise ValueError(f"rngs (={rngs!r}) must be an nnx.Rngs, such as nnx.Rngs(0)")
         self.config = config
 
+    @classmethod
+    def estimates_haze(cls, config: NetworkConfig) -> bool:
+        """Return whether a network with these settings has `restore_with_haze`."""
+        return False
+
+    def restore_with_haze(self, hazy: ArrayLike) -> tuple[Array, Array, Array]:
+        """Return the restored images, the gain K and the offset B, for which `restored = hazy + K hazy - B`.
+
+        In the scattering model, K is 1 / t - 1 and B is K A. The maps are `[N, h, w, 1]` and `[N, h, w, 3]`, at full resolution or coarser;
+        coarse maps are those of the padded image, and are enlarged before they are applied.
+
+        Raises:
+          ValueError: the network restores images in another way.
+        """
+        raise ValueError(f"{type(self).__name__} with these settings does not estimate the haze")
+
     def pad(self, images: Array) -> Array:
         """Pad images `[N, H, W, C]` by reflection at the bottom and the right, so that H and W are multiples of `MULTIPLE`."""
         h, w = images.shape[1:3]

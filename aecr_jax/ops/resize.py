@@ -17,6 +17,28 @@ def upsample_bilinear(x: Array) -> Array:
     return _double(_double(exact, 1), 2).astype(x.dtype)
 
 
+def enlarge_bilinear(x: Array, factor: int) -> Array:
+    """Multiply height and width by `factor` by bilinear interpolation: `[N, H, W, C] -> [N, factor H, factor W, C]`.
+
+    The outer edges of the first and last pixels stay where they are, as in `jax.image.resize` and PyTorch's `align_corners=False`. The
+    border is extended by its outermost values. The result has the type of `x`.
+    """
+    return _enlarge(_enlarge(x, factor, 1), factor, 2)
+
+
+def _enlarge(x: Array, factor: int, axis: int) -> Array:
+    # Output `factor i + j` is at the input's position i + (j + 0.5) / factor - 0.5, so each j is one weighted sum of two shifted copies.
+    n = x.shape[axis]
+    widened = jnp.concatenate([lax.slice_in_dim(x, 0, 1, axis=axis), x, lax.slice_in_dim(x, n - 1, n, axis=axis)], axis)
+    parts = []
+    for j in range(factor):
+        position = (j + 0.5) / factor - 0.5
+        start, share = (0, position + 1) if position < 0 else (1, position)
+        first, second = (lax.slice_in_dim(widened, begin, begin + n, axis=axis) for begin in (start, start + 1))
+        parts.append((1 - share) * first + share * second)
+    return jnp.stack(parts, axis + 1).reshape(*x.shape[:axis], factor * n, *x.shape[axis + 1 :])
+
+
 def upsample_nearest(x: Array) -> Array:
     """Double height and width by repeating each pixel: `[N, H, W, C] -> [N, 2H, 2W, C]`."""
     n, h, w, c = x.shape

@@ -44,6 +44,9 @@ class LossConfig:
     """Number of hazy images that each restored image is compared with (Table 4); 0 is the paper's CR*, which uses positives only."""
     features: str = "vgg19.safetensors"
     """File of VGG-19 weights, written by `convert-vgg`; or "random" for a narrow network with random weights, to try things out."""
+    haze: float = bounded(0.0, 0)
+    """Weight of the distances between the haze that the network estimates, as gain and offset, and the true one, which is known for haze
+    made on the fly; 0 turns it off. No other project is known to use it."""
     perceptual: float = bounded(0.0, 0)
     """Weight of the perceptual loss, the mean squared difference of VGG-16 features (0.04 in GridDehazeNet); 0 turns it off."""
     perceptual_features: str = "vgg16.safetensors"
@@ -172,6 +175,8 @@ class Config:
                 raise UserError(f"loss.{name} (={count}) must be at most optim.batch / optim.accumulate (={part})")
         if self.loss.cr and self.loss.kind != "restoration":
             raise UserError(f"loss.cr (={self.loss.cr}) must be 0 if loss.kind is {self.loss.kind}")
+        if self.loss.haze and self.loss.kind != "restoration":
+            raise UserError(f"loss.haze (={self.loss.haze}) must be 0 if loss.kind is {self.loss.kind}")
         if "float64" in (self.model.dtype, self.model.param_dtype) and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
             raise UserError("model.dtype and model.param_dtype may only be float64 with the environment variable JAX_ENABLE_X64=1")
         self.data.validate()

@@ -10,6 +10,7 @@ from flax import nnx
 from aecr_jax.errors import UserError
 from aecr_jax.inference.weights import has_checkpoint, load_with_info
 from aecr_jax.losses.distillation import DistillationLoss
+from aecr_jax.losses.haze import HazeLoss
 from aecr_jax.losses.loss import Loss
 from aecr_jax.losses.restoration import RestorationLoss
 from aecr_jax.losses.transmission import TransmissionLoss
@@ -33,7 +34,7 @@ def make_loss(config: Config) -> Loss:
     if loss.kind == "distillation":
         return _make_distillation(config, features)
     perceptual = _load_features(VGG16Features, loss.perceptual_features, config.data.crop) if loss.perceptual else None
-    return RestorationLoss(
+    restoration = RestorationLoss(
         features,
         cr=loss.cr,
         positives=loss.positives,
@@ -43,6 +44,14 @@ def make_loss(config: Config) -> Loss:
         perceptual_features=perceptual,
         dtype=dtype,
     )
+    if not loss.haze:
+        return restoration
+    if not find_network(config.model.NAME).estimates_haze(config.model):
+        raise UserError(
+            f"loss.haze (={loss.haze}) must be 0, because model.name (={config.model.NAME}) does not estimate the haze with these settings;"
+            " aecr_net does with model.output affine or airlight"
+        )
+    return HazeLoss(restoration, loss.haze)
 
 
 def _make_distillation(config: Config, features: VGG19Features | None) -> DistillationLoss:

@@ -92,7 +92,7 @@ def make_train_step(config: Config, loss: Loss, mesh: Mesh, *, freeze_stats: boo
         model = nnx.merge(graph, replace_arrays(abstract, {**params, **stats}))
         loss = nnx.merge(loss_graph, loss_state)
         prediction, intermediates = _predict_and_capture(model, loss, batch["hazy"])
-        total, measurements = loss(prediction, batch["clear"], batch["hazy"])
+        total, measurements = loss(prediction, batch)
         measurements = {"total": total, **measurements, **model.diagnostics(intermediates)}
         return total, (get_arrays(model, nnx.BatchStat), measurements)
 

@@ -1,0 +1,53 @@
+"""Supervision of the haze itself: haze that is made on the fly has a known transmission and airlight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+from jax import Array
+
+from aecr_jax.losses.loss import Loss
+from aecr_jax.networks.network import Network
+
+
+class HazeLoss(Loss):
+    """`restoration + weight * (mean |K - K'| + mean |B - B'|)`, where K and B are the network's gain and offset of the haze.
+
+    The true K' is 1 / t - 1 and the true B' is K' A; see `Network.restore_with_haze`. Both are averaged over the blocks of pixels that
+    one value of a coarse map stands for. The measurements for the log are those of `restoration`, `gain` and `offset`.
+
+    Args:
+      restoration: the loss of the restored images.
+      weight: factor of the distances.
+    """
+
+    def __init__(self, restoration: Loss, weight: float):
+        self.restoration, self.weight = restoration, weight
+
+    def predict(self, model: Network, hazy: Array) -> tuple[Array, Array, Array]:
+        """Return the restored images, the gain and the offset.
+
+        Raises:
+          ValueError: the network does not estimate the haze.
+        """
+        return model.restore_with_haze(hazy)
+
+    def __call__(self, prediction: tuple[Array, Array, Array], batch: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
+        restored, gain, offset = prediction
+        total, measurements = self.restoration(restored, batch)
+        true_gain = average_blocks(1 / batch["transmission"] - 1, gain.shape[1:3])
+        true_offset = true_gain * batch["airlight"][:, None, None]
+        distances = {"gain": jnp.mean(jnp.abs(gain - true_gain)), "offset": jnp.mean(jnp.abs(offset - true_offset))}
+        return total + self.weight * (distances["gain"] + distances["offset"]), {**measurements, **distances}
+
+
+def average_blocks(x: Array, shape: tuple[int, int]) -> Array:
+    """Reduce maps `[N, H, W, C]` to `[N, *shape, C]` by the means of square blocks.
+
+    The side of a block is H / shape[0], rounded up. As networks pad images, so are the maps padded by reflection at the bottom and right.
+    """
+    n, h, w, c = x.shape
+    side = -(-h // shape[0])
+    x = jnp.pad(x, ((0, 0), (0, side * shape[0] - h), (0, side * shape[1] - w), (0, 0)), mode="reflect")
+    return x.reshape(n, shape[0], side, shape[1], side, c).mean((2, 4))
