@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 # RESIDE's indoor training set draws both uniformly.
@@ -24,11 +26,16 @@ def add_haze(clear: np.ndarray, depth: np.ndarray, airlight: float, beta: float)
     Raises:
       ValueError: the sizes differ, or a depth is negative or NaN.
     """
+    return _scatter(clear, _transmission(clear, depth, beta), np.float32(airlight))
+
+
+def _transmission(clear: np.ndarray, depth: np.ndarray, beta: float) -> np.ndarray:
+    """Return t, `[H, W, 1]`, for a depth that fits the image `clear`."""
     if clear.shape[:2] != depth.shape:
         raise ValueError(f"depth has shape {depth.shape} and must have the height and width of clear, {clear.shape[:2]}")
     if not depth.min() >= 0:  # also true for NaN
         raise ValueError(f"depth must be at least 0 everywhere, and its smallest value is {depth.min()}")
-    return _scatter(clear, np.exp(-beta * depth.astype(np.float32))[..., None], np.float32(airlight))
+    return np.exp(-beta * depth.astype(np.float32))[..., None]
 
 
 def add_constant_haze(clear: np.ndarray, transmission: float) -> np.ndarray:
@@ -49,7 +56,15 @@ def _scatter(clear: np.ndarray, transmission: np.ndarray | np.float32, airlight:
     return (np.round(hazy * 255) / 255).astype(np.float32)
 
 
-def haze_for(clear: np.ndarray, depth: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
+class Haze(NamedTuple):
+    """A hazy image and what it was made with."""
+
+    hazy: np.ndarray  # [H, W, 3]
+    transmission: np.ndarray  # float32 [H, W, 1]
+    airlight: np.ndarray  # float32 [3]
+
+
+def haze_for(clear: np.ndarray, depth: np.ndarray | None, rng: np.random.Generator) -> Haze:
     """Add random haze to a clear image: with depth, that of RESIDE's training set; without, one transmission for the whole image.
 
     Args:
@@ -58,11 +73,14 @@ def haze_for(clear: np.ndarray, depth: np.ndarray | None, rng: np.random.Generat
       rng: the source of airlight and beta, or of the transmission, uniform in [0, 1).
 
     Returns:
-      The hazy image, float32 `[H, W, 3]` in [0, 1].
+      The hazy image, float32 `[H, W, 3]` in [0, 1], with its transmission and airlight.
     """
     if depth is None:
-        return add_constant_haze(clear, rng.uniform())
-    return add_haze(clear, depth, *draw_haze(rng))
+        airlight, transmission = 1.0, np.full((*clear.shape[:2], 1), rng.uniform(), np.float32)
+    else:
+        airlight, beta = draw_haze(rng)
+        transmission = _transmission(clear, depth, beta)
+    return Haze(_scatter(clear, transmission, np.float32(airlight)), transmission, np.full(3, airlight, np.float32))
 
 
 def draw_haze(rng: np.random.Generator) -> tuple[float, float]:

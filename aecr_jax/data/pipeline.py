@@ -23,10 +23,13 @@ from aecr_jax.errors import UserError
 
 
 class Augment(grain.transforms.RandomMap):
-    """A random square crop, horizontal flip and quarter turns, as in the paper, and random haze if the sample has none."""
+    """A random square crop, horizontal flip and quarter turns, as in the paper, and random haze if the sample has none.
 
-    def __init__(self, crop: int):
-        self._crop = crop
+    With `haze_truth`, the elements also have the `transmission` `[crop, crop, 1]` and the `airlight` `[3]` of that haze.
+    """
+
+    def __init__(self, crop: int, *, haze_truth: bool = False):
+        self._crop, self._haze_truth = crop, haze_truth
 
     def random_map(self, element: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Transform a sample of any size, with "index", into `{"hazy", "clear", "index"}`, images `[crop, crop, 3]`."""
@@ -41,8 +44,12 @@ class Augment(grain.transforms.RandomMap):
         # Crop before anything else, because a crop is only a fraction of its image.
         images = {key: to_float(cut(element[key])) for key in ("hazy", "clear", "depth") if key in element}
         if "hazy" not in images:
-            images["hazy"] = haze_for(images["clear"], images.get("depth"), rng)
-        return {"hazy": images["hazy"], "clear": images["clear"], "index": element["index"]}
+            haze = haze_for(images["clear"], images.get("depth"), rng)
+            images["hazy"] = haze.hazy
+        kept = {"hazy": images["hazy"], "clear": images["clear"], "index": element["index"]}
+        if self._haze_truth:
+            kept |= {"transmission": haze.transmission, "airlight": haze.airlight}
+        return kept
 
 
 def _ignore_interrupts(worker: int, workers: int) -> None:
@@ -68,10 +75,11 @@ def train_batches(
     batch: int,
     seed: int,
     start: int = 0,
+    haze_truth: bool = False,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator:
-    """Return an endless iterator over shuffled batches `{"hazy", "clear", "index"}`.
+    """Return an endless iterator over shuffled batches `{"hazy", "clear", "index"}`, with `haze_truth` also `transmission` and `airlight`.
 
     Images are `[batch / process_count, crop, crop, 3]`; `index` holds the positions of their samples. The seed determines the order of
     images, the crops and the haze. The processes of a pod share this order: together they read the batch that a single process would
@@ -84,15 +92,19 @@ def train_batches(
       batch: images per step, over all processes.
       seed: determines the order, crops and haze.
       start: the number of images of the order that have been read before.
+      haze_truth: whether to add the transmission `[N, crop, crop, 1]` and the airlight `[N, 3]` of the haze.
       process_index: the index of this process.
       process_count: the number of processes.
 
     Raises:
-      UserError: as for `check_samples`; or, during iteration, an image is damaged or smaller than a crop.
+      UserError: as for `check_samples`, or the haze of the samples is not known; or, during iteration, an image is damaged or smaller
+        than a crop.
     """
     check_samples(samples, crop=data.crop, batch=batch, process_count=process_count)
+    if haze_truth and any(sample.kind == "pair" for sample in samples):
+        raise UserError("loss.haze must be 0 for data with hazy images, whose haze is not known; it is known for data with depth")
     source = Source(samples, least=data.crop, cache=data.cache)
-    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(Augment(data.crop))
+    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(Augment(data.crop, haze_truth=haze_truth))
     # Each process takes every process_count-th part, so that all together read the batch of a single process in the same order.
     dataset = dataset[start:].batch(batch // process_count, drop_remainder=True)[process_index::process_count]
     options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=2 * data.threads)

@@ -68,7 +68,7 @@ def to_pair(read: dict[str, np.ndarray], seed: int | tuple[int, ...]) -> tuple[n
     clear = to_float(read["clear"])
     if "hazy" in read:
         return to_float(read["hazy"]), clear
-    return haze_for(clear, read.get("depth"), np.random.default_rng(seed)), clear
+    return haze_for(clear, read.get("depth"), np.random.default_rng(seed)).hazy, clear
 
 
 def eval_images(

@@ -36,18 +36,18 @@ class HazeLoss(Loss):
     def __call__(self, prediction: tuple[Array, Array, Array], batch: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
         restored, gain, offset = prediction
         total, measurements = self.restoration(restored, batch)
-        true_gain = average_blocks(1 / batch["transmission"] - 1, gain.shape[1:3])
+        true_gain = average_blocks(1 / batch["transmission"] - 1, *gain.shape[1:3])
         true_offset = true_gain * batch["airlight"][:, None, None]
         distances = {"gain": jnp.mean(jnp.abs(gain - true_gain)), "offset": jnp.mean(jnp.abs(offset - true_offset))}
         return total + self.weight * (distances["gain"] + distances["offset"]), {**measurements, **distances}
 
 
-def average_blocks(x: Array, shape: tuple[int, int]) -> Array:
-    """Reduce maps `[N, H, W, C]` to `[N, *shape, C]` by the means of square blocks.
+def average_blocks(x: Array, rows: int, columns: int) -> Array:
+    """Reduce maps `[N, H, W, C]` to `[N, rows, columns, C]` by the means of square blocks.
 
-    The side of a block is H / shape[0], rounded up. As networks pad images, so are the maps padded by reflection at the bottom and right.
+    The side of a block is H / rows, rounded up. As networks pad images, so are the maps padded by reflection at the bottom and right.
     """
     n, h, w, c = x.shape
-    side = -(-h // shape[0])
-    x = jnp.pad(x, ((0, 0), (0, side * shape[0] - h), (0, side * shape[1] - w), (0, 0)), mode="reflect")
-    return x.reshape(n, shape[0], side, shape[1], side, c).mean((2, 4))
+    side = -(-h // rows)
+    x = jnp.pad(x, ((0, 0), (0, side * rows - h), (0, side * columns - w), (0, 0)), mode="reflect")
+    return x.reshape(n, rows, side, columns, side, c).mean((2, 4))
