@@ -11,7 +11,7 @@ from aecr_jax import UserError
 from aecr_jax.__main__ import main
 from aecr_jax.data.check import check_data
 from aecr_jax.data.folders import find_dataset, find_pairs
-from aecr_jax.data.haze import add_haze
+from aecr_jax.data.haze import Haze, add_haze
 from aecr_jax.data.images import read_depth, read_image, write_image
 from aecr_jax.data.layouts import recognise_data_set
 from aecr_jax.data.reader import to_pair
@@ -265,6 +265,7 @@ def test_constant_haze_may_hide_an_image_or_leave_it_clear(tmp_path, monkeypatch
     picture(tmp_path / "3.png", value=0.5)
     samples, _ = open_samples(f"constant:{tmp_path}")
     for transmission in (0, 0.5, 1):
-        monkeypatch.setattr("aecr_jax.data.reader.haze_for", lambda clear, depth, rng, t=transmission: clear * t + 1 - t)
+        add = lambda clear, depth, rng, t=transmission: Haze(clear * t + 1 - t, np.full((*clear.shape[:2], 1), t), np.ones(3))  # noqa: E731
+        monkeypatch.setattr("aecr_jax.data.reader.haze_for", add)
         (found,) = mistakes(check_data(samples))
         assert f"clear images are black or of one colour: {tmp_path / '3.png'}" in found
