@@ -55,7 +55,7 @@ class Opponent:
         self.close()
 
     def run(self) -> float:
-        """Do the work once, or as often as takes `TURN_S` seconds; return the median time of a run in seconds."""
+        """Repeat the work for at least `TURN_S` seconds and return the median time of a run, in seconds."""
         return self._ask({"do": "run", "turn_s": TURN_S})["seconds"]
 
     def peak(self) -> int | None:

@@ -30,8 +30,8 @@ _PAUSE_S = 0.3
 def benchmark(works: Sequence[Work], *, rounds: int = 15, torch_python: str | None = None, output: str | Path) -> dict[str, Any]:
     """Measure each of `works` and print a table.
 
-    JAX and PyTorch alternate, with one turn each per round, so that a temporary slowdown of the machine affects both. A turn is one run,
-    or as many as take `TURN_S` seconds, of which the median counts.
+    JAX and PyTorch alternate, with one turn each per round, so that a temporary slowdown of the machine affects both. In a turn, the
+    work is repeated for at least `TURN_S` seconds, and the median of these runs counts.
 
     Args:
       works: the work to measure.

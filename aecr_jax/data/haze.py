@@ -76,10 +76,11 @@ def haze_for(clear: np.ndarray, depth: np.ndarray | None, rng: np.random.Generat
       The hazy image, float32 `[H, W, 3]` in [0, 1], with its transmission and airlight.
     """
     if depth is None:
-        airlight, transmission = 1.0, np.full((*clear.shape[:2], 1), rng.uniform(), np.float32)
-    else:
-        airlight, beta = draw_haze(rng)
-        transmission = _transmission(clear, depth, beta)
+        constant = rng.uniform()
+        transmission = np.full((*clear.shape[:2], 1), constant, np.float32)
+        return Haze(add_constant_haze(clear, constant), transmission, np.ones(3, np.float32))
+    airlight, beta = draw_haze(rng)
+    transmission = _transmission(clear, depth, beta)
     return Haze(_scatter(clear, transmission, np.float32(airlight)), transmission, np.full(3, airlight, np.float32))
 
 

@@ -29,7 +29,7 @@ def enlarge_bilinear(x: Array, factor: int) -> Array:
 def _enlarge(x: Array, factor: int, axis: int) -> Array:
     # Output `factor i + j` is at the input's position i + (j + 0.5) / factor - 0.5, so each j is one weighted sum of two shifted copies.
     n = x.shape[axis]
-    widened = jnp.concatenate([lax.slice_in_dim(x, 0, 1, axis=axis), x, lax.slice_in_dim(x, n - 1, n, axis=axis)], axis)
+    widened = jnp.pad(x, [(1, 1) if i == axis else (0, 0) for i in range(x.ndim)], mode="edge")
     parts = []
     for j in range(factor):
         position = (j + 0.5) / factor - 0.5

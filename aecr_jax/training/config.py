@@ -45,8 +45,8 @@ class LossConfig:
     features: str = "vgg19.safetensors"
     """File of VGG-19 weights, written by `convert-vgg`; or "random" for a narrow network with random weights, to try things out."""
     haze: float = bounded(0.0, 0)
-    """Weight of the distances between the haze that the network estimates, as gain and offset, and the true one, which is known for haze
-    made on the fly; 0 turns it off. No other project is known to use it."""
+    """Weight of the loss that compares the haze that the network estimates, as gain and offset, with the true haze; 0 turns it off. The
+    data must have haze that is made on the fly, because only that is known. The idea is this project's; the paper has no such loss."""
     perceptual: float = bounded(0.0, 0)
     """Weight of the perceptual loss, the mean squared difference of VGG-16 features (0.04 in GridDehazeNet); 0 turns it off."""
     perceptual_features: str = "vgg16.safetensors"

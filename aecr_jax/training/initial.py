@@ -28,6 +28,11 @@ def make_loss(config: Config) -> Loss:
       UserError: a file of weights is missing or wrong, the crops are too small for the features, or the loss does not fit the network.
     """
     loss, dtype = config.loss, config.model.dtype
+    if loss.haze and not find_network(config.model.NAME).estimates_haze(config.model):
+        raise UserError(
+            f"loss.haze (={loss.haze}) must be 0, because model.name (={config.model.NAME}) does not estimate the haze with these settings;"
+            " aecr_net does with model.output affine or airlight"
+        )
     if loss.kind == "transmission":
         return TransmissionLoss(find_network(config.model.NAME))
     features = _load_features(VGG19Features, loss.features, config.data.crop) if loss.cr or loss.kind == "distillation" else None
@@ -44,14 +49,7 @@ def make_loss(config: Config) -> Loss:
         perceptual_features=perceptual,
         dtype=dtype,
     )
-    if not loss.haze:
-        return restoration
-    if not find_network(config.model.NAME).estimates_haze(config.model):
-        raise UserError(
-            f"loss.haze (={loss.haze}) must be 0, because model.name (={config.model.NAME}) does not estimate the haze with these settings;"
-            " aecr_net does with model.output affine or airlight"
-        )
-    return HazeLoss(restoration, loss.haze)
+    return HazeLoss(restoration, loss.haze) if loss.haze else restoration
 
 
 def _make_distillation(config: Config, features: VGG19Features | None) -> DistillationLoss:

@@ -156,11 +156,15 @@ class _Run:
         if is_main() and (restored is None or read_fingerprint(workdir) is None):
             data.write(workdir)
         self.first = int(self.state.step)
-        truth = bool(config.loss.haze)
-        options: dict[str, Any] = dict(
-            batch=config.optim.batch, seed=config.run.seed, start=self.position.images, haze_truth=truth, **_share()
+        self.batches = train_batches(
+            samples,
+            config.data,
+            batch=config.optim.batch,
+            seed=config.run.seed,
+            start=self.position.images,
+            haze_truth=bool(config.loss.haze),
+            **_share(),
         )
-        self.batches = train_batches(samples, config.data, **options)
         self.log = RunLog(workdir, config, self.first)
         check_shared(workdir / CONFIG)
         self.restorer = Restorer(state_to_model(config, self.state))
