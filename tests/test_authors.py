@@ -227,8 +227,9 @@ def test_pytorch_twin(name):
 )
 def test_own_weights_restore_a_crop(name, weights, reference, expected, tmp_path):
     """The expected values are outputs of the definitions in PyTorch, for a crop of a SOTS image."""
+    converted = convert_own(weights, tmp_path)  # skips the test where there are no weights
     file = np.load(SHARED / reference)
-    y = run(name, convert_own(weights, tmp_path), file["x"], "float32")
+    y = run(name, converted, file["x"], "float32")
     np.testing.assert_allclose(y, file[expected], rtol=0, atol=2e-5)
 
 
