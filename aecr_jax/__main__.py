@@ -12,7 +12,6 @@ import argparse
 import io
 import logging
 import os
-import select
 import sys
 import warnings
 from collections.abc import Sequence
@@ -21,8 +20,12 @@ from typing import Any, NoReturn
 from aecr_jax import __version__
 from aecr_jax.benchmark.command import add_kinds, run_benchmark
 from aecr_jax.errors import Stopped, UserError, complaint, first_line
+from aecr_jax.streams import discard, explain_output, flush, has_no_reader
 
-_CHECKPOINT = "work directory of a run, a converted model, or the name of a network without parameters: dcp (default: the shipped model)"
+_MODEL = (
+    "a shipped model (see the command models), the work directory of a run, an exported or converted model, or a network without"
+    " parameters: dcp (default: the default shipped model)"
+)
 
 
 class _StoreOnce(argparse.Action):
@@ -38,7 +41,7 @@ class _StoreOnce(argparse.Action):
             raise argparse.ArgumentError(self, "must not be empty")
         seen: set[str] = vars(namespace).setdefault("_given", set())
         if option_string is not None and self.dest in seen:
-            parser.error(f"{option_string} is given twice")
+            parser.error(f"{'/'.join(self.option_strings)} is given twice")
         seen.add(self.dest)
         setattr(namespace, self.dest, values)
 
@@ -74,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 set_up()
             return _RUN[options.command](options, rest)
         finally:
-            _flush(sys.stdout)  # flush here, because the interpreter would report a failure at exit in a different format
+            flush(sys.stdout)  # flush here, because the interpreter would report a failure at exit in a different format
     except UserError as error:
         print(complaint(error), file=sys.stderr, flush=True)
         if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
@@ -92,14 +95,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("aecr_jax: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        closed = [stream for stream in (sys.stdout, sys.stderr) if _has_no_reader(stream)]
+        closed = [stream for stream in (sys.stdout, sys.stderr) if has_no_reader(stream)]
         if not closed:  # the error comes from a pipe that the command itself uses
             raise
         for stream in closed:
-            _discard(stream)
+            discard(stream)
         return 141
     except OSError as error:
-        if (explanation := _explain_output(error)) is None:
+        if (explanation := explain_output(error)) is None:
             raise
         print(complaint(explanation), file=sys.stderr)
         return 2
@@ -113,49 +116,6 @@ def _report_unraisable(error: Any) -> None:
     """
     if not (isinstance(error.exc_value, RuntimeError) and str(error.exc_value) == "Event loop is closed"):
         sys.__unraisablehook__(error)
-
-
-def _flush(stream: Any) -> None:
-    """Flush a stream; raise UserError or BrokenPipeError if that fails."""
-    try:
-        if stream is not None:
-            stream.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        _discard(stream)
-        raise UserError(_unwritable(error)) from error
-
-
-def _unwritable(error: OSError) -> str:
-    return f"standard output cannot be written: {error.strerror}"
-
-
-def _explain_output(error: OSError) -> str | None:
-    """Return a message if an OSError was caused by writing to standard output, or None for any other OSError."""
-    if error.filename is not None or sys.stdout is None:
-        return None
-    try:
-        print(flush=True)
-    except OSError as again:
-        _discard(sys.stdout)
-        return _unwritable(again)
-    return None
-
-
-def _discard(stream: Any) -> None:
-    """Discard everything that is still to be written to `stream`."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def _has_no_reader(stream: Any) -> bool:
-    """Return whether a stream is a pipe whose reading end is closed."""
-    try:
-        poll = select.poll()
-        poll.register(stream.fileno(), 0)  # request no events, because errors are always reported
-        return bool(poll.poll(0))
-    except (OSError, ValueError, AttributeError):  # no stream, a stream without a file, or a system without poll (Windows)
-        return False
 
 
 def _explain(error: BaseException) -> str | None:
@@ -184,7 +144,7 @@ def _make_parser() -> argparse.ArgumentParser:
     train.add_argument("--config", metavar="FILE", help="Python file that sets `config`, such as configs/its.py")
 
     evaluate = commands.add_parser("eval", help="score a checkpoint", allow_abbrev=False)
-    evaluate.add_argument("--checkpoint", metavar="DIR", help=_CHECKPOINT)
+    evaluate.add_argument("--model", "--checkpoint", dest="checkpoint", metavar="NAME_OR_DIR", help=_MODEL)
     evaluate.add_argument(
         "--data",
         required=True,
@@ -202,7 +162,10 @@ def _make_parser() -> argparse.ArgumentParser:
     existing = dehaze.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace existing results")
     existing.add_argument("--skip-existing", action="store_true", help="skip images whose results exist")
-    dehaze.add_argument("--checkpoint", metavar="DIR", help=_CHECKPOINT)
+    dehaze.add_argument("--model", "--checkpoint", dest="checkpoint", metavar="NAME_OR_DIR", help=_MODEL)
+    dehaze.add_argument(
+        "--strength", type=float, default=1.0, metavar="S", help="how much of the change to apply, from 0 (none) to 1 (default: 1)"
+    )
     dehaze.add_argument(
         "--tile",
         type=int,
@@ -213,12 +176,14 @@ def _make_parser() -> argparse.ArgumentParser:
 
     compare = commands.add_parser("compare", help="one sheet of pictures by several models", allow_abbrev=False)
     compare.add_argument("image", nargs="+", metavar="IMAGE", help="image files, one row each")
-    compare.add_argument("--models", required=True, metavar="A,B,...", help="checkpoints as eval takes them, one column each")
+    compare.add_argument("--models", required=True, metavar="A,B,...", help="models as --model of eval takes them, one column each")
     compare.add_argument("--clear", metavar="PATH", help="folder of clear images, or the clear image of the only image, for scores")
     compare.add_argument("--output", required=True, metavar="FILE", help="the picture to write, such as sheet.png")
     compare.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
     compare.add_argument("--width", type=int, default=320, metavar="N", help="width of a column in pixels; default 320")
     compare.add_argument("--tile", type=int, default=1536, metavar="N", help="as for dehaze; default 1536")
+
+    commands.add_parser("models", help="list the models that ship with the package", allow_abbrev=False)
 
     prepare = commands.add_parser("prepare-data", help="build a data set from its authors' archives", allow_abbrev=False)
     prepare.add_argument("name", metavar="NAME", help="reside/its, ots, sots_indoor, sots_outdoor, hsts or rtts; nh_haze, dense_haze")
@@ -306,7 +271,14 @@ def _dehaze(options: argparse.Namespace, rest: list[str]) -> int:
     from aecr_jax.inference.photographs import Existing, dehaze_files
 
     existing: Existing = "overwrite" if options.overwrite else "skip" if options.skip_existing else "refuse"
-    done = dehaze_files(options.input, options.output, checkpoint=options.checkpoint, tile=options.tile, existing=existing)
+    done = dehaze_files(
+        options.input,
+        options.output,
+        checkpoint=options.checkpoint,
+        tile=options.tile,
+        strength=options.strength,
+        existing=existing,
+    )
     return 0 if done else 2
 
 
@@ -362,6 +334,13 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
+def _models(options: argparse.Namespace, rest: list[str]) -> int:
+    from aecr_jax.inference.models import table
+
+    print(table())
+    return 0
+
+
 def _report(options: argparse.Namespace, rest: list[str]) -> int:
     from aecr_jax.training.report import write_report
 
@@ -392,6 +371,7 @@ _RUN = {
     "benchmark": run_benchmark,
     "report": _report,
     "compare": _compare,
+    "models": _models,
     "convert-vgg": _convert_vgg,
     "convert": _convert,
     "convert-aecr": _convert,

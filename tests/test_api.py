@@ -81,13 +81,40 @@ def test_large_images_go_in_tiles(model):
     assert tiled.shape == image.shape and 0 < np.abs(tiled - whole).max() < 0.2
 
 
+def test_strength_blends_the_result_with_the_input(model):
+    """The expected values are those of the formula, in float64."""
+    hazy = np.random.default_rng(4).random((12, 16, 3), np.float32)
+    full = aecr_jax.dehaze(hazy, model)
+    assert np.abs(full - hazy).max() > 0.1
+    for strength in (0.25, 0.6):
+        expected = hazy + strength * (full.astype(np.float64) - hazy)
+        np.testing.assert_allclose(aecr_jax.dehaze(hazy, model, strength=strength), expected, atol=1e-6)
+    np.testing.assert_array_equal(aecr_jax.dehaze(hazy, model, strength=1), full)
+    np.testing.assert_array_equal(aecr_jax.dehaze(hazy, model, strength=0), hazy)
+    large = np.random.default_rng(5).random((300, 270, 3), np.float32)
+    halves = aecr_jax.dehaze(large, model, tile=256, strength=0.5)
+    np.testing.assert_allclose(halves, (large + aecr_jax.dehaze(large, model, tile=256)) / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA"])
+def test_strength_zero_returns_integer_images_unchanged(model, mode):
+    """All values of 8 bits occur, and every seventeenth of 16 bits."""
+    pixels = np.arange(65536)[::17].astype(np.uint16)[: 3 * 35 * 36].reshape(35, 36, 3)
+    np.testing.assert_array_equal(aecr_jax.dehaze(pixels, model, strength=0), pixels)
+    image = Image.fromarray(np.random.default_rng(6).permutation(np.arange(768) % 256).astype(np.uint8).reshape(16, 16, 3)).convert(mode)
+    if "A" in mode:
+        image.putalpha(Image.linear_gradient("L").resize((16, 16)))
+    result = aecr_jax.dehaze(image, model, strength=0)
+    assert result.mode == mode
+    np.testing.assert_array_equal(np.asarray(result), np.asarray(image))
+
+
 def test_models_by_path(model, tmp_path):
     aecr_jax.save_checkpoint(model, tmp_path / "m", about={"name": "tiny", "step": 7})
     loaded = aecr_jax.load_checkpoint(tmp_path / "m")
     assert (loaded.name, loaded.step, loaded.config) == ("tiny", 7, model.config)
     pixels = np.random.default_rng(3).random((8, 12, 3), np.float32)
     np.testing.assert_allclose(aecr_jax.dehaze(pixels, tmp_path / "m"), aecr_jax.dehaze(pixels, model), atol=1e-6)
-    assert aecr_jax.load_checkpoint().name == "aecr_net_tiny"
 
 
 def test_wrong_images_are_value_errors(model, tmp_path):
@@ -103,6 +130,9 @@ def test_wrong_images_are_value_errors(model, tmp_path):
             aecr_jax.dehaze(image, model)
     with pytest.raises(ValueError, match=r"tile \(=5\) must be 0 or at least 256"):
         aecr_jax.dehaze(np.zeros((8, 8, 3), np.uint8), model, tile=5)
+    for strength in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=rf"strength \(={strength}\) must be from 0 to 1"):
+            aecr_jax.dehaze(np.zeros((8, 8, 3), np.uint8), model, strength=strength)
     with pytest.raises(FileNotFoundError, match="there is no checkpoint folder"):
         aecr_jax.load_checkpoint(tmp_path / "none")
     with pytest.raises(ValueError, match="is not a checkpoint"):
@@ -137,7 +167,7 @@ def test_import_is_lazy_and_changes_nothing_of_others():
 
 def test_help_needs_no_jax():
     """Help appears in a fraction of a second, because it does not import jax, which alone takes a second."""
-    commands = ("train", "eval", "dehaze", "prepare-data", "check-data", "benchmark", "report", "convert-vgg", "convert-aecr")
+    commands = ("train", "eval", "dehaze", "models", "prepare-data", "check-data", "benchmark", "report", "convert-vgg", "convert-aecr")
     calls = [["--help"], *([command, "--help"] for command in commands), ["unknown"]]
     code = "import contextlib, sys\nfrom aecr_jax.__main__ import main\n"
     code += f"for arguments in {calls}:\n    with contextlib.suppress(SystemExit): main(arguments)\n"

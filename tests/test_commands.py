@@ -8,13 +8,14 @@ import grain
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 from test_data import picture
 
 from aecr_jax import load_checkpoint
 from aecr_jax.__main__ import main
 from aecr_jax.data.images import read_image
 from aecr_jax.data.samples import Pair
-from aecr_jax.inference.weights import load_with_info
+from aecr_jax.inference.weights import DEFAULT_MODEL, load_with_info
 from aecr_jax.networks.arrays import get_arrays
 
 
@@ -267,7 +268,7 @@ def test_dehaze_takes_files_and_folders_and_goes_on_after_a_bad_one(model_dir, t
 def test_dehaze_uses_the_shipped_model(tmp_path, capsys):
     picture(tmp_path / "a.png", (16, 16))
     assert main(["dehaze", str(tmp_path / "a.png"), "--output", str(tmp_path / "out")]) == 0
-    assert "model: aecr_net_tiny, shipped with the package" in capsys.readouterr().out
+    assert f"model: {DEFAULT_MODEL.name}, shipped with the package" in capsys.readouterr().out
     assert read_image(tmp_path / "out" / "a.png").shape == (16, 16, 3)
 
 
@@ -283,6 +284,25 @@ def test_dehaze_refuses_bad_input_and_keeps_the_inputs(model_dir, tmp_path, caps
     said = fails(capsys, "dehaze", a, "--output", tmp_path / "file", "--checkpoint", model_dir)
     assert "cannot be written" in said
     assert "tile (=5) must be 0 or at least" in fails(capsys, "dehaze", a, "--output", tmp_path / "o", "--tile", "5")
+    for strength in ("-0.1", "1.01", "nan"):
+        said = fails(capsys, "dehaze", a, "--output", tmp_path / "o", "--strength", strength)
+        assert f"strength (={strength}) must be from 0 to 1" in said
+    assert "argument --strength: invalid float value: 'half'" in fails(
+        capsys, "dehaze", a, "--output", tmp_path / "o", "--strength", "half"
+    )
+    assert not (tmp_path / "o").exists()
+
+
+def test_dehaze_applies_a_share_of_the_change(model_dir, tmp_path):
+    """A strength of 0 writes the pixels of the input, and 0.5 the mean of input and result, rounded."""
+    picture(tmp_path / "a.png", (21, 10))
+    command = ["dehaze", str(tmp_path / "a.png"), "--checkpoint", str(model_dir), "--output"]
+    for strength in ("0", "0.5", "1"):
+        assert main([*command, str(tmp_path / strength), "--strength", strength]) == 0
+    none, half, full = (np.asarray(Image.open(tmp_path / strength / "a.png"), np.float32) for strength in ("0", "0.5", "1"))
+    np.testing.assert_array_equal(none, np.asarray(Image.open(tmp_path / "a.png")))
+    assert np.abs(full - none).max() > 10
+    np.testing.assert_allclose(half, (none + full) / 2, atol=0.76)  # both pictures are rounded: half a value, and half of one half
 
 
 def test_tiles_are_near_the_whole(model_dir):

@@ -38,7 +38,8 @@ from aecr_jax.training.config import Config, load_config, setting_names
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "aecr_jax/pretrained/README.md"]
+CARDS = sorted((ROOT / "aecr_jax/pretrained").glob("*/README.md"))
+DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), *CARDS]
 ALL = [*DOCUMENTS, ROOT / "NOTICE.md", ROOT / "CHANGELOG.md"]
 HAVE_TORCH = importlib.util.find_spec("torch") is not None
 # Settings with which a training step takes less than a second.

@@ -47,7 +47,7 @@ def compare(
 
     Args:
       images: image files.
-      models: paths that `load_checkpoint` accepts; a column is headed by the model's name.
+      models: names and paths that `load_checkpoint` accepts; a column is headed by the model's name.
       output: the picture to write, in the format of its extension.
       clear: a folder of clear images, matched by the naming schemes of public data sets, or the clear image if there is one image; the
         sheet then has a last column with it, and PSNR and SSIM below each picture.

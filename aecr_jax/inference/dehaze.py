@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from aecr_jax.inference.restore import OVERLAP, USUAL_TILE, Restorer, check_tile, restore_tiled
+from aecr_jax.inference.restore import OVERLAP, USUAL_TILE, Restorer, blend, check_strength, check_tile, restore_tiled
 from aecr_jax.inference.weights import DEFAULT_MODEL, load_checkpoint
 from aecr_jax.networks.arrays import get_arrays
 from aecr_jax.networks.network import Network
@@ -19,44 +19,47 @@ AnyImage = TypeVar("AnyImage", np.ndarray, Image.Image)
 _LEAST, _GREATEST = -1.0, 2.0
 
 
-def dehaze(image: AnyImage, model: Network | str | Path | None = None, *, tile: int = USUAL_TILE) -> AnyImage:
+def dehaze(image: AnyImage, model: Network | str | Path | None = None, *, tile: int = USUAL_TILE, strength: float = 1.0) -> AnyImage:
     """Remove the haze from an image, or from a batch of images of the same size.
 
     Args:
       image: an array `[H, W, 3]` or `[N, H, W, 3]` of uint8, uint16, or floating point in [0, 1]; or a PIL image. The alpha channel of a
         PIL image is kept, and a grey image is restored as RGB and converted back to grey.
-      model: a network, or a path that `load_checkpoint` accepts; by default the model that is shipped with the package. A model that is
-        given as a path is loaded only once.
+      model: a network, or a name or path that `load_checkpoint` accepts; by default the default one of the shipped models. A model that
+        is given by its name or path is loaded only once.
       tile: images of more than `tile * tile` pixels are restored in overlapping tiles, which needs less memory; 0 disables tiling.
+      strength: how much of the change to apply, from 0 to 1: the result is `image + strength * (restored - image)`. At 0, images of
+        integers are returned unchanged.
 
     Returns:
       An image of the same kind: an array of the same shape, type and range, or a PIL image of the same mode.
 
     Raises:
-      ValueError: the image has an unsupported shape, type or range, or does not fit into memory.
+      ValueError: the image has an unsupported shape, type or range, or does not fit into memory, or `tile` or `strength` is out of range.
       FileNotFoundError: the model does not exist.
     """
     check_tile(tile)
+    check_strength(strength)
     restorer = _restorer_of(model)
     if isinstance(image, Image.Image):
-        return _dehaze_pil(image, restorer, tile)
-    return _dehaze_array(np.asarray(image), restorer, tile)
+        return _dehaze_pil(image, restorer, tile, strength)
+    return _dehaze_array(np.asarray(image), restorer, tile, strength)
 
 
-def _dehaze_array(image: np.ndarray, restorer: Restorer, tile: int) -> np.ndarray:
+def _dehaze_array(image: np.ndarray, restorer: Restorer, tile: int, strength: float) -> np.ndarray:
     if image.ndim not in (3, 4) or image.shape[-1] != 3 or 0 in image.shape[-3:]:
         raise ValueError(f"image has shape {image.shape} and must be [H, W, 3] or [N, H, W, 3]")
     batch = _to_unit(image).reshape(-1, *image.shape[-3:])
     large = tile > 0 and batch.shape[1] * batch.shape[2] > tile * tile
     restored = [restore_tiled(restorer, hazy, tile, OVERLAP) if large else restorer(hazy) for hazy in batch]
-    result = np.stack(restored).reshape(image.shape) if restored else np.zeros(image.shape, np.float32)
+    result = blend(batch, np.stack(restored), strength).reshape(image.shape) if restored else np.zeros(image.shape, np.float32)
     if np.issubdtype(image.dtype, np.floating):
         return result.astype(image.dtype)
     return np.round(result * np.iinfo(image.dtype).max).astype(image.dtype)
 
 
-def _dehaze_pil(image: Image.Image, restorer: Restorer, tile: int) -> Image.Image:
-    restored = Image.fromarray(_dehaze_array(np.asarray(image.convert("RGB")), restorer, tile))
+def _dehaze_pil(image: Image.Image, restorer: Restorer, tile: int, strength: float) -> Image.Image:
+    restored = Image.fromarray(_dehaze_array(np.asarray(image.convert("RGB")), restorer, tile, strength))
     if "A" in image.getbands():
         restored.putalpha(image.getchannel("A"))
     return restored.convert(image.mode) if image.mode in ("L", "LA", "RGBA") else restored

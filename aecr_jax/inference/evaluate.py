@@ -80,7 +80,7 @@ def evaluate(
     """Score a checkpoint on a data set, write the results and print a table.
 
     Args:
-      checkpoint: a path that `load_checkpoint` accepts; None for the shipped model.
+      checkpoint: a name or path that `load_checkpoint` accepts; None for the default one of the shipped models.
       data: the images to score on, in the notation of `DataConfig`: a folder, HAZY,CLEAR, a built data set, "scenes", or a part of a
         named split.
       output: folder for `per_image.csv`, `summary.json` and `panel.png` (hazy | restored | clear).

@@ -17,8 +17,17 @@ from aecr_jax.compilation import NotEnoughMemory
 from aecr_jax.data.images import EXTENSIONS, list_images, read_image, unique_names, write_image
 from aecr_jax.errors import UserError, complaint
 from aecr_jax.files import make_folder
-from aecr_jax.inference.restore import LEAST_TILE, OVERLAP, USUAL_TILE, Restorer, check_tile, restore_tiled
-from aecr_jax.inference.weights import DEFAULT_MODEL, load_with_info
+from aecr_jax.inference.restore import (
+    LEAST_TILE,
+    OVERLAP,
+    USUAL_TILE,
+    Restorer,
+    blend,
+    check_strength,
+    check_tile,
+    restore_tiled,
+)
+from aecr_jax.inference.weights import DEFAULT_MODEL, load_with_info, shipped_folder
 
 Existing = Literal["refuse", "overwrite", "skip"]
 
@@ -29,6 +38,7 @@ def dehaze_files(
     *,
     checkpoint: str | Path | None = None,
     tile: int = USUAL_TILE,
+    strength: float = 1.0,
     existing: Existing = "refuse",
 ) -> bool:
     """Write the restored version of each image to `output/NAME.png`.
@@ -40,8 +50,9 @@ def dehaze_files(
     Args:
       inputs: image files, and folders of image files; sub-folders are not searched.
       output: folder for the results; it is created if it does not exist.
-      checkpoint: a path that `load_checkpoint` accepts; the shipped model by default.
+      checkpoint: a name or path that `load_checkpoint` accepts; the default model by default.
       tile: images of more than `tile * tile` pixels are restored in overlapping tiles; 0 disables tiling.
+      strength: how much of the change to apply, from 0 (none) to 1.
       existing: what to do if results already exist: "refuse" to start, "overwrite" them, or "skip" their images.
 
     Returns:
@@ -52,6 +63,7 @@ def dehaze_files(
         an input, or already exists.
     """
     check_tile(tile)
+    check_strength(strength)
     output = Path(output)
     images, skipped, notes = _list_inputs(inputs, output)
     names = unique_names(image.stem for image in images)
@@ -60,7 +72,8 @@ def dehaze_files(
     model, config = load_with_info(DEFAULT_MODEL if checkpoint is None else checkpoint)
     restorer = Restorer(model)
     make_folder(output)
-    print(f"model: {config['about'].get('name', 'unnamed') + ', shipped with the package' if checkpoint is None else checkpoint}")
+    shipped = checkpoint is None or shipped_folder(checkpoint)
+    print(f"model: {config['about']['name'] + ', shipped with the package' if shipped else checkpoint}")
     same = Counter(image.stem.lower() for image in images)
     notes += [f"{source} -> {target}" for source, target in todo if same[source.stem.lower()] > 1 or source.stem != target.stem]
     for note in notes:
@@ -72,12 +85,13 @@ def dehaze_files(
     for source, target in tqdm(todo, "dehazing", unit="image", disable=None):
         try:
             _check_name(source, target)
-            restored = restore_any_size(restorer, read_image(source), tile, str(source))
+            hazy = read_image(source)
+            restored = restore_any_size(restorer, hazy, tile, str(source))
         except UserError as error:
             failed += 1
             _complain(str(error))
             continue
-        write_image(target, restored)
+        write_image(target, blend(hazy, restored, strength))
     done = len(images) + len(skipped) - len(there) - failed
     print(
         f"{done} images written to {output}"

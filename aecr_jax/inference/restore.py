@@ -27,6 +27,17 @@ def check_tile(tile: int) -> None:
         raise UserError(f"tile (={tile}) must be 0 or at least {LEAST_TILE}")
 
 
+def check_strength(strength: float) -> None:
+    """Raise UserError unless `strength` is a number from 0 to 1."""
+    if not 0 <= strength <= 1:
+        raise UserError(f"strength (={strength}) must be from 0 to 1")
+
+
+def blend(hazy: np.ndarray, restored: np.ndarray, strength: float) -> np.ndarray:
+    """Return `hazy + strength * (restored - hazy)`, where a strength of 0 gives exactly `hazy` and 1 exactly `restored`."""
+    return (1 - strength) * hazy + strength * restored  # in the form above, 1 would give `restored` only up to rounding
+
+
 class Restorer:
     """A compiled model that maps a hazy image `[H, W, 3]` in [0, 1] to the restored image of the same shape, clipped to [0, 1].
 

@@ -38,8 +38,9 @@ from aecr_jax.networks.registry import (
 from aecr_jax.renamed import migrate
 from aecr_jax.validation import check_weight
 
-# The model that is shipped with the package.
-DEFAULT_MODEL = Path(__file__).parents[1] / "pretrained"
+# The models that are shipped with the package, one folder for each, and the folder of the one that is used by default.
+SHIPPED = Path(__file__).parents[1] / "pretrained"
+DEFAULT_MODEL = SHIPPED / "aecr_net_tiny"
 CHECKPOINTS = "checkpoints"
 # The item of a training checkpoint that holds the checksums of its JSON items.
 SEAL = "json_checksums"
@@ -51,13 +52,14 @@ log = logging.getLogger(__name__)
 def load_checkpoint(path: str | Path = DEFAULT_MODEL) -> Network:
     """Load a model in evaluation mode, ready to be called.
 
-    `model.name`, `model.config` and `model.step` describe the model. `model.step` is None if it is not known; for the shipped model, which
-    was trained in several runs, it is the total number of steps.
+    `model.name`, `model.config` and `model.step` describe the model. `model.step` is None if it is not known; for a shipped model that was
+    trained in several runs, it is the total number of steps.
 
     Args:
       path: the work directory of a training run or its `checkpoints` folder (the checkpoint with the best validation PSNR is loaded),
-        a single checkpoint in that folder, or an exported model; by default the model that is shipped with the package. If there is no
-        such folder, the name of a network without parameters, such as "dcp", gives that network with its default settings.
+        a single checkpoint in that folder, or an exported model; or, if there is no folder of that name, the name of a model that is
+        shipped with the package, such as "aecr_net_tiny", or of a network without parameters, such as "dcp", which gets its default
+        settings. By default, the default one of the shipped models.
 
     Raises:
       UserError: `path` is none of these, or is damaged or incomplete.
@@ -67,13 +69,13 @@ def load_checkpoint(path: str | Path = DEFAULT_MODEL) -> Network:
 
 def load_with_info(path: str | Path) -> tuple[Network, dict[str, Any]]:
     """Load a model as `load_checkpoint` does, and the JSON saved with it: the config of a run, or `config.json` of an exported model."""
-    name, path = str(path), Path(path)
+    name, path = str(path), shipped_folder(path) or Path(path)
     if not path.is_dir():
         if name in network_names() and not has_parameters(model_config := find_network(name).Config()):
             model = build_network(model_config, {})
             model.name = name
             return model, {"model": config_to_dict(model_config), "about": {"name": name}}
-        raise MissingFileError(f"there is no checkpoint folder {path}")
+        raise MissingFileError(f"there is no checkpoint folder {path}; the shipped models are {', '.join(shipped_names())}")
     if (path / _WEIGHTS).is_file():
         return _load_exported(path)
     path = path.resolve()
@@ -98,6 +100,16 @@ def load_with_info(path: str | Path) -> tuple[Network, dict[str, Any]]:
         return _load_trained(folder / str(step))
     except Exception as error:  # orbax, tensorstore and the file system raise many types of errors
         raise UserError(f"checkpoint {folder / str(step)} is damaged or half written: {first_line(error)}") from error
+
+
+def shipped_names() -> list[str]:
+    """Return the names of the models that are shipped with the package, in alphabetical order."""
+    return sorted(path.name for path in SHIPPED.iterdir() if path.is_dir())
+
+
+def shipped_folder(name: str | Path) -> Path | None:
+    """Return the folder of the shipped model `name`, or None if there is no such model or the user has a folder of that name."""
+    return SHIPPED / name if str(name) in shipped_names() and not Path(name).is_dir() else None
 
 
 def save_checkpoint(model: Network, path: str | Path, about: dict[str, Any] | None = None) -> None:
