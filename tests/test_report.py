@@ -513,7 +513,7 @@ def test_page_is_replaced_whole_or_not_at_all(workdir, monkeypatch):
     assert path.read_bytes() == before and sorted(p.name for p in workdir.iterdir() if "report" in p.name) == ["report.html"]
 
 
-def test_wheel_has_the_template(tmp_path):
+def test_wheel_has_the_template_and_the_models(tmp_path):
     root = Path(__file__).parents[1]
     package = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert "*.jinja" in package["package-data"]["aecr_jax.training"]
@@ -529,3 +529,5 @@ def test_wheel_has_the_template(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = subprocess.run([sys.executable, "-m", "zipfile", "-l", str(wheel)], capture_output=True, text=True).stdout
     assert "aecr_jax/training/report.html.jinja" in names
+    for file in (root / "aecr_jax/pretrained").glob("*/*"):
+        assert str(file.relative_to(root)) in names

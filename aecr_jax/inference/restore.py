@@ -35,7 +35,7 @@ def check_strength(strength: float) -> None:
 
 def blend(hazy: np.ndarray, restored: np.ndarray, strength: float) -> np.ndarray:
     """Return `hazy + strength * (restored - hazy)`, where a strength of 0 gives exactly `hazy` and 1 exactly `restored`."""
-    return (1 - strength) * hazy + strength * restored  # in the form above, 1 would give `restored` only up to rounding
+    return restored if strength == 1 else hazy + strength * (restored - hazy)  # the formula gives `restored` only up to rounding
 
 
 class Restorer:

@@ -104,7 +104,7 @@ def load_with_info(path: str | Path) -> tuple[Network, dict[str, Any]]:
 
 def shipped_names() -> list[str]:
     """Return the names of the models that are shipped with the package, in alphabetical order."""
-    return sorted(path.name for path in SHIPPED.iterdir() if path.is_dir())
+    return sorted(path.name for path in SHIPPED.iterdir() if (path / _CONFIG).is_file())
 
 
 def shipped_folder(name: str | Path) -> Path | None:
