@@ -122,6 +122,7 @@ SMALL = {
     "msbdn": {"width": 1, "blocks": 1},
     "kddn": {"width": 2, "blocks": 1},
     "kddn_teacher": {"width": 2},
+    "coarse_net": {"width": 6, "blocks": 1},
 }
 
 

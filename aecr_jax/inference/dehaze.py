@@ -27,7 +27,8 @@ def dehaze(image: AnyImage, model: Network | str | Path | None = None, *, tile: 
         PIL image is kept, and a grey image is restored as RGB and converted back to grey.
       model: a network, or a name or path that `load_checkpoint` accepts; by default the default one of the shipped models. A model that
         is given by its name or path is loaded only once.
-      tile: images of more than `tile * tile` pixels are restored in overlapping tiles, which needs less memory; 0 disables tiling.
+      tile: images of more than `tile * tile` pixels are restored in overlapping tiles, which needs less memory, unless the network
+        restores large images as a whole (`Network.NEEDS_TILES`); 0 disables tiling.
       strength: how much of the change to apply, from 0 to 1: the result is `image + strength * (restored - image)`. At 0, images of
         integers are returned unchanged.
 
@@ -50,7 +51,7 @@ def _dehaze_array(image: np.ndarray, restorer: Restorer, tile: int, strength: fl
     if image.ndim not in (3, 4) or image.shape[-1] != 3 or 0 in image.shape[-3:]:
         raise ValueError(f"image has shape {image.shape} and must be [H, W, 3] or [N, H, W, 3]")
     batch = _to_unit(image).reshape(-1, *image.shape[-3:])
-    large = tile > 0 and batch.shape[1] * batch.shape[2] > tile * tile
+    large = restorer.splits(*batch.shape[1:3], tile)
     restored = [restore_tiled(restorer, hazy, tile, OVERLAP) if large else restorer(hazy) for hazy in batch]
     result = blend(batch, np.stack(restored), strength).reshape(image.shape) if restored else np.zeros(image.shape, np.float32)
     if np.issubdtype(image.dtype, np.floating):

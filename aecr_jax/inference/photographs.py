@@ -51,7 +51,7 @@ def dehaze_files(
       inputs: image files, and folders of image files; sub-folders are not searched.
       output: folder for the results; it is created if it does not exist.
       checkpoint: a name or path that `load_checkpoint` accepts; the default model by default.
-      tile: images of more than `tile * tile` pixels are restored in overlapping tiles; 0 disables tiling.
+      tile: images of more than `tile * tile` pixels are restored in overlapping tiles, if the network needs that; 0 disables tiling.
       strength: how much of the change to apply, from 0 (none) to 1.
       existing: what to do if results already exist: "refuse" to start, "overwrite" them, or "skip" their images.
 
@@ -108,7 +108,7 @@ def restore_any_size(restorer: Restorer, image: np.ndarray, tile: int, name: str
       UserError: the image or its result is not finite, or it does not fit into memory; the message begins with `name`.
     """
     h, w = image.shape[:2]
-    large = tile > 0 and h * w > tile * tile
+    large = restorer.splits(h, w, tile)
     try:
         return restore_tiled(restorer, image, tile, OVERLAP) if large else restorer(image)
     except NotEnoughMemory as error:
@@ -116,7 +116,7 @@ def restore_any_size(restorer: Restorer, image: np.ndarray, tile: int, name: str
         share = 0.5 if error.available is None else 0.8 * error.available / error.needed
         side = int(math.sqrt(pixels * share)) // OVERLAP * OVERLAP
         side = max(LEAST_TILE, min(side, USUAL_TILE))
-        raise UserError(f"{name}: {error}" + (f": use --tile {side}" if side * side < pixels else "")) from error
+        raise UserError(f"{name}: {error}" + (f": use --tile {side}" if restorer.needs_tiles and side * side < pixels else "")) from error
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
 

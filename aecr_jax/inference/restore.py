@@ -53,6 +53,7 @@ class Restorer:
 
     def __init__(self, model: Network):
         arrays = get_arrays(model)
+        self.needs_tiles = model.NEEDS_TILES
         model = nnx.clone(model)  # leave the mode of the caller's network unchanged
         model.eval()
         graph, self._state = nnx.split(model)
@@ -76,6 +77,10 @@ class Restorer:
                 raise UserError(f"the model cannot be used: {error}") from error
         local = {name: jnp.asarray(np.asarray(array)) for name, array in arrays.items()}  # move them from the mesh to one device
         self._state = replace_arrays(self._state, local)
+
+    def splits(self, height: int, width: int, tile: int) -> bool:
+        """Return whether an image of this size is to be restored in tiles of side `tile`; 0 means no tiles."""
+        return self.needs_tiles and tile > 0 and height * width > tile * tile
 
     def __call__(self, hazy: np.ndarray) -> np.ndarray:
         restored = self._apply(self._state, hazy)

@@ -9,6 +9,7 @@ from jax import Array
 
 from aecr_jax.losses.loss import Loss
 from aecr_jax.networks.network import Network
+from aecr_jax.ops.resize import average_cells
 
 
 class HazeLoss(Loss):
@@ -47,7 +48,7 @@ def average_blocks(x: Array, rows: int, columns: int) -> Array:
 
     The side of a block is H / rows, rounded up. As networks pad images, so are the maps padded by reflection at the bottom and right.
     """
-    n, h, w, c = x.shape
+    h, w = x.shape[1:3]
     side = -(-h // rows)
     x = jnp.pad(x, ((0, 0), (0, side * rows - h), (0, side * columns - w), (0, 0)), mode="reflect")
-    return x.reshape(n, rows, side, columns, side, c).mean((2, 4))
+    return average_cells(x, side)

@@ -78,6 +78,8 @@ class Network(nnx.Module):
     Config: ClassVar[type[NetworkConfig]]
     MULTIPLE: ClassVar[int] = 1
     """The network pads height and width to multiples of this number."""
+    NEEDS_TILES: ClassVar[bool] = True
+    """Whether large images are restored in tiles, because a whole one would need too much memory."""
     config: Any
     name: str = ""
     """The name of a loaded model: the name under which it was published, or that of its run's folder."""
@@ -107,10 +109,11 @@ class Network(nnx.Module):
         """
         raise ValueError(f"{type(self).__name__} with these settings does not estimate the haze")
 
-    def pad(self, images: Array) -> Array:
-        """Pad images `[N, H, W, C]` by reflection at the bottom and the right, so that H and W are multiples of `MULTIPLE`."""
+    def pad(self, images: Array, multiple: int = 0) -> Array:
+        """Pad images `[N, H, W, C]` by reflection at the bottom and the right, so that H and W are multiples of `multiple` (`MULTIPLE`)."""
         h, w = images.shape[1:3]
-        return jnp.pad(images, ((0, 0), (0, -h % self.MULTIPLE), (0, -w % self.MULTIPLE), (0, 0)), mode="reflect")
+        multiple = multiple or self.MULTIPLE
+        return jnp.pad(images, ((0, 0), (0, -h % multiple), (0, -w % multiple), (0, 0)), mode="reflect")
 
     @classmethod
     def predicts_offsets(cls, name: str) -> bool:

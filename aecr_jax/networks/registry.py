@@ -25,6 +25,7 @@ _NETWORKS: dict[str, str | type[Network]] = {
     "pfdn": "aecr_jax.networks.pfdn:PFDN",
     "msbdn": "aecr_jax.networks.msbdn:MSBDN",
     "kddn": "aecr_jax.networks.kddn:KDDN",
+    "coarse_net": "aecr_jax.networks.coarse_net:CoarseNet",
     "kddn_teacher": "aecr_jax.networks.kddn:KDDNTeacher",
 }
 # The network of configs saved before configs contained a network's name.

@@ -1,4 +1,4 @@
-"""Enlargement of images in forms that XLA compiles to fast code."""
+"""Enlargement and reduction of images in forms that XLA compiles to fast code."""
 
 from __future__ import annotations
 
@@ -37,6 +37,12 @@ def _enlarge(x: Array, factor: int, axis: int) -> Array:
         first, second = (lax.slice_in_dim(widened, begin, begin + n, axis=axis) for begin in (start, start + 1))
         parts.append((1 - share) * first + share * second)
     return jnp.stack(parts, axis + 1).reshape(*x.shape[:axis], factor * n, *x.shape[axis + 1 :])
+
+
+def average_cells(x: Array, side: int) -> Array:
+    """Return the means of square cells: `[N, H, W, C] -> [N, H / side, W / side, C]`; H and W must be multiples of `side`."""
+    n, h, w, c = x.shape
+    return x.reshape(n, h // side, side, w // side, side, c).mean((2, 4))
 
 
 def upsample_nearest(x: Array) -> Array:

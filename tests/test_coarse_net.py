@@ -1,0 +1,88 @@
+"""CoarseNet: the formula with its estimates, large images from a reduced copy, and its limits of size."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from aecr_jax import dehaze
+from aecr_jax.benchmark.work import count_macs
+from aecr_jax.networks.arrays import get_arrays, replace_arrays
+from aecr_jax.networks.coarse_net import CoarseNet, CoarseNetConfig, cell_features
+from aecr_jax.ops.resize import average_cells
+
+
+def network(**settings):
+    model = CoarseNet(CoarseNetConfig(**({"width": 6, "blocks": 1} | settings)), rngs=nnx.Rngs(0))
+    model.eval()
+    return model
+
+
+def with_constant_maps(model, maps):
+    """Return the model with a last layer that gives the same four values everywhere."""
+    arrays = {"maps.kernel": jnp.zeros_like(model.maps.kernel[...]), "maps.bias": jnp.asarray(maps, jnp.float32)}
+    graph, state = nnx.split(model)
+    return nnx.merge(graph, replace_arrays(state, {**get_arrays(model), **arrays}))
+
+
+def test_the_network_has_fewer_than_a_million_parameters_and_8_gmacs():
+    """Expected: the aims for a network that is fast enough to watch, at 640x480."""
+    model = network(width=48, blocks=2)
+    assert sum(x.size for x in get_arrays(model, nnx.Param).values()) == 920_756
+    graph, state = nnx.split(model)
+    jaxpr = jax.make_jaxpr(lambda state, x: nnx.merge(graph, state)(x))(state, jnp.zeros((1, 480, 640, 3)))
+    assert 1e9 < count_macs(jaxpr.jaxpr) < 8e9
+
+
+def test_haze_of_the_scattering_model_is_removed_exactly_if_it_is_estimated_exactly():
+    """Expected: J, for I = J t + A (1 - t) with t = exp(-0.7) and the airlight A = (0.9, 0.8, 0.7)."""
+    clear = np.random.default_rng(0).random((2, 21, 26, 3))
+    depth, airlight = 0.7, np.array([0.9, 0.8, 0.7])
+    t = np.exp(-depth)
+    hazy = jnp.asarray(clear * t + airlight * (1 - t), jnp.float32)
+    maps = [np.log(np.expm1(depth)) + 2, *np.log(airlight / (1 - airlight))]  # the inverses of softplus, with its shift, and sigmoid
+    restored, gain, offset = with_constant_maps(network(), maps).restore_with_haze(hazy)
+    np.testing.assert_allclose(restored, clear, atol=2e-6)
+    assert gain.shape == (2, 4, 4, 1) and offset.shape == (2, 4, 4, 3)  # cells of 8 pixels of the image padded to 32x32
+    np.testing.assert_allclose(gain, np.full(gain.shape, 1 / t - 1), rtol=1e-5)
+    np.testing.assert_allclose(offset / gain, np.broadcast_to(airlight, offset.shape), rtol=1e-5)
+
+
+def test_a_new_network_begins_near_the_hazy_image():
+    hazy = jnp.asarray(np.random.default_rng(1).random((1, 64, 64, 3)), jnp.float32)
+    assert jnp.abs(network(width=48, blocks=2)(hazy) - hazy).max() < 0.25
+
+
+def test_cell_features_are_all_values_and_their_extremes():
+    x = np.random.default_rng(2).random((2, 8, 12, 3)).astype(np.float32)
+    features = np.asarray(cell_features(jnp.asarray(x), 4))
+    assert features.shape == (2, 2, 3, 54)
+    cell = x[1, 4:8, 8:12]
+    np.testing.assert_array_equal(features[1, 1, 2], [*cell.ravel(), *cell.min((0, 1)), *cell.max((0, 1))])
+
+
+def test_the_haze_of_a_large_image_is_estimated_from_a_reduced_copy():
+    """Expected: an image with every pixel doubled has the estimates of the image itself, in cells twice as large."""
+    model = network()
+    small = jnp.asarray(np.random.default_rng(3).random((1, 544, 1056, 3)), jnp.float32)
+    large = small.repeat(2, 1).repeat(2, 2)
+    assert small.shape[1] * small.shape[2] < 2**20 < large.shape[1] * large.shape[2]
+    np.testing.assert_allclose(average_cells(large, 2), small, atol=1e-6)
+    expected, actual = model.restore_with_haze(small), model.restore_with_haze(large)
+    np.testing.assert_allclose(actual[1], expected[1], rtol=1e-4)
+    np.testing.assert_allclose(actual[2], expected[2], rtol=1e-4)
+    # The restored images differ only by the interpolation of the maps.
+    np.testing.assert_allclose(average_cells(actual[0], 2), expected[0], atol=0.02)
+
+
+def test_large_images_are_never_split_into_tiles():
+    image = np.random.default_rng(4).integers(0, 256, (300, 400, 3), np.uint8)
+    model = network()
+    np.testing.assert_array_equal(dehaze(image, model, tile=256), dehaze(image, model, tile=0))
+
+
+@pytest.mark.parametrize("settings, message", [({"width": 1}, r"width \(=1\)"), ({"blocks": 0}, r"blocks \(=0\)")])
+def test_settings_out_of_range_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        CoarseNetConfig(**settings)
