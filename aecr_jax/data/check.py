@@ -97,7 +97,8 @@ def check_data(
       The report.
     """
     report = Report()
-    training, testing = _by_kind("train", train, limit), _by_kind("test", test, limit)
+    training = _by_kind("train", train, limit) or [_Set("train", [], limit)]
+    testing = _by_kind("test", test, limit)
     _check_completeness(report, *training, *testing)
     report.findings += [("MISTAKE", problem) for problem in problems]
     for data in training:
@@ -106,7 +107,8 @@ def check_data(
         _check_set(report, data, (1, 1))
         for other in training:
             _check_overlap(report, other, data)
-    if any(word in test_name for word in ("/test", ":test")) or {"reside/sots_indoor", "reside/sots_outdoor"} & {d.name for d in testing}:
+    named = any(word in test_name for word in ("/test", ":test"))
+    if testing and (named or {"reside/sots_indoor", "reside/sots_outdoor"} & {data.name for data in testing}):
         report.findings.append(
             (
                 "warning",

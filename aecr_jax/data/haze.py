@@ -106,7 +106,11 @@ def add_constant_haze(clear: np.ndarray, transmission: float) -> np.ndarray:
 
 
 def _scatter(clear: np.ndarray, transmission: np.ndarray | np.float32, airlight: np.ndarray | np.float32) -> np.ndarray:
-    return _round(clear * transmission + airlight * (1 - transmission))
+    hazy = np.empty_like(clear)
+    t = transmission[..., 0] if isinstance(transmission, np.ndarray) else transmission
+    for channel, light in enumerate(np.broadcast_to(airlight, 3)):  # one by one, because NumPy is slow at loops over a last axis of 3
+        hazy[..., channel] = clear[..., channel] * t + light * (1 - t)
+    return _round(hazy)
 
 
 def _round(image: np.ndarray) -> np.ndarray:
@@ -147,7 +151,7 @@ def haze_for(
     if settings.clear and rng.random() < settings.clear:
         beta = 0.0
     transmission = _transmission(clear, depth, beta)
-    return Haze(_scatter(clear, transmission, airlight if settings.cast else airlight[0]), transmission, airlight)
+    return Haze(_scatter(clear, transmission, airlight), transmission, airlight)
 
 
 def draw_haze(rng: np.random.Generator, settings: HazeConfig = RESIDE, *, outdoor: bool = False) -> tuple[float, float]:
