@@ -306,11 +306,11 @@ def _check_data(options: argparse.Namespace, rest: list[str]) -> int:
     if options.config:
         config = load_config(options.config, rest)
         train, test, test_name = split_samples(config.data, problems)
-        crop = config.data.crop
+        crop = config.data.crop_size
     else:
         train, _ = open_samples(options.data, data_dir=options.data_dir, problems=problems)
         test, test_name = open_samples(options.test, data_dir=options.data_dir, problems=problems) if options.test else ([], "")
-        crop = 1
+        crop = (1, 1)
     report = check_data(train, test, test_name=test_name, problems=problems, crop=crop, limit=options.limit)
     print(report, flush=True)
     if draw_sheet(report, options.output):

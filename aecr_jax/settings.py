@@ -52,9 +52,14 @@ def parse_value(text: str, kind: Any, name: str) -> Any:
             return {"True": True, "False": False}[text]
         if get_origin(kind) is Literal:
             return {str(choice): choice for choice in get_args(kind)}[text]
+        if get_origin(kind) is tuple:
+            return tuple(parse_value(part, item, name) for part, item in zip(text.split(","), get_args(kind), strict=True))
         return kind(text)
     except (KeyError, ValueError):
-        raise ValueError(f"{name} (={text!r}) must be {_describe(kind)}") from None
+        what = _describe(kind)
+        if get_origin(kind) is tuple:
+            what = f"{len(get_args(kind))} values with commas between them, each {_describe(get_args(kind)[0])}"
+        raise ValueError(f"{name} (={text!r}) must be {what}") from None
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -280,7 +280,7 @@ def test_each_mistake_is_found(tmp_path, capsys):
     # Images have no haze, are too small or cannot be read.
     write_image(tmp_path / "good" / "hazy" / "1_1_0.9.png", scene(1))
     assert "1 hazy images are equal to their clear images" in mistakes(check_data(good))[0]
-    assert "5 images are smaller than a crop (data.crop=512)" in mistakes(check_data(good, crop=512))[0]
+    assert "5 images are smaller than a crop (data.crop=512)" in mistakes(check_data(good, crop=(512, 512)))[0]
     (tmp_path / "good" / "hazy" / "2_1_0.9.png").write_bytes(b"")
     assert "1 images cannot be used: " in mistakes(check_data(good))[0]
     # The command reports an unpaired image.

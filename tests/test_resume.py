@@ -55,7 +55,7 @@ def test_a_checkpoint_from_before_a_setting(run, config_file, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "old")
     (file,) = (tmp_path / "old" / "checkpoints" / "4" / "config").rglob("metadata")
     config = json.loads(file.read_text())
-    del config["optim"]["optimizer"], config["optim"]["freeze_stats_after"]
+    del config["optim"]["optimizer"], config["optim"]["freeze_stats_after"], config["haze"]
     file.write_text(json.dumps(config))
     shutil.rmtree(tmp_path / "old" / "checkpoints" / "4" / "json_checksums")  # even older checkpoints lack these
     train = ["train", "--config", config_file, "--run.workdir", str(tmp_path / "old")]
@@ -214,3 +214,5 @@ def test_other_data_or_another_seed_do_not_continue_a_run(run, config_file, caps
     assert "holds another run: it was trained on 4 images (names" in said and "but the data are now 5 images" in said
     said = fails(capsys, "train", "--config", config_file, "--run.workdir", run, "--run.seed", "1")
     assert "run.seed is 0 there and 1 here" in said
+    said = fails(capsys, "train", "--config", config_file, "--run.workdir", run, "--haze.beta", "0.6,1.2")
+    assert "haze.beta is [0.6, 1.8] there and [0.6, 1.2] here" in said

@@ -116,7 +116,7 @@ def test_a_folder_may_have_the_signs_of_the_notation_in_its_name(root):
 
 def test_wrong_notations_are_one_line(root, capsys):
     assert (
-        "there is no folder nowhere: data must be a folder, HAZY,CLEAR, clear=FOLDER,depth=FOLDER, constant:FOLDER, clear=FOLDER, a built"
+        "there is no folder nowhere: data must be a folder, HAZY,CLEAR, clear=FOLDER,depth=FOLDER, constant:FOLDER, clear=FOLDER,"
         in fails(capsys, "eval", "--data", "nowhere")
     )
     with pytest.raises(FileNotFoundError):

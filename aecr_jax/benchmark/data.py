@@ -15,6 +15,7 @@ from tqdm import tqdm
 from aecr_jax.benchmark.speed import write_json
 from aecr_jax.data.haze import haze_for
 from aecr_jax.data.images import to_float
+from aecr_jax.data.outdoor import Window, draw_depth
 from aecr_jax.data.pipeline import Augment, cache_bytes, train_batches
 from aecr_jax.data.reader import Source
 from aecr_jax.data.samples import Sample
@@ -48,9 +49,9 @@ def benchmark_data(
     Raises:
       UserError: a file cannot be read, or the output cannot be written.
     """
-    crop, batch = config.data.crop, config.optim.batch
-    stages = _measure_stages(samples, crop, batch, seconds)
-    print(f"one thread, crops of {crop}x{crop}, batches of {batch}; {len(samples)} images, {os.cpu_count()} CPU cores")
+    (height, width), batch = config.data.crop_size, config.optim.batch
+    stages = _measure_stages(samples, config, seconds)
+    print(f"one thread, crops of {width}x{height}, batches of {batch}; {len(samples)} images, {os.cpu_count()} CPU cores")
     print(f"{'stage':24}{'ms/image':>10}{'images/s':>10}")
     for row in stages:
         print(f"{row['stage']:24}{row['ms']:10.2f}{1000 / row['ms']:10.0f}")
@@ -66,17 +67,24 @@ def benchmark_data(
     alone = pipelines[0]["images_per_second"]
     cores = os.cpu_count() or 1
     print(f"{needed:g} images a second take {needed / alone * cores:.1f} cores like these ({alone / cores:.0f} images a second each)")
-    figures = {"crop": crop, "batch": batch, "images": len(samples), "cores": cores, "stages": stages, "pipelines": pipelines}
+    figures = {
+        "crop": height,
+        "crop_width": width,
+        "batch": batch,
+        "images": len(samples),
+        "cores": cores,
+        "stages": stages,
+        "pipelines": pipelines,
+    }
     if output is not None:
         make_folder(Path(output).parent)
         write_json(output, figures)
     return figures
 
 
-def _measure_stages(samples: Sequence[Sample], crop: int, batch: int, seconds: float) -> list[dict[str, Any]]:
+def _measure_stages(samples: Sequence[Sample], config: Config, seconds: float) -> list[dict[str, Any]]:
     """Measure the time per image, in milliseconds, that one thread needs for each stage."""
-    rng = np.random.default_rng(0)
-    augment = Augment(crop)
+    rng, (height, width), batch = np.random.default_rng(0), config.data.crop_size, config.optim.batch
     stages = []
 
     def measure(stage: str, work: Callable[[int], Any], per_call: int = 1) -> None:
@@ -90,10 +98,15 @@ def _measure_stages(samples: Sequence[Sample], crop: int, batch: int, seconds: f
     if samples[0].files and not samples[0].dataset:
         measure("read files", lambda i: [path.read_bytes() for path in samples[i % len(samples)].files.values()])
     measure("read and decode", lambda i: samples[i % len(samples)].read())
-    element = Source(samples, least=crop)[0]
-    cut = {key: to_float(array[:crop, :crop]) for key, array in element.items() if key != "index"}
+    source = Source(samples, least=(height, width))
+    element, augment = source[0], Augment(config.data, config.haze, source=source)
+    cut = {key: to_float(element[key][:height, :width]) for key in ("clear", "depth") if key in element}
+    if outdoor := "sky" in element:
+        size, window = element["clear"].shape[:2], Window(0, 0, height, width)
+        measure("draw depth (of the crop)", lambda i: draw_depth(element["sky"], size, window, (height, width), rng))
+        cut["depth"] = draw_depth(element["sky"], size, window, (height, width), rng)
     if "hazy" not in element:
-        measure("make haze (of the crop)", lambda i: haze_for(cut["clear"], cut.get("depth"), rng))
+        measure("make haze (of the crop)", lambda i: haze_for(cut["clear"], cut.get("depth"), rng, config.haze, outdoor=outdoor))
     measure("augment" if "hazy" in element else "augment (with haze)", lambda i: augment.random_map(element, rng))
     crops = [augment.random_map(element, rng) for _ in range(batch)]
     measure("batch", lambda i: {key: np.stack([c[key] for c in crops]) for key in crops[0]}, batch)
@@ -104,7 +117,7 @@ def _measure_pipeline(samples: Sequence[Sample], config: Config, seconds: float,
     batch = config.optim.batch
     if config.data.cache:
         cache_bytes(samples, config.data)
-    batches = train_batches(samples, config.data, batch=batch, seed=config.run.seed)
+    batches = train_batches(samples, config.data, batch=batch, seed=config.run.seed, haze=config.haze)
     next(batches)
     if config.data.cache:  # the first epoch fills the cache
         for _ in tqdm(range(len(samples) // batch + 1), "filling the cache", leave=False, disable=None):

@@ -161,7 +161,7 @@ class Record(Sample):
 
     # field(), because otherwise the properties of the base class would become the default values
     dataset: str = field()
-    source: Any
+    source: Any = field(hash=False)  # its class is not hashable
     position: int
     name: str = field()
     scene: str = field()

@@ -80,7 +80,7 @@ def check_data(
     *,
     test_name: str = "",
     problems: Sequence[str] = (),
-    crop: int = 1,
+    crop: tuple[int, int] = (1, 1),
     limit: int | None = None,
 ) -> Report:
     """Check training samples together with evaluation samples.
@@ -90,34 +90,49 @@ def check_data(
       test: evaluation samples.
       test_name: the name of the evaluation samples in results.
       problems: problems with the names of the files, as `find_pairs` lists them.
-      crop: side of the training crops in pixels; smaller images are reported as a mistake.
+      crop: height and width of the training crops in pixels; smaller images are reported as a mistake.
       limit: the largest number of samples to read from each of `train` and `test`, evenly spread; all by default.
 
     Returns:
       The report.
     """
     report = Report()
-    training, testing = _Set("train", train, limit), _Set("test", test, limit)
-    _check_completeness(report, training, testing)
+    training = _by_kind("train", train, limit) or [_Set("train", [], limit)]
+    testing = _by_kind("test", test, limit)
+    _check_completeness(report, *training, *testing)
     report.findings += [("MISTAKE", problem) for problem in problems]
-    _check_set(report, training, crop)
-    if test:
-        _check_set(report, testing, 1)
-        _check_overlap(report, training, testing)
-        if any(word in test_name for word in ("/test", ":test")) or testing.name in ("reside/sots_indoor", "reside/sots_outdoor"):
-            report.findings.append(
-                (
-                    "warning",
-                    "evaluation uses a test set: the best checkpoint is then selected by the images that it is scored on, as in the paper",
-                )
+    for data in training:
+        _check_set(report, data, crop)
+    for data in testing:
+        _check_set(report, data, (1, 1))
+        for other in training:
+            _check_overlap(report, other, data)
+    named = any(word in test_name for word in ("/test", ":test"))
+    if testing and (named or {"reside/sots_indoor", "reside/sots_outdoor"} & {data.name for data in testing}):
+        report.findings.append(
+            (
+                "warning",
+                "evaluation uses a test set: the best checkpoint is then selected by the images that it is scored on, as in the paper",
             )
-        if len(testing.sizes) > 10:
-            report.findings.append(("warning", f"test images have {len(testing.sizes)} sizes; the network is compiled again for each"))
-    report.pairs = [(train[m.position], m) for m in _choose(training.measured)]
+        )
+    sizes = {size for data in testing for size in data.sizes}
+    if len(sizes) > 10:
+        report.findings.append(("warning", f"test images have {len(sizes)} sizes; the network is compiled again for each"))
+    chosen = [[(data.samples[m.position], m) for m in _choose(data.measured)] for data in training]
+    report.pairs = [pair for pairs in chosen for pair in pairs[: _SHEET_PAIRS // len(chosen)]]
     return report
 
 
-def _check_set(report: Report, data: _Set, crop: int) -> None:
+def _by_kind(label: str, samples: Sequence[Sample], limit: int | None) -> list[_Set]:
+    """Measure mixed data by kind, because what is normal for one kind is odd for another; images that are repeated count once."""
+    unique = list(dict.fromkeys(samples))
+    kinds = list(dict.fromkeys(sample.kind for sample in unique))
+    limit = None if limit is None else -(-limit // max(1, len(kinds)))
+    of_kind = {kind: [sample for sample in unique if sample.kind == kind] for kind in kinds}
+    return [_Set(label if len(kinds) == 1 else f"{label} ({kind})", of_kind[kind], limit) for kind in kinds]
+
+
+def _check_set(report: Report, data: _Set, crop: tuple[int, int]) -> None:
     label, samples, count = data.label, data.samples, len(data.measured) + len(data.failed)
     about = f": {data.name}, {data.release}" if data.name else ""
     report.lines.append(
@@ -133,8 +148,9 @@ def _check_set(report: Report, data: _Set, crop: int) -> None:
     report.lines.append(
         "  sizes: " + ", ".join(f"{w}x{h} ({n})" for (w, h), n in data.sizes.most_common(6)) + (", ..." if len(data.sizes) > 6 else "")
     )
+    shape = f"data.crop={crop[0]}" + (f", data.crop_width={crop[1]}" if crop[0] != crop[1] else "")
     checks: list[tuple[Literal["MISTAKE", "warning"], str, _Side, Callable[[Measured], Any]]] = [
-        ("MISTAKE", f"images are smaller than a crop (data.crop={crop})", "origin", lambda m: min(m.size) < crop),
+        ("MISTAKE", f"images are smaller than a crop ({shape})", "origin", lambda m: m.size[0] < crop[1] or m.size[1] < crop[0]),
         ("MISTAKE", "clear images are black or of one colour", "clear", lambda m: m.blank[1]),
         # Constant haze, which is added to clear images alone, may hide everything.
         (
@@ -227,7 +243,7 @@ def _check_pairs(report: Report, data: _Set) -> None:
             report.findings.append(("warning", f"{label}: {len(odd)} pairs differ from the others in PSNR: {listed(values_of)}"))
     if same := data.origins(lambda m: not np.isfinite(m.psnr)):
         report.findings.append(("MISTAKE", f"{label}: {len(same)} hazy images are equal to their clear images: {listed(same)}"))
-    if samples[0].kind == "depth":
+    if samples[0].kind != "pair":
         return
     stretched = [m for m in measured if m.stretched]
     if len(stretched) > 0.5 * sum(m.stretched is not None for m in measured):

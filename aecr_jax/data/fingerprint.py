@@ -29,7 +29,7 @@ _LISTED = 3
 
 
 class Fingerprint(NamedTuple):
-    """The identity of training data: the number of images, a hash of their names in order, and a hash of each file.
+    """The identity of training data: the number of images, a hash of their names in order, and a hash of each file or drawn scene.
 
     A hash depends on the size and the contents of a file, not on its folder or modification time.
     """
@@ -70,15 +70,14 @@ def fingerprint(samples: Sequence[Sample]) -> Fingerprint:
     Raises:
       UserError: a file cannot be read.
     """
-    names = _digest(os.fsencode(sample.name) for sample in samples)
+    names = _digest(os.fsencode(sample.name) + (b" outdoors" if sample.kind == "outdoor" else b"") for sample in samples)
     paths = _files_by_kind(samples)
-    if not paths:
-        scenes = [(sample.name, _digest(array.tobytes() for array in sample.read().values())) for sample in samples]
-        return Fingerprint(len(samples), names, {"scenes": scenes})
+    drawn = [sample for sample in dict.fromkeys(samples) if not sample.files]
+    scenes = {"scenes": [(sample.name, _digest(array.tobytes() for array in sample.read().values())) for sample in drawn]} if drawn else {}
     whole = sum(_size(path) for kind in paths.values() for path in kind) <= WHOLE_BYTES
     with ThreadPoolExecutor(8) as pool:  # on a network file system, nearly all of the time is spent waiting
         files = {kind: list(pool.map(lambda path: (path.name, _hash_file(path, whole=whole)), found)) for kind, found in paths.items()}
-    return Fingerprint(len(samples), names, files)
+    return Fingerprint(len(samples), names, files | scenes)
 
 
 def check_same_data(saved: str, now: Fingerprint, samples: Sequence[Sample], workdir: Path) -> str:

@@ -2,13 +2,67 @@
 
 from __future__ import annotations
 
+import io
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
-# RESIDE's indoor training set draws both uniformly.
-AIRLIGHT_RANGE = (0.7, 1.0)
-BETA_RANGE = (0.6, 1.8)
+from aecr_jax.errors import UserError
+from aecr_jax.settings import bounded
+
+# Ranges of the exponent that darkens a scene, of the quality of JPEG compression, and of the factor by which a scene is rescaled.
+_GAMMA, _QUALITY, RESCALING = (1.0, 2.0), (50, 95), (0.5, 1.5)
+
+
+@dataclass(frozen=True)
+class HazeConfig:
+    """The haze that is made on the fly for training, and what else happens to a scene before and after.
+
+    By default, haze is that of RESIDE, and everything else is off. The settings apply to data with depth and to outdoor photographs. Hazy
+    images of pairs and the constant haze of `constant:FOLDER` are left as they are. Evaluation always uses the defaults, so that scores of
+    different runs can be compared.
+    """
+
+    airlight: tuple[float, float] = bounded((0.7, 1.0), 0, 1)
+    """Range of the airlight for data with depth: RESIDE's indoor set (Li et al., TIP 2019)."""
+    beta: tuple[float, float] = bounded((0.6, 1.8), 0, 10)
+    """Range of the scattering coefficient for data with depth, per largest depth of the frame: RESIDE's indoor set."""
+    outdoor_airlight: tuple[float, float] = bounded((0.8, 1.0), 0, 1)
+    """Range of the airlight for outdoor photographs: RESIDE's outdoor set (Li et al., TIP 2019)."""
+    outdoor_beta: tuple[float, float] = bounded((0.04, 0.2), 0, 10)
+    """Range of the scattering coefficient for outdoor photographs, whose depth is between 2 and 4.5: RESIDE's outdoor set."""
+    cast: float = bounded(0.0, 0, 1)
+    """Largest deviation of each channel of the airlight from grey, drawn uniformly; 0 is grey, as in RESIDE. RIDCP (Wu et al., CVPR 2023)
+    has coloured airlight."""
+    clear: float = bounded(0.0, 0, 1)
+    """Probability that a crop gets no haze (transmission 1), so that a network learns to leave clear pictures as they are. The idea is this
+    project's."""
+    darken: float = bounded(0.0, 0, 1)
+    """Probability that a scene is darkened by an exponent from [1, 2] before it gets haze, so that airlight is added to dark scenes too.
+    RIDCP darkens the hazy image alone; here, the clear image is dark as well, as the network removes haze and does not brighten."""
+    noise: float = bounded(0.0, 0, 1)
+    """Largest standard deviation of Gaussian noise on the hazy image, drawn uniformly from 0, in an image in [0, 1]; as in RIDCP, but after
+    the haze."""
+    jpeg: float = bounded(0.0, 0, 1)
+    """Probability that the hazy image is compressed as JPEG, with a quality from 50 to 95; as in RIDCP, which begins at 30."""
+    resize: float = bounded(0.0, 0, 1)
+    """Probability that a scene is rescaled by a factor from 0.5 to 1.5 before it gets haze. The crop keeps its size; where the image is too
+    small for a small factor, the least factor is larger. The idea is this project's."""
+    foreign_depth: float = bounded(0.0, 0, 1)
+    """Probability that a scene with depth gets the depth of another one, as in DA-HAZE, so that a network cannot infer the haze from what
+    it knows about depth."""
+
+    def validate(self) -> None:
+        """Raise UserError if a range begins above its end."""
+        for name in ("airlight", "beta", "outdoor_airlight", "outdoor_beta"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise UserError(f"haze.{name} (={low:g},{high:g}) must have its lower end first: {high:g},{low:g}")
+
+
+RESIDE = HazeConfig()
 
 
 def add_haze(clear: np.ndarray, depth: np.ndarray, airlight: float, beta: float) -> np.ndarray:
@@ -51,9 +105,16 @@ def add_constant_haze(clear: np.ndarray, transmission: float) -> np.ndarray:
     return _scatter(clear, np.float32(transmission), np.float32(1))
 
 
-def _scatter(clear: np.ndarray, transmission: np.ndarray | np.float32, airlight: np.float32) -> np.ndarray:
-    hazy = clear * transmission + airlight * (1 - transmission)
-    return (np.round(hazy * 255) / 255).astype(np.float32)
+def _scatter(clear: np.ndarray, transmission: np.ndarray | np.float32, airlight: np.ndarray | np.float32) -> np.ndarray:
+    hazy = np.empty_like(clear)
+    t = transmission[..., 0] if isinstance(transmission, np.ndarray) else transmission
+    for channel, light in enumerate(np.broadcast_to(airlight, 3)):  # one by one, because NumPy is slow at loops over a last axis of 3
+        hazy[..., channel] = clear[..., channel] * t + light * (1 - t)
+    return _round(hazy)
+
+
+def _round(image: np.ndarray) -> np.ndarray:
+    return (np.round(image * 255) / 255).astype(np.float32)
 
 
 class Haze(NamedTuple):
@@ -64,13 +125,17 @@ class Haze(NamedTuple):
     airlight: np.ndarray  # float32 [3]
 
 
-def haze_for(clear: np.ndarray, depth: np.ndarray | None, rng: np.random.Generator) -> Haze:
+def haze_for(
+    clear: np.ndarray, depth: np.ndarray | None, rng: np.random.Generator, settings: HazeConfig = RESIDE, *, outdoor: bool = False
+) -> Haze:
     """Add random haze to a clear image: with depth, that of RESIDE's training set; without, one transmission for the whole image.
 
     Args:
       clear: float32 `[H, W, 3]` in [0, 1].
-      depth: `[H, W]`, as for `add_haze`, or None.
+      depth: `[H, W]`, as for `add_haze`, or as `draw_depth` returns it if `outdoor`, or None.
       rng: the source of airlight and beta, or of the transmission, uniform in [0, 1).
+      settings: the ranges of airlight and beta, `cast` and `clear`; the others are not used, and without depth none is.
+      outdoor: whether to use the outdoor ranges.
 
     Returns:
       The hazy image, float32 `[H, W, 3]` in [0, 1], with its transmission and airlight.
@@ -79,14 +144,40 @@ def haze_for(clear: np.ndarray, depth: np.ndarray | None, rng: np.random.Generat
         constant = rng.uniform()
         transmission = np.full((*clear.shape[:2], 1), constant, np.float32)
         return Haze(add_constant_haze(clear, constant), transmission, np.ones(3, np.float32))
-    airlight, beta = draw_haze(rng)
+    grey, beta = draw_haze(rng, settings, outdoor=outdoor)
+    airlight = np.full(3, grey, np.float32)
+    if settings.cast:
+        airlight = np.clip(airlight + rng.uniform(-settings.cast, settings.cast, 3), 0, 1).astype(np.float32)
+    if settings.clear and rng.random() < settings.clear:
+        beta = 0.0
     transmission = _transmission(clear, depth, beta)
-    return Haze(_scatter(clear, transmission, np.float32(airlight)), transmission, np.full(3, airlight, np.float32))
+    return Haze(_scatter(clear, transmission, airlight), transmission, airlight)
 
 
-def draw_haze(rng: np.random.Generator) -> tuple[float, float]:
-    """Draw a random (airlight, beta) from the ranges of RESIDE's training set."""
-    return float(rng.uniform(*AIRLIGHT_RANGE)), float(rng.uniform(*BETA_RANGE))
+def draw_haze(rng: np.random.Generator, settings: HazeConfig = RESIDE, *, outdoor: bool = False) -> tuple[float, float]:
+    """Draw a random (airlight, beta) from the ranges of the settings, by default those of RESIDE's training sets."""
+    airlight, beta = (settings.outdoor_airlight, settings.outdoor_beta) if outdoor else (settings.airlight, settings.beta)
+    return float(rng.uniform(*airlight)), float(rng.uniform(*beta))
+
+
+def darken(clear: np.ndarray, rng: np.random.Generator, settings: HazeConfig) -> np.ndarray:
+    """Return a scene `[H, W, 3]` in [0, 1] as it is or, with the probability `settings.darken`, darker."""
+    if settings.darken and rng.random() < settings.darken:
+        return clear ** np.float32(rng.uniform(*_GAMMA))
+    return clear
+
+
+def degrade(hazy: np.ndarray, rng: np.random.Generator, settings: HazeConfig) -> np.ndarray:
+    """Return a hazy image, float32 `[H, W, 3]` in [0, 1], with noise and compression by the settings, rounded to 8 bits."""
+    if settings.noise:
+        noise = rng.standard_normal(hazy.shape, np.float32) * np.float32(rng.uniform(0, settings.noise))
+        hazy = _round(np.clip(hazy + noise, 0, 1))
+    if settings.jpeg and rng.random() < settings.jpeg:
+        file = io.BytesIO()
+        quality = int(rng.integers(_QUALITY[0], _QUALITY[1] + 1))
+        Image.fromarray(np.round(hazy * 255).astype(np.uint8)).save(file, "JPEG", quality=quality)
+        hazy = np.asarray(Image.open(file), np.float32) / 255
+    return hazy
 
 
 def depth_problem(values: np.ndarray) -> str | None:

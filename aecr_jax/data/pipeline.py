@@ -13,43 +13,92 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 from absl import flags
+from PIL import Image
 
-from aecr_jax.data.haze import haze_for
+from aecr_jax.data.haze import RESCALING, RESIDE, HazeConfig, darken, degrade, haze_for
 from aecr_jax.data.images import to_float
+from aecr_jax.data.outdoor import Window, draw_depth
 from aecr_jax.data.reader import Source
 from aecr_jax.data.samples import Sample
 from aecr_jax.data.sources import DataConfig
 from aecr_jax.errors import UserError
 
+# Number of images whose size is measured for the estimate of the cache.
+_MEASURED = 8
+
 
 class Augment(grain.transforms.RandomMap):
-    """A random square crop, horizontal flip and quarter turns, as in the paper, and random haze if the sample has none.
+    """A random crop, horizontal flip and quarter turns, as in the paper, and random haze if the sample has none.
 
-    With `haze_truth`, the elements also have the `transmission` `[crop, crop, 1]` and the `airlight` `[3]` of that haze.
+    Args:
+      data: the settings; only those of the crop are used. Crops of a given `crop_width` are not turned.
+      haze: the settings of the haze, for samples with depth and outdoor photographs.
+      source: the source of the elements, for `haze.foreign_depth`; without it, every scene keeps its depth.
+      haze_truth: whether the elements also have the `transmission` `[h, w, 1]` and the `airlight` `[3]` of that haze.
     """
 
-    def __init__(self, crop: int, *, haze_truth: bool = False):
-        self._crop, self._haze_truth = crop, haze_truth
+    def __init__(self, data: DataConfig, haze: HazeConfig = RESIDE, *, source: Source | None = None, haze_truth: bool = False):
+        self._crop, self._turn, self._haze, self._source, self._haze_truth = data.crop_size, not data.crop_width, haze, source, haze_truth
+        self._scenes = [i for i, sample in enumerate(source.samples) if sample.kind == "depth"] if source and haze.foreign_depth else []
 
     def random_map(self, element: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Transform a sample of any size, with "index", into `{"hazy", "clear", "index"}`, images `[crop, crop, 3]`."""
-        h, w = element["clear"].shape[:2]
-        top, left = rng.integers(h - self._crop + 1), rng.integers(w - self._crop + 1)
-        flip, turns = rng.integers(2), int(rng.integers(4))
+        """Transform a sample of any size, with "index", into `{"hazy", "clear", "index"}`, images of the size of a crop."""
+        has_depth = "depth" in element or "sky" in element
+        window = self._draw_window(element["clear"].shape[:2], rng, rescale=has_depth)
+        flip, turns = rng.integers(2), int(rng.integers(4)) if self._turn else 0
 
-        def cut(image: np.ndarray) -> np.ndarray:
-            image = image[top : top + self._crop, left : left + self._crop]
+        def orient(image: np.ndarray) -> np.ndarray:
             return np.ascontiguousarray(np.rot90(image[:, ::-1] if flip else image, turns))
 
         # Crop before anything else, because a crop is only a fraction of its image.
-        images = {key: to_float(cut(element[key])) for key in ("hazy", "clear", "depth") if key in element}
-        if "hazy" not in images:
-            haze = haze_for(images["clear"], images.get("depth"), rng)
-            images["hazy"] = haze.hazy
-        kept = {"hazy": images["hazy"], "clear": images["clear"], "index": element["index"]}
-        if self._haze_truth:
-            kept |= {"transmission": haze.transmission, "airlight": haze.airlight}
-        return kept
+        images: dict[str, np.ndarray] = {
+            key: to_float(orient(self._cut(element[key], window))) for key in ("hazy", "clear") if key in element
+        }
+        if "hazy" in element:
+            return {**images, "index": element["index"]}
+        clear, depth = images["clear"], None
+        if has_depth:
+            depth = orient(self._make_depth(element, window, rng))
+            clear = darken(clear, rng, self._haze)
+        haze = haze_for(clear, depth, rng, self._haze, outdoor="sky" in element)
+        hazy = degrade(haze.hazy, rng, self._haze) if has_depth else haze.hazy
+        truth = {"transmission": haze.transmission, "airlight": haze.airlight} if self._haze_truth else {}
+        return {"hazy": hazy, "clear": clear, "index": element["index"], **truth}
+
+    def _draw_window(self, size: tuple[int, ...], rng: np.random.Generator, *, rescale: bool) -> Window:
+        """Draw the part of an image of `size` that becomes the crop; if the image is rescaled, that part has another size than the crop."""
+        height, width = self._crop
+        if rescale and self._haze.resize and rng.random() < self._haze.resize:
+            least, most = RESCALING
+            factor = rng.uniform(max(least, height / size[0], width / size[1]), most)
+            height, width = min(size[0], round(height / factor)), min(size[1], round(width / factor))
+        return Window(int(rng.integers(size[0] - height + 1)), int(rng.integers(size[1] - width + 1)), height, width)
+
+    def _cut(self, image: np.ndarray, window: Window) -> np.ndarray:
+        """Return a part of an image or depth map at the size of a crop."""
+        image = image[window.top : window.top + window.height, window.left : window.left + window.width]
+        return image if image.shape[:2] == self._crop else _scale(image, self._crop)
+
+    def _make_depth(self, element: dict[str, np.ndarray], window: Window, rng: np.random.Generator) -> np.ndarray:
+        """Return the depth of the crop: for an outdoor photograph random, for a scene its own or that of a crop of another scene."""
+        if "sky" in element:
+            return draw_depth(element["sky"], element["clear"].shape[:2], window, self._crop, rng)
+        if len(self._scenes) < 2 or not rng.random() < self._haze.foreign_depth:
+            return self._cut(element["depth"], window)
+        assert self._source is not None
+        place = int(rng.integers(len(self._scenes) - 1))
+        other = self._source[self._scenes[place + (self._scenes[place] >= element["index"])]]["depth"]
+        return self._cut(other, self._draw_window(other.shape, rng, rescale=False))
+
+
+def _scale(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Scale an image `[H, W, 3]` or a map `[H, W]`, uint8 or float32, to `shape`; values remain in their range."""
+    size = shape[1], shape[0]
+    if image.dtype == np.uint8:
+        return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+    if image.ndim == 3:
+        return np.stack([_scale(channel, shape) for channel in np.moveaxis(image, -1, 0)], -1)
+    return np.asarray(Image.fromarray(image.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
 
 
 def _ignore_interrupts(worker: int, workers: int) -> None:
@@ -57,8 +106,8 @@ def _ignore_interrupts(worker: int, workers: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def check_samples(samples: Sequence[Sample], *, crop: int, batch: int, process_count: int = 1) -> None:
-    """Read one image, so that a problem common to all of them is found before training begins.
+def check_samples(samples: Sequence[Sample], *, crop: tuple[int, int], batch: int, process_count: int = 1) -> None:
+    """Read one image, so that a problem common to all of them is found before training begins; `crop` is (height, width).
 
     Raises:
       UserError: the image is damaged or smaller than a crop, or the batch is not divisible by the number of processes.
@@ -75,24 +124,26 @@ def train_batches(
     batch: int,
     seed: int,
     start: int = 0,
+    haze: HazeConfig = RESIDE,
     haze_truth: bool = False,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator:
     """Return an endless iterator over shuffled batches `{"hazy", "clear", "index"}`, with `haze_truth` also `transmission` and `airlight`.
 
-    Images are `[batch / process_count, crop, crop, 3]`; `index` holds the positions of their samples. The seed determines the order of
+    Images are `[batch / process_count, *data.crop_size, 3]`; `index` holds the positions of their samples. The seed determines the order of
     images, the crops and the haze. The processes of a pod share this order: together they read the batch that a single process would
     read, and no image twice in an epoch. The first `start` images of the order are skipped, so the number of images read is all that a
     checkpoint needs to store about the input.
 
     Args:
       samples: the samples to train on.
-      data: the settings; crop, threads, workers and cache are used.
+      data: the settings; those of the crop, threads, workers and cache are used.
       batch: images per step, over all processes.
       seed: determines the order, crops and haze.
       start: the number of images of the order that have been read before.
-      haze_truth: whether to add the transmission `[N, crop, crop, 1]` and the airlight `[N, 3]` of the haze.
+      haze: the settings of the haze that is made for samples with depth and outdoor photographs.
+      haze_truth: whether to add the transmission `[N, h, w, 1]` and the airlight `[N, 3]` of the haze.
       process_index: the index of this process.
       process_count: the number of processes.
 
@@ -100,11 +151,12 @@ def train_batches(
       UserError: as for `check_samples`, or the haze of the samples is not known; or, during iteration, an image is damaged or smaller
         than a crop.
     """
-    check_samples(samples, crop=data.crop, batch=batch, process_count=process_count)
+    check_samples(samples, crop=data.crop_size, batch=batch, process_count=process_count)
     if haze_truth and any(sample.kind == "pair" for sample in samples):
         raise UserError("loss.haze must be 0 for data with hazy images, whose haze is not known; it is known for data with depth")
-    source = Source(samples, least=data.crop, cache=data.cache)
-    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(Augment(data.crop, haze_truth=haze_truth))
+    source = Source(samples, least=data.crop_size, cache=data.cache)
+    augment = Augment(data, haze, source=source, haze_truth=haze_truth)
+    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(augment)
     # Each process takes every process_count-th part, so that all together read the batch of a single process in the same order.
     dataset = dataset[start:].batch(batch // process_count, drop_remainder=True)[process_index::process_count]
     options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=2 * data.threads)
@@ -117,16 +169,19 @@ def train_batches(
 
 
 def cache_bytes(samples: Sequence[Sample], data: DataConfig) -> int:
-    """Return the memory in bytes that `data.cache` needs in one training process and its workers, estimated from the first image.
+    """Return the memory in bytes that `data.cache` needs in one training process and its workers, estimated from a few images.
 
     Raises:
-      UserError: the image is damaged, or the machine has less memory.
+      UserError: an image is damaged, or the machine has less memory.
     """
-    count = sum(array.nbytes for array in samples[0].read().values()) * len(samples) * max(1, data.workers)
+    unique = list(dict.fromkeys(samples))  # one that is repeated is kept only once
+    read = [unique[i * len(unique) // _MEASURED] for i in range(_MEASURED)] if len(unique) > _MEASURED else unique
+    each = sum(array.nbytes for sample in read for array in sample.read().values()) / len(read)
+    count = round(each * len(unique)) * max(1, data.workers)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if count > memory:
         raise UserError(
-            f"data.cache needs about {count / 1e9:.1f} GB for {len(samples)} images"
+            f"data.cache needs about {count / 1e9:.1f} GB for {len(unique)} images"
             + (f" in {data.workers} workers" if data.workers else "")
             + f", but this machine has {memory / 1e9:.1f} GB: set data.cache to False"
         )

@@ -9,6 +9,7 @@ import numpy as np
 
 from aecr_jax.data.haze import haze_for
 from aecr_jax.data.images import to_float, unique_names
+from aecr_jax.data.outdoor import Window, draw_depth
 from aecr_jax.data.samples import Sample
 from aecr_jax.errors import UserError
 
@@ -30,45 +31,59 @@ class DamagedSample(UserError):
 class Source:
     """Random access to samples, as grain requires: the result of `Sample.read` and "index".
 
-    Reading a sample raises UserError if it is damaged, or smaller than `least` pixels on a side. With `cache`, each is read only once.
+    Reading a sample raises UserError if it is damaged, or smaller than a crop of the size `least` (height, width). With `cache`, each is
+    read only once, and one that is repeated among `samples` is kept only once.
     """
 
-    def __init__(self, samples: Sequence[Sample], least: int = 1, *, cache: bool = False):
-        self._samples = samples
+    def __init__(self, samples: Sequence[Sample], least: tuple[int, int] = (1, 1), *, cache: bool = False):
+        self.samples = samples
         self._least = least
-        self._cache: dict[int, dict[str, np.ndarray]] | None = {} if cache else None
+        self._cache: dict[Sample, dict[str, np.ndarray]] | None = {} if cache else None
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self.samples)
 
     def __getitem__(self, index: Any) -> dict[str, np.ndarray]:
         index = int(index)
-        if self._cache is not None and index in self._cache:
-            return dict(self._cache[index])
-        try:
-            element = {**self._read(self._samples[index]), "index": np.asarray(index, np.int32)}
-        except UserError as error:
-            damaged = DamagedSample(str(error))
-            damaged.index = index  # not an argument, because unpickling in another process calls DamagedSample(message)
-            raise damaged from error
-        if self._cache is not None:
-            self._cache[index] = element
-        return dict(element)
+        sample = self.samples[index]
+        images = None if self._cache is None else self._cache.get(sample)
+        if images is None:
+            try:
+                images = self._read(sample)
+            except UserError as error:
+                damaged = DamagedSample(str(error))
+                damaged.index = index  # not an argument, because unpickling in another process calls DamagedSample(message)
+                raise damaged from error
+            if self._cache is not None:
+                self._cache[sample] = images
+        return {**images, "index": np.asarray(index, np.int32)}
 
     def _read(self, sample: Sample) -> dict[str, np.ndarray]:
-        element = sample.read()
-        h, w = element["clear"].shape[:2]
-        if min(h, w) < self._least:
-            raise UserError(f"{sample.origin} is {w}x{h}, smaller than a crop: data.crop (={self._least}) must be at most {min(h, w)}")
-        return element
+        images = sample.read()
+        (h, w), (height, width) = images["clear"].shape[:2], self._least
+        if h >= height and w >= width:
+            return images
+        if height == width:
+            advice = f"data.crop (={height}) must be at most {min(h, w)}"
+        else:
+            advice = f"data.crop (={height}) must be at most {h}, and data.crop_width (={width}) at most {w}"
+        raise UserError(f"{sample.origin} is {w}x{h}, smaller than a crop: {advice}")
 
 
 def to_pair(read: dict[str, np.ndarray], seed: int | tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Convert the result of a sample's `read` to (hazy, clear), float32 `[H, W, 3]`; if it has no haze, that is drawn from `seed`."""
+    """Convert the result of a sample's `read` to (hazy, clear), float32 `[H, W, 3]`; if it has no haze, that is drawn from `seed`.
+
+    Haze has the parameters of RESIDE, whatever the settings of a run are.
+    """
     clear = to_float(read["clear"])
     if "hazy" in read:
         return to_float(read["hazy"]), clear
-    return haze_for(clear, read.get("depth"), np.random.default_rng(seed)).hazy, clear
+    rng = np.random.default_rng(seed)
+    if "sky" not in read:
+        return haze_for(clear, read.get("depth"), rng).hazy, clear
+    h, w = clear.shape[:2]
+    depth = draw_depth(read["sky"], (h, w), Window(0, 0, h, w), (h, w), rng)
+    return haze_for(clear, depth, rng, outdoor=True).hazy, clear
 
 
 def eval_images(

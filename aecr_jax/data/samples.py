@@ -11,9 +11,10 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from aecr_jax.data.images import read_depth, read_pixels
+from aecr_jax.data.outdoor import find_sky
 from aecr_jax.errors import UserError
 
-Kind = Literal["pair", "depth", "clear"]
+Kind = Literal["pair", "depth", "outdoor", "clear"]
 # RESIDE's clear images have 640x480 pixels, and its hazy ones 620x460, without 10 pixels on each side. Resizing instead costs 15 dB.
 _RESIDE_FRAME, _RESIDE_CROP, _RESIDE_BORDER = (480, 640), (460, 620), 10
 
@@ -28,7 +29,8 @@ class Sample(ABC):
     __slots__ = ()
 
     kind: ClassVar[Kind]
-    """The kind of images that `read` returns: "pair" (hazy and clear), "depth" (clear and depth) or "clear" (clear alone)."""
+    """The kind of images that `read` returns: "pair" (hazy and clear), "depth" (clear and depth), "outdoor" (clear and a map of the sky) or
+    "clear" (clear alone)."""
 
     @property
     @abstractmethod
@@ -57,7 +59,7 @@ class Sample(ABC):
 
     @abstractmethod
     def read(self) -> dict[str, np.ndarray]:
-        """Read the images: `hazy` and `clear` `[H, W, 3]` as `read_pixels` returns them, `depth` `[H, W]` in (0, 1].
+        """Read the images: `hazy` and `clear` `[H, W, 3]` as `read_pixels` returns them, `depth` `[H, W]` in (0, 1], `sky` by `find_sky`.
 
         Raises:
           UserError: a file cannot be read, or the sizes do not match.
@@ -140,6 +142,29 @@ class ClearImage(Sample):
           UserError: the file cannot be read.
         """
         return {"clear": read_pixels(self.clear)}
+
+
+@dataclass(frozen=True, slots=True)
+class OutdoorImage(Sample):
+    """A clear outdoor photograph without depth, to which haze with a random depth field is added."""
+
+    clear: Path
+
+    kind = "outdoor"
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The file `clear`."""
+        return {"clear": self.clear}
+
+    def read(self) -> dict[str, np.ndarray]:
+        """Return `clear` `[H, W, 3]` and `sky`, a small map `[h, w]` of the same view.
+
+        Raises:
+          UserError: the file cannot be read.
+        """
+        clear = read_pixels(self.clear)
+        return {"clear": clear, "sky": find_sky(clear)}
 
 
 def fit_clear(hazy: np.ndarray, clear: np.ndarray, hazy_name: str, clear_name: str) -> np.ndarray:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from aecr_jax.data.folders import find_clear_images, find_dataset, find_depth_scenes, find_pairs
 from aecr_jax.data.layouts import DATASETS
-from aecr_jax.data.samples import DrawnScene, Pair, Sample
+from aecr_jax.data.samples import DrawnScene, OutdoorImage, Pair, Sample
 from aecr_jax.data.scenes import render_scene
 from aecr_jax.data.splits import PARTS, apply_split
 from aecr_jax.errors import MissingFileError, UserError
@@ -25,11 +25,13 @@ _STREAMS = {"train": 0, "test": 1}
 _COUNTS = {"train": 200, "test": 20}
 _SIZE = (320, 240)
 _SCENES = re.compile(r"scenes(?:/(?P<part>train|test))?(?::(?P<count>\d+))?(?::(?P<width>\d+)x(?P<height>\d+))?$")
-_CONSTANT, _CLEAR = "constant:", "clear="
+_CONSTANT, _OUTDOOR, _CLEAR = "constant:", "outdoor:", "clear="
 _PART = re.compile(rf"(?P<data>.+)@(?P<split>\w+)/(?P<part>{'|'.join(PARTS)})$")
+# Mixed data: parts with plus signs between them, each with an optional number of repetitions.
+_PLUS, _TIMES = " + ", re.compile(r"(?P<times>\d+)\*(?P<data>.+)$")
 NOTATION = (
-    "a folder, HAZY,CLEAR, clear=FOLDER,depth=FOLDER, constant:FOLDER, clear=FOLDER, a built data set such as reside/its, or scenes; append"
-    " @NAME/PART for a part of a named split"
+    "a folder, HAZY,CLEAR, clear=FOLDER,depth=FOLDER, constant:FOLDER, clear=FOLDER, outdoor:FOLDER, a built data set such as reside/its,"
+    " or scenes; append @NAME/PART for a part of a named split, and mix data as in A + 2*B"
 )
 
 
@@ -41,7 +43,8 @@ class DataConfig:
     `clear=FOLDER,depth=FOLDER`, a data set that `prepare-data` built (`reside/its`, `reside/its:val`), or `scenes` drawn by the program
     (`scenes:COUNT:WIDTHxHEIGHT`). `@NAME/PART` at the end selects the train, validation or test part of a named split. `constant:FOLDER`
     takes clear images alone; each crop gets haze with one random transmission and airlight 1, as in DehazeNet's training. `clear=FOLDER`
-    alone takes clear images as both input and target, as in the training of KDDN's teacher.
+    alone takes clear images as both input and target, as in the training of KDDN's teacher. `outdoor:FOLDER` takes clear outdoor
+    photographs without depth, which get haze with smooth random depth. `A + 2*B` mixes data; each image of B then counts twice.
     """
 
     train: str = "scenes"
@@ -49,11 +52,14 @@ class DataConfig:
     eval: str = ""
     """Evaluation data; if empty, the images that `holdout` sets apart, or other drawn scenes."""
     holdout: int = bounded(0, 0)
-    """Without `eval`, the number of clear images, the last by name, that are used for evaluation instead of training."""
+    """Without `eval`, the number of clear images, the last by name of each part of mixed data, that are used for evaluation instead of
+    training."""
     data_dir: str = ""
     """The folder of data sets built by `prepare-data`; if empty, ~/tensorflow_datasets."""
     crop: int = bounded(240, 4)
-    """Side of the random training crops in pixels."""
+    """Side of the random training crops in pixels, or their height if `crop_width` is set."""
+    crop_width: int = bounded(0, 0)
+    """Width of the training crops in pixels, for training on whole frames; such crops are flipped and not turned. 0: crops are square."""
     threads: int = bounded(8, 1, 256)
     """Number of threads that read and prepare images."""
     workers: int = bounded(0, 0, 256)
@@ -69,6 +75,13 @@ class DataConfig:
             raise UserError(
                 f"data.holdout (={self.holdout}) and data.eval (={self.eval}) both select the evaluation data: set only one of them"
             )
+        if 0 < self.crop_width < 4:
+            raise UserError(f"data.crop_width (={self.crop_width}) must be 0 or at least 4")
+
+    @property
+    def crop_size(self) -> tuple[int, int]:
+        """Height and width of the training crops in pixels."""
+        return self.crop, self.crop_width or self.crop
 
 
 class SplitSamples(NamedTuple):
@@ -94,6 +107,9 @@ def open_samples(spec: str, *, data_dir: str = "", training: bool = False, probl
     Raises:
       UserError: the data do not exist, or the split does not match them.
     """
+    mixed = _split_sum(spec)
+    if len(mixed) > 1 or mixed[0][0] > 1:
+        return _mix(_open_parts(spec, data_dir, training, problems))
     part = _PART.match(spec)
     if part and not Path(spec).exists():
         samples, name = open_samples(part["data"], data_dir=data_dir, training=training, problems=problems)
@@ -121,6 +137,9 @@ def open_samples(spec: str, *, data_dir: str = "", training: bool = False, probl
         return list(records), name
     if spec.startswith(_CONSTANT) and not Path(spec).is_dir():
         return list(find_clear_images(spec.removeprefix(_CONSTANT), problems)), spec
+    if spec.startswith(_OUTDOOR) and not Path(spec).is_dir():
+        photographs = find_clear_images(spec.removeprefix(_OUTDOOR), problems)
+        return [OutdoorImage(image.clear) for image in photographs], spec
     if spec.startswith(_CLEAR) and "," not in spec and not Path(spec).is_dir():
         images = find_clear_images(spec.removeprefix(_CLEAR), problems)
         return [Pair(image.clear, image.clear) for image in images], spec
@@ -129,6 +148,48 @@ def open_samples(spec: str, *, data_dir: str = "", training: bool = False, probl
             raise MissingFileError(f"there is no folder {spec}: data must be {NOTATION}")
         return list(find_dataset(spec, problems)), spec
     return _open_two_folders(spec, problems)
+
+
+def _split_sum(spec: str) -> list[tuple[int, str]]:
+    """Return the parts of mixed data with their numbers of repetitions.
+
+    Raises:
+      UserError: a number is 0.
+    """
+    if Path(spec).exists():
+        return [(1, spec)]
+    parts = []
+    for text in spec.split(_PLUS):
+        times = None if Path(text.strip()).exists() else _TIMES.match(text.strip())
+        if times and not int(times["times"]):
+            raise UserError(f"{times[0]} in data must be repeated at least once")
+        parts.append((int(times["times"]), times["data"]) if times else (1, text.strip()))
+    return parts
+
+
+class _Part(NamedTuple):
+    """A part of mixed data, or data that are not mixed."""
+
+    times: int
+    samples: list[Sample]
+    name: str
+
+
+def _open_parts(spec: str, data_dir: str, training: bool, problems: list[str] | None) -> list[_Part]:
+    found, parts = _split_sum(spec), []
+    for times, text in found:
+        try:
+            parts.append(_Part(times, *open_samples(text, data_dir=data_dir, training=training, problems=problems)))
+        except UserError as error:
+            if len(found) == 1:
+                raise
+            raise type(error)(f"part {text} of the mixed data: {error}") from error
+    return parts
+
+
+def _mix(parts: Sequence[_Part]) -> tuple[list[Sample], str]:
+    name = _PLUS.join(part.name if part.times == 1 else f"{part.times}*{part.name}" for part in parts)
+    return [sample for part in parts for _ in range(part.times) for sample in part.samples], name
 
 
 def _open_two_folders(spec: str, problems: list[str] | None) -> tuple[list[Sample], str]:
@@ -151,21 +212,29 @@ def split_samples(data: DataConfig, problems: list[str] | None = None) -> SplitS
     Raises:
       UserError: as for `open_samples`, or no samples are left to train on.
     """
-    train, where = open_samples(data.train, data_dir=data.data_dir, training=True, problems=problems)
+    parts = _open_parts(data.train, data.data_dir, True, problems)
+    train, where = _mix(parts)
     if problems and not train:  # there is nothing to split, and `problems` gives the reason
         return SplitSamples([], [], where)
     if data.eval:
         return SplitSamples(train, *open_samples(data.eval, data_dir=data.data_dir, problems=problems))
     if where == "scenes":
         return SplitSamples(train, *open_samples(drawn_test_scenes(data.train)))
+    split = [_hold_out(data.holdout, part) for part in parts]
+    kept, _ = _mix([part._replace(samples=samples) for part, (samples, _) in zip(parts, split)])
+    held = [sample for _, samples in split for sample in samples]
+    return SplitSamples(kept, held, f"the last {data.holdout} scenes of {' and of '.join(part.name for part in parts)}")
+
+
+def _hold_out(count: int, part: _Part) -> tuple[list[Sample], list[Sample]]:
+    """Split samples into those of all scenes but the last `count`, and those of the last ones."""
     # Split by clear image: the ten hazy versions of one scene must not be on both sides.
-    scenes = sorted({sample.scene for sample in train})
-    if data.holdout >= len(scenes):
-        raise UserError(f"data.holdout (={data.holdout}) must be less than the {len(scenes)} clear images in {where}")
+    scenes = sorted({sample.scene for sample in part.samples})
+    if count >= len(scenes):
+        raise UserError(f"data.holdout (={count}) must be less than the {len(scenes)} clear images in {part.name}")
     # Hold out the last scenes instead of every n-th, because neighbours in NYU show the same room.
-    held = set(scenes[len(scenes) - data.holdout :])
-    kept, out = [s for s in train if s.scene not in held], [s for s in train if s.scene in held]
-    return SplitSamples(kept, out, f"the last {data.holdout} scenes of {where}")
+    held = set(scenes[len(scenes) - count :])
+    return [s for s in part.samples if s.scene not in held], [s for s in part.samples if s.scene in held]
 
 
 def drawn_test_scenes(spec: str) -> str:

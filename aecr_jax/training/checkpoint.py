@@ -186,8 +186,9 @@ class Checkpoints:
         other = f"{self.folder.parent} holds another run"
         for name, there, here in registry.config_from_dict(saved["model"]).changes(config.model):
             raise UserError(f"{other}: {name} is {there} there and {here} here; choose another run.workdir")
-        for part, name in (("run", "seed"), ("optim", "optimizer")):
-            if (there := saved[part][name]) != (here := getattr(getattr(config, part), name)):
+        now = json.loads(json.dumps(config_to_dict(config)))  # JSON turns tuples into lists
+        for part, name in (("run", "seed"), ("optim", "optimizer"), *(("haze", name) for name in now["haze"])):
+            if (there := saved[part][name]) != (here := now[part][name]):
                 raise UserError(f"{other}: {part}.{name} is {there} there and {here} here; choose another run.workdir")
         try:
             return check_data(data)
@@ -213,7 +214,8 @@ def _with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
     """Return a saved config with the present names; settings added since then get their defaults, which keep the earlier behaviour."""
     saved, defaults = migrate(saved), config_to_dict(Config())
     defaults["model"] = registry.config_to_dict(registry.config_from_dict(saved["model"]))
-    return {part: settings | saved[part] for part, settings in defaults.items()}
+    saved = defaults | saved  # the haze has settings since after version 0.1.0
+    return json.loads(json.dumps({part: settings | saved[part] for part, settings in defaults.items()}))  # JSON turns tuples into lists
 
 
 def _items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_type_hints
 
 import jax
 
+from aecr_jax.data.haze import HazeConfig
 from aecr_jax.data.sources import DataConfig
 from aecr_jax.errors import UserError, first_line
 from aecr_jax.networks import registry
@@ -130,6 +131,7 @@ class Config:
 
     model: NetworkConfig = field(default_factory=AECRNetConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    haze: HazeConfig = field(default_factory=HazeConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -180,6 +182,7 @@ class Config:
         if "float64" in (self.model.dtype, self.model.param_dtype) and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
             raise UserError("model.dtype and model.param_dtype may only be float64 with the environment variable JAX_ENABLE_X64=1")
         self.data.validate()
+        self.haze.validate()
 
 
 def for_laptop(config: Config) -> Config:
@@ -216,7 +219,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             unknown := re.search(r"(?:(\w+)Config\.__init__\(\) got an )?unexpected keyword argument '(\w+)'", str(error))
         ):
             group = (unknown[1] or "").lower()
-            name = f"{group if group in ('data', 'loss', 'optim', 'run') else 'model'}.{unknown[2]}"
+            name = f"{group if group in ('data', 'haze', 'loss', 'optim', 'run') else 'model'}.{unknown[2]}"
             raise UserError(f"config file {path}: unknown setting {name}{_advice(name, setting_names(Config()))}") from error
         if isinstance(error, ImportError) and "TrainConfig" in str(error):
             raise UserError(f"config file {path}: TrainConfig is now OptimConfig and RunConfig (--help lists their settings)") from error

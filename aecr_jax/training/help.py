@@ -27,6 +27,7 @@ def settings_help() -> str:
     lines = [_USAGE]
     for group, file, name in (
         ("data", "data/sources.py", "DataConfig"),
+        ("haze", "data/haze.py", "HazeConfig"),
         ("loss", "training/config.py", "LossConfig"),
         ("optim", "training/config.py", "OptimConfig"),
         ("run", "training/config.py", "RunConfig"),
@@ -73,6 +74,11 @@ def _settings(node: ast.ClassDef) -> Iterator[_Setting]:
         # The default is the value, or the first argument of bounded(...).
         value = item.value.args[0] if isinstance(item.value, ast.Call) else item.value
         text = ast.literal_eval(after.value) if isinstance(after, ast.Expr) else ""
-        choices = kind.removeprefix("Literal[").removesuffix("]").replace("'", "").replace(", ", "|")
-        shown = kind.upper() if kind in ("int", "float", "str", "bool") else choices
-        yield _Setting(item.target.id, shown, ast.unparse(value), " ".join(str(text).split()))
+        default = ast.unparse(value)
+        if kind.startswith("tuple["):  # as on the command line, with commas only
+            shown, default = kind.removeprefix("tuple[").removesuffix("]").replace(" ", "").upper(), default.strip("()").replace(" ", "")
+        elif kind.startswith("Literal["):
+            shown = kind.removeprefix("Literal[").removesuffix("]").replace("'", "").replace(", ", "|")
+        else:
+            shown = kind.upper()
+        yield _Setting(item.target.id, shown, default, " ".join(str(text).split()))

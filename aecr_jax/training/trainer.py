@@ -102,7 +102,7 @@ def _open_inputs(config: Config, say: Say) -> _Inputs:
         raise UserError("there are no evaluation data: set data.eval or data.holdout")
     if config.data.cache:
         say(f"keeping {len(train_samples)} images in memory: about {cache_bytes(train_samples, config.data) / 1e9:.1f} GB")
-    check_samples(train_samples, crop=config.data.crop, batch=config.optim.batch, process_count=jax.process_count())
+    check_samples(train_samples, crop=config.data.crop_size, batch=config.optim.batch, process_count=jax.process_count())
     count = min(config.run.eval_images, len(eval_samples))
     for _ in eval_images(eval_samples, limit=count, **_share()):  # read each once now: a damaged one should not stop the first evaluation
         pass
@@ -162,6 +162,7 @@ class _Run:
             batch=config.optim.batch,
             seed=config.run.seed,
             start=self.position.images,
+            haze=config.haze,
             haze_truth=bool(config.loss.haze),
             **_share(),
         )
