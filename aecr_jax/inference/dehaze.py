@@ -51,7 +51,7 @@ def _dehaze_array(image: np.ndarray, restorer: Restorer, tile: int, strength: fl
     if image.ndim not in (3, 4) or image.shape[-1] != 3 or 0 in image.shape[-3:]:
         raise ValueError(f"image has shape {image.shape} and must be [H, W, 3] or [N, H, W, 3]")
     batch = _to_unit(image).reshape(-1, *image.shape[-3:])
-    large = restorer.splits(*batch.shape[1:3], tile)
+    large = restorer.splits(batch.shape[1], batch.shape[2], tile)
     restored = [restore_tiled(restorer, hazy, tile, OVERLAP) if large else restorer(hazy) for hazy in batch]
     result = blend(batch, np.stack(restored), strength).reshape(image.shape) if restored else np.zeros(image.shape, np.float32)
     if np.issubdtype(image.dtype, np.floating):
