@@ -1,18 +1,46 @@
-"""CoarseNet on NYU Depth v2 with haze made on the fly: the haze is estimated on a coarse grid, and compared with the true haze.
+"""CoarseNet, with haze that is made on the fly and supervised: for rooms, on NYU Depth v2, and for photographs, on outdoor pictures as well.
 
-Command: `python train.py --config configs/coarse_net.py --data.train NYU`, where NYU is a folder with `rgb/` and `depth/`.
+Command: `python train.py --config configs/coarse_net.py:indoor --data.train NYU`, where NYU is a folder with `rgb/` and `depth/`, or
+`python train.py --config configs/coarse_net.py:photo --data.train "NYU + 2*outdoor:CLEAR"`, where CLEAR is a folder of clear photographs.
 Hardware: 2 CPU cores, 6 GB of memory.
-Time: about 2 hours.
+Time: not measured by this project yet.
 Expected score: not measured by this project yet.
+
+The configs differ in the haze alone. That of `indoor` is RESIDE's. That of `photo` is thinner and thicker, has a coloured and darker airlight, and is
+left out in one crop of eight, so that clear pictures stay as they are; noise, JPEG compression and other sizes are those of photographs.
 """
 
+import dataclasses
+
+from aecr_jax.data.haze import HazeConfig
 from aecr_jax.networks.coarse_net import CoarseNetConfig
 from aecr_jax.training.config import Config, DataConfig, LossConfig, OptimConfig, RunConfig
 
-config = Config(
+indoor = Config(
     model=CoarseNetConfig(),
     data=DataConfig(train="data/nyu_depth_v2", holdout=50, crop=256, threads=2, cache=True),
     loss=LossConfig(cr=0, haze=0.1),
-    optim=OptimConfig(steps=30_000, batch=8, optimizer="muon", learning_rate=3e-3, warmup=200, ema=0.999, clip_norm=1),
-    run=RunConfig(workdir="runs/coarse_net", log_every=100, eval_every=5000, save_every=1000, eval_images=25),
+    optim=OptimConfig(steps=30_000, batch=8, optimizer="muon", learning_rate=3e-3, warmup=200, accumulate=2, ema=0.999, clip_norm=1),
+    run=RunConfig(workdir="runs/coarse_net_indoor", log_every=100, eval_every=5000, save_every=1000, eval_images=50),
 )
+
+photo = dataclasses.replace(
+    indoor,
+    data=dataclasses.replace(indoor.data, train="data/nyu_depth_v2 + 2*outdoor:data/outdoor_clear"),
+    haze=HazeConfig(
+        airlight=(0.5, 1.0),
+        beta=(0.3, 1.8),
+        outdoor_airlight=(0.5, 1.0),
+        outdoor_beta=(0.03, 0.4),
+        cast=0.08,
+        clear=0.125,
+        darken=0.2,
+        noise=0.02,
+        jpeg=0.3,
+        resize=0.3,
+        foreign_depth=0.1,
+    ),
+    run=dataclasses.replace(indoor.run, workdir="runs/coarse_net_photo", eval_images=100),
+)
+
+configs = {"indoor": indoor, "photo": photo}

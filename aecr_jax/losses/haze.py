@@ -13,10 +13,12 @@ from aecr_jax.ops.resize import average_cells
 
 
 class HazeLoss(Loss):
-    """`restoration + weight * (mean |K - K'| + mean |B - B'|)`, where K and B are the network's gain and offset of the haze.
+    """`restoration + weight * (mean t |K - K'| + mean t |B - B'|)`, where K and B are the network's gain and offset of the haze.
 
     The true K' is 1 / t - 1 and the true B' is K' A; see `Network.restore_with_haze`. Both are averaged over the blocks of pixels that
-    one value of a coarse map stands for. The measurements for the log are those of `restoration`, `gain` and `offset`.
+    one value of a coarse map stands for. An error of K changes the restored image by (K - K') (x - A) = (K - K') t (J - A), so the factor t
+    weights errors by what they do to it; without it, thick haze would outweigh all other. The measurements for the log are those of
+    `restoration`, and the two weighted distances as `gain` and `offset`.
 
     Args:
       restoration: the loss of the restored images.
@@ -39,7 +41,9 @@ class HazeLoss(Loss):
         total, measurements = self.restoration(restored, batch)
         true_gain = average_blocks(1 / batch["transmission"] - 1, *gain.shape[1:3])
         true_offset = true_gain * batch["airlight"][:, None, None]
-        distances = {"gain": jnp.mean(jnp.abs(gain - true_gain)), "offset": jnp.mean(jnp.abs(offset - true_offset))}
+        transmission = 1 / (1 + true_gain)
+        pairs = {"gain": (gain, true_gain), "offset": (offset, true_offset)}
+        distances = {name: jnp.mean(transmission * jnp.abs(estimate - truth)) for name, (estimate, truth) in pairs.items()}
         return total + self.weight * (distances["gain"] + distances["offset"]), {**measurements, **distances}
 
 
