@@ -8,6 +8,7 @@ Expected score: not measured by this project yet.
 
 The configs differ in the haze alone. That of `indoor` is RESIDE's. That of `photo` is thinner and thicker, has a coloured and darker airlight, and is
 left out in one crop of eight, so that clear pictures stay as they are; noise, JPEG compression and other sizes are those of photographs.
+`crop_width` is set so that crops are not turned: what is farther is usually higher in the picture.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from aecr_jax.training.config import Config, DataConfig, LossConfig, OptimConfig
 
 indoor = Config(
     model=CoarseNetConfig(),
-    data=DataConfig(train="data/nyu_depth_v2", holdout=50, crop=256, threads=2, cache=True),
+    data=DataConfig(train="data/nyu_depth_v2", holdout=50, crop=256, crop_width=256, threads=2, cache=True),
     loss=LossConfig(cr=0, haze=0.1),
     optim=OptimConfig(steps=30_000, batch=8, optimizer="muon", learning_rate=3e-3, warmup=200, accumulate=2, ema=0.999, clip_norm=1),
     run=RunConfig(workdir="runs/coarse_net_indoor", log_every=100, eval_every=5000, save_every=1000, eval_images=50),
