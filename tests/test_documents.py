@@ -104,6 +104,9 @@ def data(tmp_path_factory):
         draw_pair(root / "ITS", names, f"clear/{i}.png", i)
     for i in range(1400, 1450):
         draw_pair(root / "SOTS/indoor", [f"hazy/{i}_1.png"], f"clear/{i}.png", i)
+    for i in range(4):
+        draw_pair(root / "SOTS/outdoor", [f"hazy/000{i}_0.8_0.2.jpg"], f"clear/000{i}.png", 300 + i)
+        draw_pair(root, [], f"PHOTOS/{i}.jpg", 310 + i)
     for i in range(1, 56):
         draw_pair(root / "NH-HAZE", [f"{i:02d}_hazy.png"], f"{i:02d}_GT.png", 100 + i)
     for i in range(60):
