@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import io
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +16,7 @@ from aecr_jax.settings import bounded
 
 # Ranges of the exponent that darkens a scene, of the quality of JPEG compression, and of the factor by which a scene is rescaled.
 _GAMMA, _QUALITY, RESCALING = (1.0, 2.0), (50, 95), (0.5, 1.5)
+_NOISE_TABLE = 2**21  # least number of values in the table of noise: 8 MB
 
 
 @dataclass(frozen=True)
@@ -170,14 +173,26 @@ def darken(clear: np.ndarray, rng: np.random.Generator, settings: HazeConfig) ->
 def degrade(hazy: np.ndarray, rng: np.random.Generator, settings: HazeConfig) -> np.ndarray:
     """Return a hazy image, float32 `[H, W, 3]` in [0, 1], with noise and compression by the settings, rounded to 8 bits."""
     if settings.noise:
-        noise = rng.standard_normal(hazy.shape, np.float32) * np.float32(rng.uniform(0, settings.noise))
-        hazy = _round(np.clip(hazy + noise, 0, 1))
+        hazy = _round(np.clip(hazy + np.float32(rng.uniform(0, settings.noise)) * _draw_noise(hazy.shape, rng), 0, 1))
     if settings.jpeg and rng.random() < settings.jpeg:
         file = io.BytesIO()
         quality = int(rng.integers(_QUALITY[0], _QUALITY[1] + 1))
         Image.fromarray(np.round(hazy * 255).astype(np.uint8)).save(file, "JPEG", quality=quality)
         hazy = np.asarray(Image.open(file), np.float32) / 255
     return hazy
+
+
+@functools.lru_cache(1)
+def _noise_table(count: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(count, np.float32)
+
+
+def _draw_noise(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """Return normally distributed noise: a random part of a fixed table, because drawing every value takes longer than making the haze."""
+    count = math.prod(shape)
+    table = _noise_table(max(_NOISE_TABLE, 4 * count))
+    start = int(rng.integers(len(table) - count + 1))
+    return table[start : start + count].reshape(shape)
 
 
 def depth_problem(values: np.ndarray) -> str | None:
