@@ -1,4 +1,4 @@
-"""CoarseNet, with haze that is made on the fly and supervised: for rooms, on NYU Depth v2, and for photographs, on outdoor pictures as well.
+"""CoarseNet, with haze that is made on the fly and supervised: for rooms, and for photographs.
 
 Command: `python train.py --config configs/coarse_net.py:indoor --data.train NYU`, where NYU is a folder with `rgb/` and `depth/`, or
 `python train.py --config configs/coarse_net.py:photo --data.train "NYU + 2*outdoor:CLEAR"`, where CLEAR is a folder of clear photographs.
@@ -6,9 +6,9 @@ Hardware: 2 CPU cores, 6 GB of memory.
 Time: not measured by this project yet.
 Expected score: not measured by this project yet.
 
-The configs differ in the haze alone. That of `indoor` is RESIDE's. That of `photo` is thinner and thicker, has a coloured and darker airlight, and is
-left out in one crop of eight, so that clear pictures stay as they are; noise, JPEG compression and other sizes are those of photographs.
-`crop_width` is set so that crops are not turned: what is farther is usually higher in the picture.
+The configs differ in the haze alone. That of `indoor` is RESIDE's. That of `photo` is thinner and thicker, has a coloured and darker
+airlight, and is left out in one crop of eight, so that clear pictures stay as they are; noise, JPEG compression and other sizes are those
+of photographs. `crop_width` is set so that crops are not turned: what is farther is usually higher in the picture.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ indoor = Config(
     model=CoarseNetConfig(),
     data=DataConfig(train="data/nyu_depth_v2", holdout=50, crop=256, crop_width=256, threads=2, cache=True),
     loss=LossConfig(cr=0, haze=0.1),
-    optim=OptimConfig(steps=30_000, batch=8, optimizer="muon", learning_rate=3e-3, warmup=200, accumulate=2, ema=0.999, clip_norm=1),
+    optim=OptimConfig(steps=30_000, batch=8, optimizer="muon", learning_rate=2e-3, warmup=200, accumulate=2, ema=0.999, clip_norm=1),
     run=RunConfig(workdir="runs/coarse_net_indoor", log_every=100, eval_every=5000, save_every=1000, eval_images=50),
 )
 

@@ -19,6 +19,10 @@ def network(**settings):
     return model
 
 
+def logit(x):
+    return np.log(x / (1 - x))
+
+
 def with_constant_maps(model, maps):
     """Return the model with a last layer that gives the same four values everywhere."""
     arrays = {"maps.kernel": jnp.zeros_like(model.maps.kernel[...]), "maps.bias": jnp.asarray(maps, jnp.float32)}
@@ -41,7 +45,7 @@ def test_haze_of_the_scattering_model_is_removed_exactly_if_it_is_estimated_exac
     depth, airlight = 0.7, np.array([0.9, 0.8, 0.7])
     t = np.exp(-depth)
     hazy = jnp.asarray(clear * t + airlight * (1 - t), jnp.float32)
-    maps = [np.log(np.expm1(depth)) + 2, *np.log(airlight / (1 - airlight))]  # the inverses of softplus, with its shift, and sigmoid
+    maps = [logit((t - 0.02) / 0.98) - 2, *logit(airlight)]  # t = 0.02 + 0.98 sigmoid(y + 2)
     restored, gain, offset = with_constant_maps(network(), maps).restore_with_haze(hazy)
     np.testing.assert_allclose(restored, clear, atol=2e-6)
     assert gain.shape == (2, 4, 4, 1) and offset.shape == (2, 4, 4, 3)  # cells of 8 pixels of the image padded to 32x32
@@ -86,3 +90,34 @@ def test_large_images_are_never_split_into_tiles():
 def test_settings_out_of_range_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         CoarseNetConfig(**settings)
+
+
+@pytest.mark.parametrize("shape", [(2, 64, 96, 3), (1, 45, 70, 3)])
+def test_pytorch_computes_the_same(shape):
+    """Output and gradient of the same weights in PyTorch; both are float32."""
+    torch = pytest.importorskip("torch", reason="needs PyTorch: requirements-test.txt")
+    from aecr_jax.benchmark.twins.coarse_net import make
+
+    model = network(width=12)
+    twin = make(vars(model.config))
+    arrays = {name.replace(".layers.", "."): np.asarray(array) for name, array in get_arrays(model).items()}
+    theirs = {
+        name.replace(".kernel", ".weight"): array.transpose(3, 2, 0, 1) if array.ndim == 4 else array for name, array in arrays.items()
+    }
+    twin.load_state_dict({name: torch.tensor(array) for name, array in theirs.items()})
+    x = np.random.default_rng(5).random(shape).astype(np.float32)
+    given = torch.tensor(x.transpose(0, 3, 1, 2), requires_grad=True)
+    expected = twin(given)
+    np.testing.assert_allclose(model(x), expected.detach().numpy().transpose(0, 2, 3, 1), atol=2e-6)
+    expected.square().sum().backward()
+    gradient = jax.grad(lambda x: (model(x) ** 2).sum())(jnp.asarray(x))
+    np.testing.assert_allclose(gradient, given.grad.numpy().transpose(0, 2, 3, 1), atol=2e-4)
+
+
+def test_the_estimates_are_bounded():
+    """However large the last layer's output is, the transmission is between 0.02 and 1, and the result finite."""
+    hazy = jnp.full((1, 32, 32, 3), 0.5)
+    for sign, least, greatest in ((1, 0, 1e-6), (-1, 48.9, 49.1)):
+        restored, gain, _ = with_constant_maps(network(), sign * np.full(4, 1e4)).restore_with_haze(hazy)
+        assert least <= float(gain.min()) <= float(gain.max()) <= greatest
+        assert np.isfinite(restored).all()

@@ -19,8 +19,9 @@ from aecr_jax.settings import bounded
 _STEM_CELL, _MAP_CELL = 4, 8
 # The haze of images with more pixels is estimated from a reduced copy, with sides of 1/2, 1/3, ...
 _PIXELS = 2**20
-# Added to the optical depth before softplus. With it, a new network begins near the hazy image: K is about 0.13.
-_SHIFT = -2.0
+# The least transmission, so that K is at most 49, and what is added to the network's output before the sigmoid that gives it. With it, a
+# new network begins near the hazy image: K is about 0.13.
+_LEAST, _SHIFT = 0.02, 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,13 +92,14 @@ class CoarseNet(Network):
         reduction = math.ceil(math.sqrt(h * w / _PIXELS)) or 1
         maps = self._estimate(average_cells(self.pad(hazy, self.MULTIPLE * reduction), reduction))
         maps = maps.astype(jnp.promote_types(hazy.dtype, jnp.float32))
-        gain = jnp.expm1(nnx.softplus(maps[..., :1] + _SHIFT))
+        transmission = _LEAST + (1 - _LEAST) * nnx.sigmoid(maps[..., :1] + _SHIFT)
+        gain = 1 / transmission - 1
         offset = gain * nnx.sigmoid(maps[..., 1:])
         factor, subtracted = (enlarge_bilinear(x, _MAP_CELL * reduction)[:, :h, :w] for x in (1 + gain, offset))
         return (factor * hazy - subtracted).astype(hazy.dtype), gain, offset
 
     def _estimate(self, images: Array) -> Array:
-        """Return the maps `[N, H / 8, W / 8, 4]`: the optical depth before softplus, and the airlight before the sigmoid."""
+        """Return the maps `[N, H / 8, W / 8, 4]`: transmission and airlight before their sigmoids."""
         x = nnx.relu(self.stem(cell_features(images, _STEM_CELL)))
         levels = []
         for down, blocks in zip(self.downs, self.encoder):

@@ -1,0 +1,62 @@
+"""CoarseNet in PyTorch; the tensors have the names of aecr_jax's own network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def make(settings: dict[str, Any]) -> nn.Module:
+    """Return the network with the given `width` and `blocks`, for images of at most 1,048,576 pixels."""
+    return CoarseNet(settings["width"], settings["blocks"])
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions, added to their input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.relu(self.conv1(x)))
+
+
+class CoarseNet(nn.Module):
+    """CoarseNet: maps `[N, 3, H, W]` to the same shape."""
+
+    def __init__(self, width: int, blocks: int) -> None:
+        super().__init__()
+        widths = [width, width * 4 // 3, width * 2]
+        self.stem = nn.Conv2d(54, width, 1)
+        self.downs = nn.ModuleList(nn.Conv2d(i, o, 3, stride=2, padding=1) for i, o in zip([width, *widths], widths))
+        self.encoder = nn.ModuleList(nn.Sequential(*(ResidualBlock(channels) for _ in range(blocks))) for channels in widths)
+        self.context = nn.Conv2d(widths[-1], widths[-1], 1)
+        self.ups = nn.ModuleList(nn.Conv2d(i, o, 1) for i, o in zip(widths[1:], widths))
+        self.decoder = nn.ModuleList(nn.Sequential(*(ResidualBlock(channels) for _ in range(blocks))) for channels in widths[:-1])
+        self.maps = nn.Conv2d(width, 4, 3, padding=1)
+
+    def forward(self, hazy: Tensor) -> Tensor:
+        h, w = hazy.shape[2:]
+        maps = self.estimate(F.pad(hazy, (0, -w % 32, 0, -h % 32), mode="reflect"))
+        gain = 1 / (0.02 + 0.98 * (maps[:, :1] + 2).sigmoid()) - 1
+        enlarged = F.interpolate(torch.cat([1 + gain, gain * maps[:, 1:].sigmoid()], 1), scale_factor=8, mode="bilinear")[:, :, :h, :w]
+        return enlarged[:, :1] * hazy - enlarged[:, 1:]
+
+    def estimate(self, x: Tensor) -> Tensor:
+        # The channels of a cell are ordered by row, column and colour; PyTorch's own order is by colour first.
+        cells = F.pixel_unshuffle(x, 4).unflatten(1, (3, 16)).transpose(1, 2).flatten(1, 2)
+        x = F.relu(self.stem(torch.cat([cells, -F.max_pool2d(-x, 4), F.max_pool2d(x, 4)], 1)))
+        levels = []
+        for down, blocks in zip(self.downs, self.encoder):
+            x = blocks(F.relu(down(x)))
+            levels.append(x)
+        x = levels.pop()
+        x = x + self.context(x.mean((2, 3), keepdim=True))
+        for up, blocks, finer in zip(reversed(self.ups), reversed(self.decoder), reversed(levels)):
+            x = blocks(finer + F.interpolate(up(x), scale_factor=2, mode="bilinear"))
+        return self.maps(x)
