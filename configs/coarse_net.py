@@ -9,9 +9,13 @@ Expected score: not measured by this project yet.
 The configs differ in the haze alone. That of `indoor` is RESIDE's. That of `photo` is thinner and thicker, has a coloured and darker
 airlight, and is left out in one crop of eight, so that clear pictures stay as they are; noise, JPEG compression and other sizes are those
 of photographs. `crop_width` is set so that crops are not turned: what is farther is usually higher in the picture.
+
+The configs `haze_*` are short runs, about 10 minutes each, that show what the settings of the haze gain: `haze_all` has all that `photo` has,
+`haze_reside` only RESIDE's haze, `haze_narrow` RESIDE's ranges beside the other settings, and the others leave out what their names say.
 """
 
 import dataclasses
+from typing import Any
 
 from aecr_jax.data.haze import HazeConfig
 from aecr_jax.networks.coarse_net import CoarseNetConfig
@@ -44,4 +48,29 @@ photo = dataclasses.replace(
     run=dataclasses.replace(indoor.run, workdir="runs/coarse_net_photo", eval_images=100),
 )
 
-configs = {"indoor": indoor, "photo": photo}
+
+def without(name: str, **haze: Any) -> Config:
+    """Return a short run of `photo` with other settings of the haze."""
+    return dataclasses.replace(
+        photo,
+        haze=dataclasses.replace(photo.haze, **haze),
+        optim=dataclasses.replace(photo.optim, steps=1500, ema=0.99),
+        run=dataclasses.replace(photo.run, workdir=f"runs/experiments/{name}", eval_every=1500),
+    )
+
+
+reside = HazeConfig()
+ranges = {name: getattr(reside, name) for name in ("airlight", "beta", "outdoor_airlight", "outdoor_beta")}
+configs = {
+    "indoor": indoor,
+    "photo": photo,
+    "haze_all": without("haze_all"),
+    "haze_reside": without("haze_reside", **dataclasses.asdict(reside)),
+    "haze_narrow": without("haze_narrow", **ranges),
+    "haze_no_cast": without("haze_no_cast", cast=0.0),
+    "haze_no_clear": without("haze_no_clear", clear=0.0),
+    "haze_no_darken": without("haze_no_darken", darken=0.0),
+    "haze_no_noise": without("haze_no_noise", noise=0.0, jpeg=0.0),
+    "haze_no_resize": without("haze_no_resize", resize=0.0),
+    "haze_no_foreign_depth": without("haze_no_foreign_depth", foreign_depth=0.0),
+}
