@@ -10,8 +10,9 @@ The configs differ in the haze alone. That of `indoor` is RESIDE's. That of `pho
 airlight, and is left out in one crop of eight, so that clear pictures stay as they are; noise, JPEG compression and other sizes are those
 of photographs. `crop_width` is set so that crops are not turned: what is farther is usually higher in the picture.
 
-The configs `haze_*` are short runs, about 10 minutes each, that show what the settings of the haze gain: `haze_all` has all that `photo` has,
-`haze_reside` only RESIDE's haze, `haze_narrow` RESIDE's ranges beside the other settings, and the others leave out what their names say.
+The configs `haze_*` are short runs, about 10 minutes each, that show what the settings of the haze gain: `haze_all` has all that `photo`
+has, `haze_reside` only RESIDE's haze, `haze_narrow` RESIDE's ranges beside the other settings, and the others leave out what their names
+say.
 """
 
 import dataclasses
