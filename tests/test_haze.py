@@ -81,7 +81,7 @@ def test_coarse_levels_look_farther():
 def test_the_loss_of_the_haze():
     """Expected: computed with NumPy from the definition, for maps at half the resolution."""
     rng = np.random.default_rng(2)
-    t, airlight = rng.uniform(0.2, 1, (2, 4, 6, 1)), rng.uniform(0.5, 1, (2, 3))
+    t, airlight = rng.uniform(0.2, 1, (2, 4, 6, 1)), rng.uniform(0.5, 1, (2, 1, 1, 3))
     gain, offset, restored, clear = (rng.uniform(size=shape) for shape in ((2, 2, 3, 1), (2, 2, 3, 3), (2, 4, 6, 3), (2, 4, 6, 3)))
     batch = {"hazy": clear, "clear": clear, "transmission": t, "airlight": airlight}
     loss = HazeLoss(RestorationLoss(None, cr=0), 0.5)
@@ -90,7 +90,7 @@ def test_the_loss_of_the_haze():
     expected = {
         "l1": abs(restored - clear).mean(),
         "gain": (abs(gain - k) / (1 + k)).mean(),
-        "offset": (abs(offset - k * airlight[:, None, None]) / (1 + k)).mean(),
+        "offset": (abs(offset - k * airlight) / (1 + k)).mean(),
     }
     assert {name: float(value) for name, value in measured.items()} == pytest.approx(expected, rel=1e-5)
     assert float(total) == pytest.approx(expected["l1"] + 0.5 * (expected["gain"] + expected["offset"]), rel=1e-5)
@@ -108,7 +108,7 @@ def test_the_truth_of_the_haze_belongs_to_the_batch():
     batch = next(train_batches(scenes, DataConfig(crop=32, threads=1), batch=2, seed=0, haze_truth=True))
     t = batch["transmission"]
     assert t.shape == (2, 32, 32, 1)
-    model = batch["clear"] * t + batch["airlight"][:, None, None] * (1 - t)
+    model = batch["clear"] * t + batch["airlight"] * (1 - t)
     np.testing.assert_allclose(batch["hazy"], model, atol=0.5 / 255 + 1e-6)
     assert "transmission" not in next(train_batches(scenes, DataConfig(crop=32, threads=1), batch=2, seed=0))
 

@@ -23,7 +23,7 @@ from aecr_jax.training.config import Config, override
 from aecr_jax.training.help import settings_help
 
 # Settings under which haze follows the scattering model exactly, apart from the rounding to 8 bits.
-EXACT = HazeConfig(cast=0.1, clear=0.2, darken=0.5, resize=0.5, foreign_depth=0.5, outdoor_beta=(0.04, 0.6))
+EXACT = HazeConfig(cast=0.1, uneven=0.4, clear=0.2, darken=0.5, resize=0.5, foreign_depth=0.5, outdoor_beta=(0.04, 0.6))
 DATA = DataConfig(crop=16, threads=1)
 
 
@@ -73,7 +73,7 @@ def test_the_defaults_make_the_haze_that_was_made_before_there_were_settings():
         pixels = np.round(batch["hazy"] * 255).astype(np.uint8)
         assert pixels.astype(int).sum((1, 2, 3)).tolist() == expected
         assert batch["index"].tolist() == index
-        assert airlight is None or batch["airlight"][:, 0].tolist() == airlight
+        assert airlight is None or batch["airlight"][:, 0, 0, 0].tolist() == airlight
         assert zlib.crc32(pixels.tobytes()) == checksum
     assert [int(np.round(image.hazy * 255).sum()) for image in eval_images(SCENES, seed=2)] == [361990, 448076, 441592]
 
@@ -152,7 +152,7 @@ def test_haze_follows_the_scattering_model_with_all_settings_that_keep_it(landsc
     """Expected: I = J t + A (1 - t) to half a step of 8 bits."""
     batch = crops_of([*SCENES, *open_samples(f"outdoor:{landscape}")[0]], EXACT)
     t = batch["transmission"]
-    np.testing.assert_allclose(batch["hazy"], batch["clear"] * t + batch["airlight"][:, None, None] * (1 - t), atol=0.5 / 255 + 1e-5)
+    np.testing.assert_allclose(batch["hazy"], batch["clear"] * t + batch["airlight"] * (1 - t), atol=0.5 / 255 + 1e-5)
     assert 0 < t.min() < t.max() == 1
 
 
@@ -160,6 +160,16 @@ def test_a_cast_colours_the_airlight():
     batch = crops_of(SCENES, HazeConfig(cast=0.1, airlight=(0.8, 0.8)))
     deviation = batch["airlight"] - 0.8
     assert np.abs(deviation).max() == pytest.approx(0.1, abs=0.01) and deviation.std() == pytest.approx(0.1 / np.sqrt(3), rel=0.2)
+
+
+def test_uneven_airlight_is_darker_in_some_parts():
+    """Expected: in every crop, brightest as drawn, and darkest by a share that is uniform in [0, 0.6], mean 0.3."""
+    batch = crops_of(SCENES, HazeConfig(uneven=0.6, airlight=(0.9, 0.9)), 300)
+    assert batch["airlight"].shape == batch["clear"].shape
+    np.testing.assert_allclose(batch["airlight"].max((1, 2, 3)), 0.9, rtol=1e-6)
+    share = 1 - batch["airlight"].min((1, 2, 3)) / 0.9
+    assert share.mean() == pytest.approx(0.3, abs=0.03) and 0.55 < share.max() <= 0.6
+    assert np.abs(np.diff(batch["airlight"], axis=1)).max() < 0.25  # smooth, though the crops have only 16 rows
 
 
 def test_clear_crops_keep_their_values():
@@ -186,7 +196,7 @@ def test_noise_and_jpeg_degrade_only_the_hazy_image():
     np.testing.assert_array_equal(batch["clear"], 0.5)
     batch = crops_of(SCENES, HazeConfig(jpeg=1.0))
     t = batch["transmission"]
-    error = batch["hazy"] - (batch["clear"] * t + batch["airlight"][:, None, None] * (1 - t))
+    error = batch["hazy"] - (batch["clear"] * t + batch["airlight"] * (1 - t))
     assert 2 / 255 < np.abs(error).mean() < 0.15
     steps = batch["hazy"] * 255
     np.testing.assert_allclose(steps, np.round(steps), atol=1e-3)

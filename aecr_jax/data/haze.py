@@ -39,6 +39,9 @@ class HazeConfig:
     cast: float = bounded(0.0, 0, 1)
     """Largest deviation of each channel of the airlight from grey, drawn uniformly; 0 is grey, as in RESIDE. RIDCP (Wu et al., CVPR 2023)
     has coloured airlight."""
+    uneven: float = bounded(0.0, 0, 1)
+    """Largest share by which the airlight is darker in some part of the picture than in another; the share is drawn uniformly from 0, and
+    the brightness varies smoothly. Haze is often brighter near the sun and darker near the ground. The idea is this project's."""
     clear: float = bounded(0.0, 0, 1)
     """Probability that a crop gets no haze (transmission 1), so that a network learns to leave clear pictures as they are. The idea is this
     project's."""
@@ -111,8 +114,9 @@ def add_constant_haze(clear: np.ndarray, transmission: float) -> np.ndarray:
 def _scatter(clear: np.ndarray, transmission: np.ndarray | np.float32, airlight: np.ndarray | np.float32) -> np.ndarray:
     hazy = np.empty_like(clear)
     t = transmission[..., 0] if isinstance(transmission, np.ndarray) else transmission
-    for channel, light in enumerate(np.broadcast_to(airlight, 3)):  # one by one, because NumPy is slow at loops over a last axis of 3
-        hazy[..., channel] = clear[..., channel] * t + light * (1 - t)
+    airlight = np.broadcast_to(airlight, (*np.shape(airlight)[:-1], 3))
+    for channel in range(3):  # one by one, because NumPy is slow at loops over a last axis of 3
+        hazy[..., channel] = clear[..., channel] * t + airlight[..., channel] * (1 - t)
     return _round(hazy)
 
 
@@ -125,7 +129,7 @@ class Haze(NamedTuple):
 
     hazy: np.ndarray  # [H, W, 3]
     transmission: np.ndarray  # float32 [H, W, 1]
-    airlight: np.ndarray  # float32 [3]
+    airlight: np.ndarray  # float32 [1, 1, 3], or [H, W, 3] if it varies
 
 
 def haze_for(
@@ -137,7 +141,7 @@ def haze_for(
       clear: float32 `[H, W, 3]` in [0, 1].
       depth: `[H, W]`, as for `add_haze`, or as `draw_depth` returns it if `outdoor`, or None.
       rng: the source of airlight and beta, or of the transmission, uniform in [0, 1).
-      settings: the ranges of airlight and beta, `cast` and `clear`; the others are not used, and without depth none is.
+      settings: the ranges of airlight and beta, `cast`, `uneven` and `clear`; the others are not used, and without depth none is.
       outdoor: whether to use the outdoor ranges.
 
     Returns:
@@ -146,15 +150,24 @@ def haze_for(
     if depth is None:
         constant = rng.uniform()
         transmission = np.full((*clear.shape[:2], 1), constant, np.float32)
-        return Haze(add_constant_haze(clear, constant), transmission, np.ones(3, np.float32))
+        return Haze(add_constant_haze(clear, constant), transmission, np.ones((1, 1, 3), np.float32))
     grey, beta = draw_haze(rng, settings, outdoor=outdoor)
-    airlight = np.full(3, grey, np.float32)
+    airlight = np.full((1, 1, 3), grey, np.float32)
     if settings.cast:
         airlight = np.clip(airlight + rng.uniform(-settings.cast, settings.cast, 3), 0, 1).astype(np.float32)
+    if settings.uneven:
+        airlight = airlight * (1 - np.float32(rng.uniform(0, settings.uneven)) * _draw_shade(clear.shape[:2], rng))
     if settings.clear and rng.random() < settings.clear:
         beta = 0.0
     transmission = _transmission(clear, depth, beta)
     return Haze(_scatter(clear, transmission, airlight), transmission, airlight)
+
+
+def _draw_shade(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """Draw a smooth map, float32 `[H, W, 1]`, from 0 where the airlight is brightest to 1 where it is darkest."""
+    cells = Image.fromarray(rng.standard_normal((3, 3), np.float32))
+    shade = np.asarray(cells.resize((shape[1], shape[0]), Image.Resampling.BICUBIC))
+    return ((shade - shade.min()) / max(np.ptp(shade), 1e-6))[..., None]
 
 
 def draw_haze(rng: np.random.Generator, settings: HazeConfig = RESIDE, *, outdoor: bool = False) -> tuple[float, float]:

@@ -34,7 +34,8 @@ class Augment(grain.transforms.RandomMap):
       data: the settings; only those of the crop are used. Crops of a given `crop_width` are not turned.
       haze: the settings of the haze, for samples with depth and outdoor photographs.
       source: the source of the elements, for `haze.foreign_depth`; without it, every scene keeps its depth.
-      haze_truth: whether the elements also have the `transmission` `[h, w, 1]` and the `airlight` `[3]` of that haze.
+      haze_truth: whether the elements also have the `transmission` `[h, w, 1]` and the `airlight` of that haze, `[1, 1, 3]`, or
+        `[h, w, 3]` if it varies.
     """
 
     def __init__(self, data: DataConfig, haze: HazeConfig = RESIDE, *, source: Source | None = None, haze_truth: bool = False):
@@ -62,7 +63,9 @@ class Augment(grain.transforms.RandomMap):
             clear = darken(clear, rng, self._haze)
         haze = haze_for(clear, depth, rng, self._haze, outdoor="sky" in element)
         hazy = degrade(haze.hazy, rng, self._haze) if has_depth else haze.hazy
-        truth = {"transmission": haze.transmission, "airlight": haze.airlight} if self._haze_truth else {}
+        # All crops of a batch must have airlight of one shape, also those of constant haze.
+        airlight = np.broadcast_to(haze.airlight, clear.shape) if self._haze.uneven else haze.airlight
+        truth = {"transmission": haze.transmission, "airlight": airlight} if self._haze_truth else {}
         return {"hazy": hazy, "clear": clear, "index": element["index"], **truth}
 
     def _draw_window(self, size: tuple[int, ...], rng: np.random.Generator, *, rescale: bool) -> Window:
@@ -143,7 +146,8 @@ def train_batches(
       seed: determines the order, crops and haze.
       start: the number of images of the order that have been read before.
       haze: the settings of the haze that is made for samples with depth and outdoor photographs.
-      haze_truth: whether to add the transmission `[N, h, w, 1]` and the airlight `[N, 3]` of the haze.
+      haze_truth: whether to add the transmission `[N, h, w, 1]` and the airlight of the haze, `[N, 1, 1, 3]`, or `[N, h, w, 3]` if it
+        varies.
       process_index: the index of this process.
       process_count: the number of processes.
 

@@ -39,8 +39,8 @@ class HazeLoss(Loss):
     def __call__(self, prediction: tuple[Array, Array, Array], batch: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
         restored, gain, offset = prediction
         total, measurements = self.restoration(restored, batch)
-        true_gain = average_blocks(1 / batch["transmission"] - 1, *gain.shape[1:3])
-        true_offset = true_gain * batch["airlight"][:, None, None]
+        full_gain = 1 / batch["transmission"] - 1
+        true_gain, true_offset = (average_blocks(x, *gain.shape[1:3]) for x in (full_gain, full_gain * batch["airlight"]))
         transmission = 1 / (1 + true_gain)
         pairs = {"gain": (gain, true_gain), "offset": (offset, true_offset)}
         distances = {name: jnp.mean(transmission * jnp.abs(estimate - truth)) for name, (estimate, truth) in pairs.items()}
