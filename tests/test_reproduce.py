@@ -13,6 +13,7 @@ from flax import nnx
 from PIL import Image
 from safetensors.numpy import save_file
 from test_commands import fails, lines
+from test_convert_networks import make_tensors
 
 from aecr_jax import save_checkpoint
 from aecr_jax.__main__ import main
@@ -188,12 +189,18 @@ def test_features_with_too_few_levels(tmp_path, capsys):
 
 def test_rates_of_table_4(tmp_path):
     """The largest rate that the batch of 8 allows stands for the paper's 10; 1:1 is the last row of Table 2 and shares its run."""
-    assert main(command(tmp_path, "--rows", "1:1,1:3", "--seeds", 1, "--features", "random", table="table4")) == 0
-    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["cr_seed0", "rate_1_3_seed0"]
+    assert main(command(tmp_path, "--rows", "1:3", "--seeds", 1, "--features", "random", table="table4")) == 0
     assert json.loads((tmp_path / "runs/rate_1_3_seed0/config.json").read_text())["loss"]["negatives"] == 3
-    rows = {row.name: row.psnr for row in find_table("table4", r=8, rows=["1:3"]).rows}
-    assert rows == {"1:1": 37.17, "1:8": 37.41, "8:1": 35.61, "8:8": 35.65, "1:3": None}
     assert "| `1:3` | 0 |" in (tmp_path / "table4/results.md").read_text()
+    table = find_table("table4", r=8, rows=["1:3"])
+    assert {row.name: row.psnr for row in table.rows} == {"1:1": 37.17, "1:8": 37.41, "8:1": 35.61, "8:8": 35.65, "1:3": None}
+    inputs = Inputs("scenes", "", "random")
+    shared = [
+        (table, next(row for row in find_table(table, r=8).rows if row.name == name))
+        for table, name in (("table2", "cr"), ("table4", "1:1"))
+    ]
+    configs = [row_config(table, row, "small", inputs, seed=0, workdir=Path("w")) for table, row in shared]
+    assert configs[0] == configs[1] and {row.run for _, row in shared} == {"cr"}
 
 
 def test_table_3_begins_with_given_weights(tmp_path, monkeypatch):
@@ -203,6 +210,14 @@ def test_table_3_begins_with_given_weights(tmp_path, monkeypatch):
     config = json.loads((tmp_path / "out/runs/ffa_net_seed0/config.json").read_text())
     assert config["run"]["init_from"] == str(tmp_path / "weights") and config["model"]["width"] == 8
     assert config["optim"]["learning_rate"] == 1e-4 and config["loss"]["cr"] == 0
+
+
+def test_the_authors_file_is_converted_once(tmp_path):
+    np.savez(tmp_path / "authors.npz", **make_tensors("grid_dehaze_net"))
+    rows = find_table("table3").rows
+    start, again = (settings.load_start(str(tmp_path / "authors.npz"), rows, tmp_path / "weights") for _ in range(2))
+    assert start == again and start.model.NAME == "grid_dehaze_net"
+    assert [str(path) for path in (tmp_path / "weights").iterdir()] == [start.path]
 
 
 @pytest.mark.parametrize("table", ["table2", "table3", "table4"])

@@ -17,7 +17,7 @@ _COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e
 def draw_figure(rows: Mapping[str, Sequence[Result]]) -> str:
     """Return the SVG: one dot for each row at the mean of its seeds, with a line from its lowest to its highest score.
 
-    The horizontal axis is logarithmic if the numbers of parameters differ by more than a factor of ten.
+    The horizontal axis begins at 0, or is logarithmic if the numbers of parameters differ by more than a factor of ten.
 
     Args:
       rows: the results of each row, at least one.
@@ -25,7 +25,7 @@ def draw_figure(rows: Mapping[str, Sequence[Result]]) -> str:
     sizes = np.array([results[0].parameters for results in rows.values()], float)
     scores = [[result.psnr for result in results] for results in rows.values()]
     log = sizes.max() > 10 * sizes.min()
-    across = log_ticks(sizes) if log else ticks(float(sizes.min()), float(sizes.max()), 4)
+    across = log_ticks(sizes) if log else ticks(0.0, float(sizes.max()), 4)
     upward = ticks(min(map(min, scores)), max(map(max, scores)))
     scale = np.log10 if log else np.asarray
 
