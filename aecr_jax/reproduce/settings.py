@@ -101,7 +101,7 @@ def row_config(table: str, row: Row, scale: Scale, inputs: Inputs, *, seed: int,
         config = _shrink(table, config, loss, inputs)
     else:
         data = dataclasses.replace(config.data, train=inputs.data, eval=inputs.test)
-        # The test images are scored once, at the end.
+        # Evaluated at the end alone, so that the test images influence nothing.
         config = dataclasses.replace(config, loss=loss, data=data, run=RunConfig(eval_every=config.optim.steps))
     if inputs.start is not None and inputs.start.model.NAME == config.model.NAME:
         model = dataclasses.replace(inputs.start.model, dtype=config.model.dtype)
