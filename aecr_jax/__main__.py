@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from aecr_jax import __version__
 from aecr_jax.benchmark.command import add_kinds, run_benchmark
 from aecr_jax.errors import Stopped, UserError, complaint, first_line
+from aecr_jax.reproduce.command import add_options, run_reproduce
 from aecr_jax.streams import discard, explain_output, flush, has_no_reader
 
 _MODEL = (
@@ -206,17 +207,7 @@ def _make_parser() -> argparse.ArgumentParser:
     report.add_argument("workdir", metavar="WORKDIR", help="work directory of the run; report.html is written there")
 
     table = commands.add_parser("reproduce", help="train and score the rows of a table of the paper", allow_abbrev=False)
-    table.add_argument("table", metavar="TABLE", help="table2, table3 or table4")
-    table.add_argument("--data", required=True, metavar="DATA", help="training data, in the notation of eval")
-    table.add_argument(
-        "--scale", default="small", choices=("small", "paper"), help="a narrow network and few steps (default), or the recipe"
-    )
-    table.add_argument("--test", default="", metavar="DATA", help="images to score on (default with --scale small: 50 held-out scenes)")
-    table.add_argument("--features", metavar="FILE", help="VGG-19 written by convert-vgg, for rows with regularization; or random")
-    table.add_argument("--weights", metavar="PATH", help="authors' file or a model's folder from which the rows of its network begin")
-    table.add_argument("--rows", metavar="A,B,...", help="names of rows (default: all); for table4 also rates such as 1:4")
-    table.add_argument("--seeds", type=int, default=2, metavar="N", help="number of runs of each row (default: 2)")
-    table.add_argument("--output", default="runs/reproduce", metavar="DIR", help="folder for runs and results (default: runs/reproduce)")
+    add_options(table)
 
     vgg = commands.add_parser("convert-vgg", help="convert VGG weights for the losses", allow_abbrev=False)
     vgg.add_argument("file", metavar="FILE", help="torchvision's .pth, or a .safetensors or .npz with the names of torchvision or timm")
@@ -361,24 +352,6 @@ def _report(options: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
-def _reproduce(options: argparse.Namespace, rest: list[str]) -> int:
-    from aecr_jax.reproduce.run import reproduce
-
-    page = reproduce(
-        options.table,
-        data=options.data,
-        scale=options.scale,
-        test=options.test,
-        features=options.features,
-        weights=options.weights,
-        rows=options.rows.split(",") if options.rows else (),
-        seeds=options.seeds,
-        output=options.output,
-    )
-    print(f"results: {page}")
-    return 0
-
-
 def _convert_vgg(options: argparse.Namespace, rest: list[str]) -> int:
     from aecr_jax.convert.vgg import convert_vgg
 
@@ -401,7 +374,7 @@ _RUN = {
     "check-data": _check_data,
     "benchmark": run_benchmark,
     "report": _report,
-    "reproduce": _reproduce,
+    "reproduce": run_reproduce,
     "compare": _compare,
     "models": _models,
     "convert-vgg": _convert_vgg,
