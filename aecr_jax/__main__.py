@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from aecr_jax import __version__
 from aecr_jax.benchmark.command import add_kinds, run_benchmark
 from aecr_jax.errors import Stopped, UserError, complaint, first_line
+from aecr_jax.reproduce.command import add_options, run_reproduce
 from aecr_jax.streams import discard, explain_output, flush, has_no_reader
 
 _MODEL = (
@@ -205,6 +206,9 @@ def _make_parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write an HTML report of a training run", allow_abbrev=False)
     report.add_argument("workdir", metavar="WORKDIR", help="work directory of the run; report.html is written there")
 
+    table = commands.add_parser("reproduce", help="train and score the rows of a table of the paper", allow_abbrev=False)
+    add_options(table)
+
     vgg = commands.add_parser("convert-vgg", help="convert VGG weights for the losses", allow_abbrev=False)
     vgg.add_argument("file", metavar="FILE", help="torchvision's .pth, or a .safetensors or .npz with the names of torchvision or timm")
     vgg.add_argument("--output", required=True, metavar="FILE", help="the .safetensors to write")
@@ -370,6 +374,7 @@ _RUN = {
     "check-data": _check_data,
     "benchmark": run_benchmark,
     "report": _report,
+    "reproduce": run_reproduce,
     "compare": _compare,
     "models": _models,
     "convert-vgg": _convert_vgg,

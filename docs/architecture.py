@@ -16,6 +16,7 @@ PACKAGES = {
     "training": ("settings, step, trainer, checkpoints, report", 0.6, 3),
     "convert": ("weights of other projects", 2, 3),
     "benchmark": ("speed, PyTorch twins", 0.6, 4),
+    "reproduce": ("the paper's tables: rows, claims", 2, 4),
     "__main__": ("commands and exit statuses", 1.3, 5),
 }
 _WIDTH, _HEIGHT, _COLUMN, _ROW, _GAP = 270, 50, 290, 95, 10

@@ -11,8 +11,9 @@ from reference import load, official_weights, vgg19_tensors
 from aecr_jax.__main__ import main
 from aecr_jax.benchmark import opponent as opponent_module
 from aecr_jax.benchmark.growth import _draw
-from aecr_jax.benchmark.work import Work, count_macs, prepare
+from aecr_jax.benchmark.work import Work, prepare
 from aecr_jax.errors import UserError
+from aecr_jax.networks.macs import count_macs
 
 
 @pytest.fixture

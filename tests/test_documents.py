@@ -34,7 +34,8 @@ from aecr_jax.data.images import write_image
 from aecr_jax.data.layouts import DATASETS
 from aecr_jax.data.sources import open_samples, split_samples
 from aecr_jax.networks import registry
-from aecr_jax.training.config import Config, load_config, setting_names
+from aecr_jax.reproduce import settings as reproduce_settings
+from aecr_jax.training.config import Config, OptimConfig, load_config, setting_names
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -159,6 +160,12 @@ def tiny(arguments):
         begin = re.sub(r"/checkpoints/\d+$", "/checkpoints/1", run.init_from)
         features = ["--loss.features", "ready-vgg19.safetensors"] if not Path("vgg19.safetensors").exists() else []
         rest += [*TINY, *features, "--run.init_from", begin]
+    elif command == "reproduce":
+        first = {"table2": "base", "table3": "grid_dehaze_net", "table4": "1:1"}[rest[0]]
+        for option, value in (("--rows", first), ("--features", "ready-vgg19.safetensors"), ("--seeds", "1")):
+            if option in rest:
+                del rest[rest.index(option) : rest.index(option) + 2]
+            rest += [option, value]
     elif command == "check-data" and "--config" in rest:
         rest += ["--data.crop", "16"]
     elif command == "benchmark":
@@ -235,7 +242,9 @@ def test_every_config_of_the_repository_is_in_the_documents():
 
 @pytest.mark.slow
 @by_name
-def test_every_command_runs(document, ready_world, capsys):
+def test_every_command_runs(document, ready_world, capsys, monkeypatch):
+    small = reproduce_settings.Small(OptimConfig(steps=1, batch=8), crop=16, width=4)
+    monkeypatch.setattr(reproduce_settings, "SMALL", dict.fromkeys(reproduce_settings.SMALL, small))
     for words in shell_commands(document):
         arguments = own_arguments(words)
         if arguments is None or "--run.coordinator" in arguments:

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.extend.core import jaxprs_in_params
 
 from aecr_jax.errors import UserError
 from aecr_jax.losses.restoration import RestorationLoss
 from aecr_jax.losses.vgg import VGG19Features
+from aecr_jax.networks.macs import count_macs
 from aecr_jax.networks.network import NetworkConfig
 from aecr_jax.networks.registry import config_from_dict, has_parameters, make_network
 from aecr_jax.ops.deform_conv import deform_conv2d
@@ -150,20 +150,3 @@ def _train(work: Work) -> tuple[Any, tuple[Any, ...], int | None]:
     images = {key: rng.random((work.batch, work.size, work.size, 3), np.float32) for key in ("hazy", "clear")}
     assert isinstance(step, functools.partial)
     return step.func, (*step.args, replicate(init_state(config), mesh), shard_batch(images, mesh)), 1
-
-
-def count_macs(jaxpr: Any) -> int:
-    """Count the multiply-adds of the matrix products and convolutions of a jaxpr, including those in its loops and calls."""
-    total = 0
-    for equation in jaxpr.eqns:
-        name, out = equation.primitive.name, equation.outvars[0].aval
-        if name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            total += out.size * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-        elif name == "conv_general_dilated":
-            kernel, spec = equation.invars[1].aval.shape, equation.params["dimension_numbers"].rhs_spec
-            # The zeros that dilation inserts between the inputs are not counted, because an efficient program skips them.
-            total += out.size * math.prod(kernel) // kernel[spec[0]] // math.prod(equation.params["lhs_dilation"])
-        times = equation.params["length"] if name == "scan" else 1
-        total += times * sum(count_macs(inner) for inner in jaxprs_in_params(equation.params))
-    return total

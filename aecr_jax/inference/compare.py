@@ -73,13 +73,13 @@ def compare(
     for image, x, y in zip(images, hazy, targets):
         if y is not None and x.shape != y.shape:
             raise UserError(f"{image} is {x.shape[1]}x{x.shape[0]} and its clear image {y.shape[1]}x{y.shape[0]}: they must have one size")
-    columns = [[_cell(x, y, width) for x, y in zip(hazy, targets)]]
+    columns = [[make_cell(x, y, width) for x, y in zip(hazy, targets)]]
     steps = tqdm(total=len(networks) * len(images), desc="restoring", unit="image", leave=False, disable=no_bar())
     for network in networks:
         restorer = Restorer(network)
         column = []
         for image, x, y in zip(images, hazy, targets):
-            column.append(_cell(restore_any_size(restorer, x, tile, f"{network.name}, {image}"), y, width))
+            column.append(make_cell(restore_any_size(restorer, x, tile, f"{network.name}, {image}"), y, width))
             steps.update()
         columns.append(column)
     steps.close()
@@ -87,7 +87,7 @@ def compare(
     table = _table([Path(image).name for image in images], titles, columns) if clear is not None else ""
     if clear is not None:
         titles.append("clear")
-        columns.append([_cell(y, None, width) for y in targets if y is not None])
+        columns.append([make_cell(y, None, width) for y in targets if y is not None])
     write_image(output, draw_sheet(titles, columns))
     return table
 
@@ -140,7 +140,8 @@ def draw_sheet(titles: Sequence[str], columns: Sequence[Sequence[Cell]]) -> np.n
     return np.asarray(sheet, np.float32) / 255
 
 
-def _cell(image: np.ndarray, target: np.ndarray | None, width: int) -> Cell:
+def make_cell(image: np.ndarray, target: np.ndarray | None, width: int) -> Cell:
+    """Return a picture `[H, W, 3]` in [0, 1], reduced to `width`, with its scores against the clear image `target`, if that is known."""
     score = None
     if target is not None:
         psnr, ssim = measure(image, target)

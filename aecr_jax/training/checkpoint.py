@@ -218,6 +218,17 @@ def _with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps({part: settings | saved[part] for part, settings in defaults.items()}))  # JSON turns tuples into lists
 
 
+def changed_settings(saved: dict[str, Any], config: Config) -> list[str]:
+    """Return the settings that differ from those of a saved config, as in "optim.batch: 8 -> 16".
+
+    Settings that only say where a run is and how it is executed and logged are left out.
+
+    Raises:
+      ValueError, KeyError, TypeError or AttributeError: `saved` is not the config of a run.
+    """
+    return _changes(_with_defaults(saved), config_to_dict(config))
+
+
 def _items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
     model = {"params": state.params, "stats": state.stats} | ({"ema": state.ema} if state.ema else {})
     return model, {"step": state.step, "opt_state": state.opt_state}

@@ -325,9 +325,9 @@ def _figure(title: str, series: dict[str, tuple[float, np.ndarray]], *, log: boo
     if not any(len(drawn) for _, drawn in series.values()):
         return None
     steps, values = np.concatenate([drawn for _, drawn in series.values()]).T
-    ticks = _log_ticks(values) if log else _ticks(float(values.min()), float(values.max()))
+    marks = log_ticks(values) if log else ticks(float(values.min()), float(values.max()))
     scale = np.log10 if log else np.asarray
-    low, high = float(scale(ticks[0])), float(scale(ticks[-1]))
+    low, high = float(scale(marks[0])), float(scale(marks[-1]))
     first, last = float(steps.min()), max(float(steps.max()), float(steps.min()) + 1)
     width, height = _PLOT["width"] - _PLOT["left"] - _PLOT["right"], _PLOT["height"] - _PLOT["top"] - _PLOT["bottom"]
 
@@ -339,8 +339,8 @@ def _figure(title: str, series: dict[str, tuple[float, np.ndarray]], *, log: boo
 
     return {
         "title": title,
-        "x_ticks": [(x(t), f"{t:,.0f}") for t in _ticks(first, last, 4) if first <= t <= last],
-        "y_ticks": [(y(t), f"{t:.4g}") for t in ticks],
+        "x_ticks": [(x(t), f"{t:,.0f}") for t in ticks(first, last, 4) if first <= t <= last],
+        "y_ticks": [(y(t), f"{t:.4g}") for t in marks],
         "lines": [
             {"name": name, "latest": f"{latest:.4g}", "points": [(x(s), y(v)) for s, v in drawn]}
             for name, (latest, drawn) in series.items()
@@ -348,26 +348,26 @@ def _figure(title: str, series: dict[str, tuple[float, np.ndarray]], *, log: boo
     }
 
 
-def _ticks(low: float, high: float, count: int = 5) -> list[float]:
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Return round numbers that enclose [low, high]."""
     largest = max(abs(low), abs(high))
     span = high - low if high - low > 1e-9 * largest else largest or 1.0  # means of equal values may differ in their last bits
     step = 10 ** math.floor(math.log10(span / count))
     step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= count)
     first = math.floor(low / step + 1e-9)
-    ticks = [first * step]
-    while ticks[-1] < high - 1e-9 * span or len(ticks) < 2:
-        ticks.append((first + len(ticks)) * step)
-    return ticks
+    marks = [first * step]
+    while marks[-1] < high - 1e-9 * span or len(marks) < 2:
+        marks.append((first + len(marks)) * step)
+    return marks
 
 
-def _log_ticks(values: np.ndarray) -> list[float]:
+def log_ticks(values: np.ndarray) -> list[float]:
     """Return powers of ten that enclose the values, or 1, 2 and 5 times powers of ten if the values span a small range."""
     low, high = float(values.min()), float(values.max())
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high) + 1e-9)
     if last - first > 6:
         return [10.0**power for power in range(first, last + 1, -(-(last - first) // 6))] + [10.0**last]
-    ticks = [factor * 10.0**power for power in range(first, last + 1) for factor in ((1, 2, 5) if last - first <= 2 else (1,))]
-    below = [tick for tick in ticks if tick <= low * (1 + 1e-9)][-1:]
-    inside = [tick for tick in ticks if low * (1 + 1e-9) < tick < high]
-    return below + inside + [tick for tick in ticks if tick >= high and tick not in below][:1]
+    marks = [factor * 10.0**power for power in range(first, last + 1) for factor in ((1, 2, 5) if last - first <= 2 else (1,))]
+    below = [tick for tick in marks if tick <= low * (1 + 1e-9)][-1:]
+    inside = [tick for tick in marks if low * (1 + 1e-9) < tick < high]
+    return below + inside + [tick for tick in marks if tick >= high and tick not in below][:1]

@@ -1,0 +1,40 @@
+"""The number of multiply-adds (MACs) of a computation."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.extend.core import jaxprs_in_params
+
+from aecr_jax.networks.network import NetworkConfig
+from aecr_jax.networks.registry import abstract_network
+
+
+def count_macs(jaxpr: Any) -> int:
+    """Count the multiply-adds of the matrix products and convolutions of a jaxpr, including those in its loops and calls."""
+    total = 0
+    for equation in jaxpr.eqns:
+        name, out = equation.primitive.name, equation.outvars[0].aval
+        if name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            total += out.size * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+        elif name == "conv_general_dilated":
+            kernel, spec = equation.invars[1].aval.shape, equation.params["dimension_numbers"].rhs_spec
+            # The zeros that dilation inserts between the inputs are not counted, because an efficient program skips them.
+            total += out.size * math.prod(kernel) // kernel[spec[0]] // math.prod(equation.params["lhs_dilation"])
+        times = equation.params["length"] if name == "scan" else 1
+        total += times * sum(count_macs(inner) for inner in jaxprs_in_params(equation.params))
+    return total
+
+
+def network_macs(config: NetworkConfig, height: int = 256, width: int = 256) -> int:
+    """Return the multiply-adds of a network for one image of `height` x `width` pixels, in evaluation."""
+    model = abstract_network(config)
+    model.eval()
+    graph, state = nnx.split(model)
+    image = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+    return count_macs(jax.make_jaxpr(lambda state, x: nnx.merge(graph, state)(x))(state, image).jaxpr)

@@ -1,0 +1,285 @@
+"""The command `reproduce`: rows that are run, continued and skipped, what is written, the claims, and wrong input."""
+
+import csv
+import dataclasses
+import json
+import math
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+from safetensors.numpy import save_file
+from test_commands import fails, lines
+from test_convert_networks import make_tensors
+
+from aecr_jax import save_checkpoint
+from aecr_jax.__main__ import main
+from aecr_jax.errors import Stopped
+from aecr_jax.losses.vgg import VGG19Features
+from aecr_jax.networks.ffa_net import FFANet, FFANetConfig
+from aecr_jax.reproduce import run as runner
+from aecr_jax.reproduce import settings
+from aecr_jax.reproduce.claims import Interval, judge, paired_interval
+from aecr_jax.reproduce.settings import Inputs, row_config
+from aecr_jax.reproduce.tables import find_table
+from aecr_jax.training.config import OptimConfig
+
+ROOT = Path(__file__).parents[1]
+TINY = settings.Small(OptimConfig(steps=2, batch=8, schedule="constant"), crop=16, width=4)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    """Replace the numbers of the small scale, and change to the folder that has `configs/`."""
+    monkeypatch.setattr(settings, "SMALL", dict.fromkeys(settings.SMALL, TINY))
+    monkeypatch.chdir(ROOT)
+
+
+def command(output, *options, table="table2", data="scenes:4:32x24"):
+    return ["reproduce", table, "--data", data, "--output", str(output), *map(str, options)]
+
+
+def read(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Run two rows with two seeds, of which the second row is killed first, and return the folder."""
+    output = tmp_path_factory.mktemp("reproduce")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(settings, "SMALL", dict.fromkeys(settings.SMALL, TINY))
+        patch.chdir(ROOT)
+        train = runner.train
+
+        def killed(config):
+            if "mixup" in config.run.workdir:
+                raise Stopped("stopped by SIGTERM", 75)
+            return train(config)
+
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(runner, "train", killed)
+            assert main(command(output, "--rows", "base,base_mixup")) == 75
+        assert [(line["row"], line["seed"]) for line in read(output / "table2/results.csv")] == [("base", "0")]
+        assert "not measured" in (output / "table2/results.md").read_text()
+        assert main(command(output, "--rows", "base,base_mixup")) == 0
+    return output
+
+
+def test_a_killed_command_continues_and_all_rows_are_in_the_results(finished):
+    results = read(finished / "table2/results.csv")
+    # The seeds are the outer loop.
+    assert [(line["row"], line["seed"]) for line in results] == [("base", "0"), ("base_mixup", "0"), ("base", "1"), ("base_mixup", "1")]
+    for line in results:
+        folder = f"{line['row']}_seed{line['seed']}"
+        scores = read(finished / "table2/scores" / folder / "per_image.csv")
+        assert len(scores) == 20 == int(line["images"])
+        assert float(line["psnr"]) == pytest.approx(np.mean([float(score["psnr"]) for score in scores]))
+        config = json.loads((finished / "runs" / folder / "config.json").read_text())
+        assert config["run"]["seed"] == int(line["seed"]) and config["loss"]["cr"] == 0
+        assert config["optim"]["steps"] == int(line["steps"]) == 2
+        # The log has one line for both steps, that is, for two batches of eight.
+        (log,) = lines(finished / "runs" / folder, "train")
+        assert float(line["minutes"]) == pytest.approx(2 * 8 / log["images_per_second"] / 60, abs=0.006)
+    # Mixup adds its two factors; the multiply-adds are the same.
+    base, mixup = results[:2]
+    assert int(mixup["parameters"]) == int(base["parameters"]) + 2
+    assert mixup["macs"] == base["macs"]
+
+
+def test_the_page_has_the_papers_scores_and_the_claims(finished):
+    text = (finished / "table2/results.md").read_text()
+    first = read(finished / "table2/results.csv")[0]
+    assert f"| `base` | 0 | {float(first['psnr']):.2f} | {float(first['ssim']):.4f} | 33.85, 0.9820 |" in text
+    scores = [read(finished / f"table2/scores/{row}_seed1/per_image.csv") for row in ("base_mixup", "base")]
+    mean = np.mean([float(a["psnr"]) - float(b["psnr"]) for a, b in zip(*scores)])
+    (claim,) = (line for line in text.splitlines() if "mixup helps without DFE" in line)
+    assert f"1: {mean:+.2f} [" in claim and "| +0.19 |" in claim
+    assert text.count("not measured") == 6
+
+
+def test_the_figure_and_the_panel(finished):
+    figure = ElementTree.parse(finished / "table2/psnr_over_parameters.svg").getroot()
+    titles = [title.text for title in figure.iter("{http://www.w3.org/2000/svg}title")]
+    psnr = {
+        row: np.mean([float(r["psnr"]) for r in read(finished / "table2/results.csv") if r["row"] == row]) for row in ("base", "base_mixup")
+    }
+    assert titles == [f"{row}: {value:.2f} dB" for row, value in psnr.items()]
+    panel = Image.open(finished / "table2/panel.png")
+    # Hazy, two rows and clear: four columns of 32 pixels; three scenes of 24 pixels, each with a line for scores.
+    assert panel.size == (4 * 32 + 5 * 8, 26 + 3 * (24 + 26) + 4 * 8)
+
+
+def test_finished_rows_are_skipped(finished, monkeypatch, capsys):
+    monkeypatch.setattr(runner, "train", lambda config: pytest.fail("it was trained again"))
+    before = (finished / "table2/results.csv").read_bytes()
+    assert main(command(finished, "--rows", "base_mixup,base")) == 0
+    assert capsys.readouterr().out.count("already in") == 4
+    assert (finished / "table2/results.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--test", "scenes/test:5:32x24"],
+            "results.csv has results of scale small, data scenes:4:32x24, 20 images of scenes, not of scale",
+        ),
+        (["--scale", "paper"], "--test DATA is missing"),
+        (["--scale", "paper", "--test", "scenes/test:20:32x24"], "not of scale paper, data scenes:4:32x24, 20 images of scenes: choose"),
+        (["--rows", "base,other"], "--rows: table2 has no row 'other'; it has base, base_mixup, base_dfe, "),
+        (["--seeds", "0"], "--seeds (=0) must be from 1 to 1000"),
+        (["--rows", "base,cr_positive,cr"], "--features FILE is missing: cr_positive, cr need VGG-19"),
+        (["--rows", "cr", "--features", "none.safetensors"], "there is no VGG-19 file none.safetensors"),
+        (["--weights", "none"], "there is no checkpoint folder none"),
+        (["--weights", "dcp"], "--weights (=dcp) are of dcp, but the rows have aecr_net"),
+    ],
+)
+def test_wrong_options_are_one_line_and_change_nothing(finished, capsys, options, message):
+    before = modified(finished)
+    options = options if "--rows" in options else [*options, "--rows", "base"]
+    assert message in fails(capsys, *command(finished, *options))
+    assert modified(finished) == before
+
+
+def modified(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_with_other_settings_is_refused(finished, monkeypatch, capsys):
+    other = dataclasses.replace(TINY, optim=dataclasses.replace(TINY.optim, learning_rate=0.5))
+    monkeypatch.setattr(settings, "SMALL", dict.fromkeys(settings.SMALL, other))
+    before = modified(finished)
+    said = fails(capsys, *command(finished, "--rows", "base"))
+    assert "runs/base_seed0 holds a run with other settings (optim.learning_rate: 0.0002 -> 0.5): choose another --output" in said
+    assert modified(finished) == before
+
+
+def test_a_damaged_results_file_is_refused(tmp_path, capsys):
+    (tmp_path / "table2").mkdir()
+    (tmp_path / "table2/results.csv").write_text("row,seed\nbase,0\n")
+    said = fails(capsys, *command(tmp_path, "--rows", "base"))
+    assert "table2/results.csv is not a results file of reproduce" in said and not (tmp_path / "runs").exists()
+
+
+def test_a_table_that_does_not_exist(tmp_path, capsys):
+    said = fails(capsys, *command(tmp_path / "out", table="table9"))
+    assert said == "aecr_jax: there is no table table9 to reproduce; there are table2, table3, table4" and not (tmp_path / "out").exists()
+
+
+def test_a_rate_greater_than_the_batch(tmp_path, capsys):
+    said = fails(capsys, *command(tmp_path / "out", "--rows", "1:9", "--features", "random", table="table4"))
+    assert "row 1:9 of table4: loss.negatives (=9) must be at most optim.batch / optim.accumulate (=8)" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_features_with_too_few_levels(tmp_path, capsys):
+    """Expected: the paper has five levels, and these weights end at the third."""
+    weights = nnx.to_pure_dict(nnx.state(VGG19Features.random(width=2)))["weights"]
+    kept = {name: np.asarray(array) for name, array in weights.items() if name < "conv4"}
+    names = {name: ".".join(name.rsplit("_", 1)) for name in kept}
+    save_file({names[name]: array for name, array in kept.items()}, tmp_path / "vgg.safetensors", VGG19Features.metadata())
+    said = fails(capsys, *command(tmp_path / "out", "--rows", "cr", "--features", tmp_path / "vgg.safetensors"))
+    assert f"--features (={tmp_path}/vgg.safetensors) has 3 levels and must have the 5 of the paper" in said
+
+
+def test_rates_of_table_4(tmp_path):
+    """The largest rate that the batch of 8 allows stands for the paper's 10; 1:1 is the last row of Table 2 and shares its run."""
+    assert main(command(tmp_path, "--rows", "1:3", "--seeds", 1, "--features", "random", table="table4")) == 0
+    assert json.loads((tmp_path / "runs/rate_1_3_seed0/config.json").read_text())["loss"]["negatives"] == 3
+    assert "| `1:3` | 0 |" in (tmp_path / "table4/results.md").read_text()
+    table = find_table("table4", r=8, rows=["1:3"])
+    assert {row.name: row.psnr for row in table.rows} == {"1:1": 37.17, "1:8": 37.41, "8:1": 35.61, "8:8": 35.65, "1:3": None}
+    inputs = Inputs("scenes", "", "random")
+    shared = [
+        (table, next(row for row in find_table(table, r=8).rows if row.name == name))
+        for table, name in (("table2", "cr"), ("table4", "1:1"))
+    ]
+    configs = [row_config(table, row, "small", inputs, seed=0, workdir=Path("w")) for table, row in shared]
+    assert configs[0] == configs[1] and {row.run for _, row in shared} == {"cr"}
+
+
+def test_table_3_begins_with_given_weights(tmp_path, monkeypatch):
+    save_checkpoint(FFANet(FFANetConfig(width=8, blocks=1), rngs=nnx.Rngs(0)), tmp_path / "weights")
+    options = ["--rows", "ffa_net", "--seeds", 1, "--weights", tmp_path / "weights"]
+    assert main(command(tmp_path / "out", *options, table="table3")) == 0
+    config = json.loads((tmp_path / "out/runs/ffa_net_seed0/config.json").read_text())
+    assert config["run"]["init_from"] == str(tmp_path / "weights") and config["model"]["width"] == 8
+    assert config["optim"]["learning_rate"] == 1e-4 and config["loss"]["cr"] == 0
+
+
+def test_the_authors_file_is_converted_once(tmp_path):
+    np.savez(tmp_path / "authors.npz", **make_tensors("grid_dehaze_net"))
+    rows = find_table("table3").rows
+    start, again = (settings.load_start(str(tmp_path / "authors.npz"), rows, tmp_path / "weights") for _ in range(2))
+    assert start == again and start.model.NAME == "grid_dehaze_net"
+    assert [str(path) for path in (tmp_path / "weights").iterdir()] == [start.path]
+
+
+@pytest.mark.parametrize("table", ["table2", "table3", "table4"])
+def test_rows_differ_only_in_what_the_table_compares(table, monkeypatch):
+    """At the small scale all rows of a network have equal steps, batches and crops; at the paper's scale they have its recipe."""
+    monkeypatch.undo()
+    monkeypatch.chdir(ROOT)
+    inputs = Inputs("scenes:4:32x24", "scenes/test:5:32x24", "vgg.safetensors")
+    rows = find_table(table, r=8).rows
+    small = [row_config(table, row, "small", inputs, seed=1, workdir=Path("w")) for row in rows]
+    assert len({(config.optim.steps, config.optim.batch, config.optim.optimizer) for config in small}) == 1
+    assert len({(config.data, config.run) for config in small}) == 1
+    for row, config in zip(rows, small):
+        if row.name.endswith(":cr"):  # a row of Table 3 and the one before it, without regularization
+            plain = small[[other.name for other in rows].index(row.name.removesuffix(":cr"))]
+            assert config == dataclasses.replace(plain, loss=dataclasses.replace(plain.loss, cr=0.1, features="vgg.safetensors"))
+    paper = [row_config(table, row, "paper", inputs, seed=1, workdir=Path("w")) for row in rows]
+    if table != "table3":
+        assert {(config.optim.steps, config.optim.batch, config.data.crop, config.model.width) for config in paper} == {
+            (500_000, 16, 240, 64)
+        }
+
+
+# ---- statistics
+
+
+def test_the_interval_of_independent_images():
+    """By hand: differences 1, 2, 3, 6 have the mean 3 and the standard deviation sqrt(14 / 3); t(0.975, 3) is 3.18245 in printed tables."""
+    base = {"a": 20.0, "b": 21.0, "c": 25.0, "d": 30.0}
+    scores = {"a": 21.0, "b": 23.0, "c": 28.0, "d": 36.0}
+    interval = paired_interval(scores, base, {name: name for name in base})
+    reach = 3.18245 * math.sqrt(14 / 3) / 2
+    assert interval == pytest.approx((3, 3 - reach, 3 + reach), abs=1e-4)
+
+
+def test_images_of_one_scene_count_once():
+    """By hand: each difference twice, in the same scene, has the same interval as once; as eight scenes, it would be narrower."""
+    differences = {"a": 1.0, "b": 2.0, "c": 3.0, "d": 6.0}
+    scores = {f"{scene}{i}": value for scene, value in differences.items() for i in "12"}
+    base = dict.fromkeys(scores, 0.0)
+    once = paired_interval(differences, dict.fromkeys(differences, 0.0), {name: name for name in differences})
+    assert paired_interval(scores, base, {name: name[0] for name in scores}) == pytest.approx(once)
+    apart = paired_interval(scores, base, {name: name for name in scores})
+    assert apart.high - apart.low < 0.7 * (once.high - once.low)
+
+
+def test_one_scene_decides_nothing():
+    assert paired_interval({"a": 2.0}, {"a": 1.0}, {"a": "a"}) == (1.0, -math.inf, math.inf)
+    with pytest.raises(ValueError, match="not scored on the same images"):
+        paired_interval({"a": 2.0}, {"b": 1.0}, {"a": "a", "b": "b"})
+
+
+@pytest.mark.parametrize(
+    ("gain", "intervals", "expected"),
+    [
+        (0.5, [(0.1, 0.3), (0.2, 0.4)], "holds"),
+        (-0.5, [(0.1, 0.3), (0.2, 0.4)], "fails"),
+        (-1.5, [(-0.4, -0.1), (-0.2, -0.1)], "holds"),
+        (0.5, [(0.1, 0.3), (-0.1, 0.4)], "undecided"),
+        (0.5, [(0.1, 0.3), (-0.3, -0.1)], "undecided"),
+        (0.5, [(0.1, 0.3)], "undecided"),
+    ],
+)
+def test_claims_are_decided_by_two_seeds(gain, intervals, expected):
+    assert judge(gain, [Interval((low + high) / 2, low, high) for low, high in intervals]) == expected
