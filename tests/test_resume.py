@@ -55,6 +55,7 @@ def test_regularization_begins_after_a_step(negatives, after, config_file, tmp_p
     """The first steps have L1 alone. A run that is stopped after step 2, before or at the change, and resumed ends with the same bits."""
     whole = tmp_path / "whole"
     options = ["--loss.cr_negatives", negatives, "--loss.cr_after", str(after), "--optim.ema", "0.9"]
+    options += ["--loss.cr_layers", "relu1_2,relu1_1", "--loss.cr_weights", "1,0.5", "--model.dfe", "none", "--model.fast_deconv", "False"]
     train = ["train", "--config", config_file, *options]
     assert main([*train, "--run.workdir", str(whole)]) == 0
     assert f"step {after + 1}: contrastive regularization begins" in capsys.readouterr().out
@@ -69,7 +70,7 @@ def test_regularization_begins_after_a_step(negatives, after, config_file, tmp_p
 
 
 def test_an_average_that_equals_the_network_gives_no_negatives(run, config_file, tmp_path, capsys):
-    """A run without a moving average cannot go on with its restorations as negatives at once: the ratio would divide by 0."""
+    """A run without a moving average cannot go on with its restorations as negatives at once: the ratio would divide by 1e-7."""
     shutil.copytree(run, tmp_path / "run")
     train = [
         "train",

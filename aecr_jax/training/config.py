@@ -54,7 +54,7 @@ class LossConfig:
     Wu et al., AAAI 2024)."""
     cr_after: int = bounded(0, 0, 2**31 - 1)
     """Number of steps before regularization begins (this project). "lagging" negatives need at least 1, better several times
-    1 / (1 - `optim.ema`), because the average first equals the network, and a ratio would divide by 0."""
+    1 / (1 - `optim.ema`), because the average first equals the network, and a ratio would divide by 1e-7."""
     features: str = "vgg19.safetensors"
     """File of VGG-19 weights (or VGG-16, see `cr_network`), written by `convert-vgg`; or "random" for a narrow network with random weights,
     to try things out."""
@@ -96,7 +96,7 @@ class LossConfig:
             raise UserError(f"loss.negatives (=0) must be at least 1 if loss.cr_negatives is {self.cr_negatives}")
 
     def lacks_average(self, step: int) -> bool:
-        """Whether regularization is on after `step` and would divide by 0 if the moving average of the network began there."""
+        """Whether a ratio in the step after `step` would have no denominator if the moving average of the network began there."""
         return bool(self.cr) and self.cr_negatives == "lagging" and self.cr_form != "difference" and self.cr_after <= step
 
 
