@@ -18,8 +18,8 @@ def bounded(default: Any, least: float = -math.inf, most: float = math.inf) -> A
 def check_settings(settings: Any) -> None:
     """Check that each field of a dataclass has a value of its annotated type, within its bounds.
 
-    Fields may be `bool`, `int`, `float` (finite; integers count too), `str`, a `Literal`, or a tuple of these. Values are not
-    converted: the string "False" is true in Python, so it must not be accepted as a bool.
+    Fields may be `bool`, `int`, `float` (finite; integers count too), `str`, a `Literal`, or a tuple of these; `tuple[str, ...]` has any
+    number of elements. Values are not converted: the string "False" is true in Python, so it must not be accepted as a bool.
 
     Raises:
       ValueError: a value is wrong; the message names the field, its value and what is allowed.
@@ -53,12 +53,14 @@ def parse_value(text: str, kind: Any, name: str) -> Any:
         if get_origin(kind) is Literal:
             return {str(choice): choice for choice in get_args(kind)}[text]
         if get_origin(kind) is tuple:
-            return tuple(parse_value(part, item, name) for part, item in zip(text.split(","), get_args(kind), strict=True))
+            parts = text.split(",")
+            return tuple(parse_value(part, item, name) for part, item in zip(parts, _element_kinds(kind, len(parts)), strict=True))
         return kind(text)
     except (KeyError, ValueError):
         what = _describe(kind)
         if get_origin(kind) is tuple:
-            what = f"{len(get_args(kind))} values with commas between them, each {_describe(get_args(kind)[0])}"
+            count = "" if get_args(kind)[-1] is Ellipsis else f"{len(get_args(kind))} "
+            what = f"{count}values with commas between them, each {_describe(get_args(kind)[0])}"
         raise ValueError(f"{name} (={text!r}) must be {what}") from None
 
 
@@ -66,15 +68,22 @@ def _fits(value: Any, kind: Any) -> bool:
     if get_origin(kind) is Literal:
         return any(type(value) is type(choice) and value == choice for choice in get_args(kind))
     if get_origin(kind) is tuple:
-        kinds = get_args(kind)
-        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+        return isinstance(value, tuple) and len(value) == len(kinds := _element_kinds(kind, len(value))) and all(map(_fits, value, kinds))
     if kind is float:
         # An integer may be too large for a float.
         return type(value) in (int, float) and -sys.float_info.max <= value <= sys.float_info.max
     return type(value) is kind
 
 
+def _element_kinds(kind: Any, count: int) -> tuple[Any, ...]:
+    """Return the types of the elements of a tuple type; if it allows any number of them, those of `count` elements."""
+    kinds = get_args(kind)
+    return kinds[:1] * count if kinds[-1] is Ellipsis else kinds
+
+
 def _describe(kind: Any) -> str:
+    if kind is Ellipsis:
+        return "..."
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(repr, get_args(kind)))}"
     if get_origin(kind) is tuple:

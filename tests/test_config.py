@@ -3,11 +3,17 @@ import runpy
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import save_file
+from test_vgg import tiny_weights
 
 from aecr_jax import UserError
 from aecr_jax.data.sources import DataConfig
+from aecr_jax.losses.contrastive import LAYER_WEIGHTS
+from aecr_jax.losses.vgg import VGG19Features
 from aecr_jax.renamed import migrate
 from aecr_jax.training.config import Config, OptimConfig, load_config, override
+from aecr_jax.training.help import settings_help
+from aecr_jax.training.initial import make_loss
 
 IMPORTS = "from aecr_jax.networks.aecr_net import AECRNetConfig\nfrom aecr_jax.training.config import *\n"
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -76,6 +82,20 @@ def test_overrides_are_typed():
         (["--optim.steps", "x"], r"^optim.steps \(='x'\) must be an integer$"),
         (["--optim.steps", ""], r"^optim.steps \(=''\) must be an integer$"),
         (["--loss.cr", "a: b"], r"^loss.cr \(='a: b'\) must be a finite number$"),
+        (["--loss.cr_layers", "relu1_1,relu2_1"], r"^loss.cr_weights has 5 values and must have 2, one for each of loss.cr_layers$"),
+        (["--loss.cr_weights", "1,x"], r"^loss.cr_weights \(='1,x'\) must be values with commas between them, each a finite number$"),
+        (["--loss.cr_weights", "1,1,1,1,-1"], r"loss.cr_weights \(=\(1.0, 1.0, 1.0, 1.0, -1.0\)\) must be at least 0"),
+        (["--loss.cr_form", "ratio"], r"loss.cr_form \(='ratio'\) must be one of 'batch_ratio', 'image_ratio', 'difference'"),
+        (["--loss.negatives", "17"], r"loss.negatives \(=17\) must be at most optim.batch / optim.accumulate \(=16\)"),
+        (
+            ["--loss.cr_negatives", "rehazed", "--loss.negatives", "0"],
+            r"loss.negatives \(=0\) must be at least 1 if loss.cr_negatives is rehazed",
+        ),
+        (["--loss.cr_negatives", "lagging"], r"optim.ema \(=0\) must be positive, such as 0.999, if loss.cr_negatives is lagging"),
+        (
+            ["--loss.cr_negatives", "lagging", "--optim.ema", "0.9"],
+            r"loss.cr_after \(=0\) must be positive if loss.cr_negatives is lagging",
+        ),
         (["extra"], r"^unexpected argument extra: settings are given as"),
     ],
 )
@@ -83,6 +103,43 @@ def test_a_wrong_setting_is_one_clear_line(arguments, message):
     with pytest.raises(UserError, match=message) as error:
         override(Config(), arguments)
     assert "\n" not in str(error.value)
+
+
+def test_the_layers_of_regularization():
+    """The defaults are the paper's, and a list of any length is a setting. There may be more negatives of one scene than images."""
+    assert (Config().loss.cr_layers, Config().loss.cr_weights) == (VGG19Features.LAYERS, LAYER_WEIGHTS)
+    config = override(
+        Config(), ["--loss.cr_layers", "relu3_4", "--loss.cr_weights", "0.5", "--loss.cr_negatives=rehazed", "--loss.negatives=99"]
+    )
+    assert (config.loss.cr_layers, config.loss.cr_weights, config.loss.rehazed) == (("relu3_4",), (0.5,), 99)
+    assert dataclasses.replace(config.loss, cr=0).rehazed == Config().loss.rehazed == 0
+    help_text = settings_help()
+    assert "--loss.cr_layers STR,...  (default relu1_1,relu2_1,relu3_1,relu4_1,relu5_1)" in help_text
+    assert "--loss.cr_weights FLOAT,...  (default 0.03125,0.0625,0.125,0.25,1.0)" in help_text
+
+
+def test_features_that_do_not_fit_are_refused(tmp_path):
+    """Weights that end too early, unknown layers, crops that are too small for the deepest layer, and the file of the other network."""
+    early = {name: value for name, value in tiny_weights().items() if name < "conv3_2"}
+    save_file(early, tmp_path / "early.safetensors", metadata=VGG19Features.metadata())
+    file = ["--loss.features", str(tmp_path / "early.safetensors")]
+    for arguments, message in [
+        (file, r"early.safetensors: the weights end at relu3_1, before layer relu4_1"),
+        ([*file, "--loss.cr_network", "vgg16"], r"early.safetensors holds vgg19 and must hold VGG-16"),
+        (
+            ["--loss.cr_layers", "relu5_4", "--loss.cr_weights", "1", "--loss.cr_network", "vgg16"],
+            r"^loss.cr_layers: layer relu5_4 is not one",
+        ),
+        (["--loss.features", "random", "--data.crop", "15"], r"data.crop \(=15\) must be at least 16 for the features of relu1_1, relu2_1"),
+    ]:
+        with pytest.raises(UserError, match=message) as error:
+            make_loss(override(Config(), arguments))
+        assert "\n" not in str(error.value)
+    loss = make_loss(
+        override(Config(), [*file, "--loss.cr_layers", "relu3_1,relu1_2", "--loss.cr_weights", "1,2", "--loss.cr_normalize", "True"])
+    )
+    assert loss.features.layers == ("relu3_1", "relu1_2") and loss.features.normalize and loss.weights == (1, 2)
+    assert make_loss(Config(), regularize=False).features is None
 
 
 def test_a_config_file_with_an_unknown_optimizer():

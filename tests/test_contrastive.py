@@ -49,6 +49,57 @@ def test_rates_take_the_neighbours_in_the_batch():
     np.testing.assert_allclose(d_an, [(0 + 0 + 0 + 1 + 2 + 3) / 6], rtol=1e-6)
 
 
+def test_the_three_forms_by_hand():
+    """Images 0 and 1 have d_ap = 0.1, 0.3 and d_an = 0.2, 0.4. The batch's ratio is 0.2 / 0.3, the mean of the images' ratios is
+    (1/2 + 3/4) / 2, and the difference is 0.2 - 0.3; the second level has twice the distances. Without negatives, every form is CR*."""
+    a, p, n = batch(0.5, 0.5), batch(0.6, 0.2), batch(0.7, 0.9)
+    for form, expected in (("batch_ratio", 1.5 * 2 / 3), ("image_ratio", 1.5 * 0.625), ("difference", -0.1 * (0.5 + 2))):
+        value = contrastive_regularization(a, p, n, identity, weights=(0.5, 1.0), form=form)
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+        value = contrastive_regularization(a, p, n, identity, weights=(0.5, 1.0), form=form, negatives=0)
+        np.testing.assert_allclose(value, 0.2 * (0.5 + 2), rtol=1e-5)
+    with pytest.raises(ValueError, match=r"form \(='ratio'\) must be one of batch_ratio, image_ratio, difference"):
+        contrastive_regularization(a, p, n, identity, form="ratio")
+
+
+def test_distances_per_image_by_numpy():
+    """Image i has its own sample and those of the next images; the definition is written out with NumPy."""
+    rng = np.random.default_rng(0)
+    a, p, n = (rng.random((3, 2, 4, 3), np.float32) for _ in range(3))
+    d_ap, d_an = contrastive_distances(a, p, n, identity, positives=2, negatives=3, per_image=True)
+
+    def expected(images, count):
+        return [np.mean([np.abs(a[i] - images[(i + k) % 3]).mean() for k in range(count)]) for i in range(3)]
+
+    np.testing.assert_allclose(d_ap, np.outer([1, 2], expected(p, 2)), rtol=1e-5)
+    np.testing.assert_allclose(d_an, np.outer([1, 2], expected(n, 3)), rtol=1e-5)
+
+
+def test_each_image_may_have_negatives_of_its_own():
+    """By NumPy: the distance to K negatives is the mean over them. They share one pass over the anchor and one over the positives."""
+    rng, calls = np.random.default_rng(0), []
+    a, p = (rng.random((3, 2, 4, 3), np.float32) for _ in range(2))
+    n = rng.random((3, 4, 2, 4, 3), np.float32)
+
+    def features(images):
+        calls.append(images.shape[0])
+        return [images]
+
+    _, d_an = contrastive_distances(a, p, n, features, negatives=4, per_image=True)
+    np.testing.assert_allclose(d_an[0], np.abs(a[:, None] - n).mean((1, 2, 3, 4)), rtol=1e-5)
+    assert calls == [3, 3, 12]
+    with pytest.raises(ValueError, match=r"negatives \(=2\) must be 0 or 4, because negative has shape \(3, 4, 2, 4, 3\)"):
+        contrastive_distances(a, p, n, features, negatives=2)
+
+
+def test_the_difference_is_bounded_without_a_margin():
+    """By the triangle inequality, it is at least the negative distance of positive and negative, which a restored image reaches at the
+    positive and anywhere beyond it: with p = 0.6 and n = 0.9, that is -0.3 for 0.6 and 0.1, and more between p and n."""
+    p, n = batch(0.6), batch(0.9)
+    values = [contrastive_regularization(batch(a), p, n, lambda x: [x], weights=[1.0], form="difference") for a in (0.6, 0.1, 0.7, 0.9)]
+    np.testing.assert_allclose(values, [-0.3, -0.3, -0.1, 0.3], atol=1e-6)
+
+
 def test_no_gradient_through_positive_and_negative():
     a, p, n = batch(0.5), batch(0.6), batch(0.9)
     grads = jax.grad(lambda p, n: contrastive_regularization(a, p, n, identity), (0, 1))(p, n)
@@ -71,6 +122,8 @@ def test_refuses_what_does_not_fit():
         contrastive_regularization(a, a, a, identity, weights=(1.0,))
     with pytest.raises(ValueError, match="weights has 0 entries"):
         contrastive_regularization(a, a, a, identity, weights=())
+    with pytest.raises(ValueError, match="weights has 3 entries and must have one for each of 2 levels"):
+        contrastive_regularization(a, a, a, identity, weights=(0.5, 1.0, 7.0))
 
 
 @pytest.mark.parametrize("position", range(3))
@@ -102,11 +155,12 @@ def test_rates_are_integers(name, value):
 
 
 def test_other_kinds_of_the_same_arguments():
-    """Lists, NumPy numbers and more weights than levels are allowed and give the value of `test_by_hand`."""
+    """Lists and NumPy numbers are allowed and give the value of `test_by_hand`; the default weights are cut to the two levels."""
     a, p, n = ([[[[v] * 3]] for v in values] for values in ([0.5, 0.5], [0.6, 0.4], [0.9, 0.1]))
-    for weights in ([0.5, 1.0], np.array([0.5, 1.0]), jnp.array([0.5, 1.0, 7.0]), (0.5, 1.0, 7.0)):
+    for weights in ([0.5, 1.0], np.array([0.5, 1.0]), jnp.array([0.5, 1.0])):
         value = contrastive_regularization(a, p, n, identity, weights=weights, positives=np.int64(2), negatives=np.int64(1))
         np.testing.assert_allclose(value, 0.375, rtol=1e-5)
+    np.testing.assert_allclose(contrastive_regularization(a, p, n, identity), 0.25 * (1 / 32 + 1 / 16), rtol=1e-5)
 
 
 def test_refuses_wrong_weights_and_features():

@@ -132,3 +132,5 @@ def test_what_cannot_be_supervised_is_refused(tmp_path):
     pairs = open_samples(str(tmp_path))[0]
     with pytest.raises(UserError, match=r"loss\.haze must be 0 for data with hazy images"):
         train_batches(pairs, DataConfig(crop=32), batch=1, seed=0, haze_truth=True)
+    with pytest.raises(UserError, match=r"loss\.cr_negatives \(=rehazed\) must be hazy or lagging for data with hazy images"):
+        train_batches(pairs, DataConfig(crop=32), batch=1, seed=0, rehazed=1)

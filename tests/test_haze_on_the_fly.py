@@ -341,3 +341,45 @@ def test_an_image_narrower_than_a_wide_crop_is_named():
         UserError, match=r"s0 is 32x24, smaller than a crop: data.crop \(=16\) must be at most 24, and data.crop_width \(=40\) at"
     ):
         batch_of(SCENES, HazeConfig(), data=DataConfig(crop=16, crop_width=40, threads=1))
+
+
+# ---- other haze for the same scene
+
+
+def misfit(clear, hazy, transmission):
+    """Return the largest difference of `hazy` from J t + A (1 - t) for the best airlight A and the best power t of `transmission`."""
+
+    def residual(power):
+        t = transmission**power
+        airlight = ((hazy - clear * t) * (1 - t)).sum() / (3 * ((1 - t) ** 2).sum())
+        return np.abs(hazy - clear * t - airlight * (1 - t)).max()
+
+    best = min(np.geomspace(1e-3, 1e3, 500), key=residual)
+    for spread in (0.03, 0.002):
+        best = min(np.linspace(1 - spread, 1 + spread, 61) * best, key=residual)
+    return residual(best)
+
+
+@pytest.mark.parametrize("kind", ["depth", "outdoor", "constant"])
+def test_the_same_scene_under_other_haze(kind, landscape):
+    """Each image follows the scattering model with the clear crop and its depth, to half a step of 8 bits, as -log t = beta d is a multiple
+    of that of the hazy image. Everything else in the batch is as without it."""
+    samples = SCENES if kind == "depth" else open_samples(f"{kind}:{landscape}")[0]
+    plain, more = (next(train_batches(samples, DATA, batch=3, seed=4, haze_truth=True, rehazed=n)) for n in (0, 2))
+    for key, value in plain.items():
+        np.testing.assert_array_equal(more[key], value, err_msg=key)
+    rehazed = more["rehazed"]
+    assert rehazed.shape == (3, 2, 16, 16, 3) and rehazed.dtype == np.float32
+    for i in range(3):
+        clear, hazy, transmission = (more[key][i].astype(np.float64) for key in ("clear", "hazy", "transmission"))
+        others = [*rehazed[i].astype(np.float64), hazy]
+        assert max(misfit(clear, other, transmission) for other in others) < 0.6 / 255
+        assert min(np.abs(a - b).mean() for a in others for b in others if a is not b) > 1 / 255
+
+
+def test_a_crop_without_haze_has_hazy_versions():
+    """The settings of the haze apply to them too, except `clear`, which would make the clear image its own negative."""
+    augment = Augment(DATA, HazeConfig(clear=1.0, airlight=(0.9, 0.9), beta=(1.5, 1.5)), rehazed=1)
+    crop = augment.random_map(Source([scene(0)])[0], np.random.default_rng(0))
+    np.testing.assert_allclose(crop["hazy"], crop["clear"], atol=1e-6)
+    assert np.abs(crop["rehazed"][0] - crop["clear"]).mean() > 0.1

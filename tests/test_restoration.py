@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from aecr_jax import contrastive_regularization
 from aecr_jax.losses.restoration import RestorationLoss
 from aecr_jax.losses.vgg import VGG16Features, VGG19Features
 from aecr_jax.training.config import OptimConfig
@@ -41,6 +42,36 @@ def test_all_parts_together():
     )
     total, parts = loss(images(0), {"clear": images(1), "hazy": images(2)})
     np.testing.assert_allclose(total, parts["l2"] + 0.5 * parts["perceptual"] + 0.1 * parts["cr"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"form": "image_ratio", "negatives": 2}, {"form": "difference", "weights": (1, 2, 3, 4, 5.0)}, {"negatives": 0}]
+)
+def test_the_regularization_is_differentiated_once_and_its_gradients_are_measured(options):
+    """Total and gradient are those of L1 + 0.3 CR differentiated by JAX; the norms are of the gradients at the restored image, by NumPy."""
+    features, restored, clear, hazy = VGG19Features.random(width=2), images(0), images(1), images(2)
+    loss = RestorationLoss(features, cr=0.3, **options)
+
+    def parts(restored):
+        return jnp.abs(restored - clear).mean(), 0.3 * contrastive_regularization(restored, clear, hazy, features, **options)
+
+    (total, measured), gradient = jax.value_and_grad(loss, has_aux=True)(restored, {"clear": clear, "hazy": hazy})
+    of_l1, of_cr = (jax.grad(lambda x, part=part: parts(x)[part])(restored) for part in (0, 1))
+    np.testing.assert_allclose(total, sum(parts(restored)), rtol=1e-5)
+    np.testing.assert_allclose(gradient, of_l1 + of_cr, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(measured["grad_norm_l1"], restored.size**-0.5, rtol=1e-5)
+    np.testing.assert_allclose(measured["grad_norm_cr"], np.linalg.norm(np.asarray(of_cr).ravel()), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "shape"), [("rehazed", (2, 3, 16, 16, 3)), ("lagging", (2, 16, 16, 3))])
+def test_other_negatives_come_from_the_batch(name, shape):
+    features, restored, clear = VGG19Features.random(width=2), images(0), images(1)
+    other, count = jax.random.uniform(jax.random.key(3), shape), 3 if name == "rehazed" else 1
+    loss = RestorationLoss(features, cr=0.1, negatives=count, negative_images=name)
+    assert loss.lagging == (name == "lagging") and not RestorationLoss(features, cr=0, negative_images=name).lagging
+    _, measured = loss(restored, {"clear": clear, "hazy": images(2), name: other})
+    expected = contrastive_regularization(restored, clear, other, features, negatives=count)
+    np.testing.assert_allclose(measured["cr"], expected, rtol=1e-6)
 
 
 def test_missing_features_and_unknown_distances_are_refused():

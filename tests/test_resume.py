@@ -50,6 +50,43 @@ def test_statistics_freeze_after_a_step(run, config_file, tmp_path):
         np.testing.assert_array_equal(again, frozen[name], err_msg=name)
 
 
+@pytest.mark.parametrize(("negatives", "after"), [("rehazed", 3), ("lagging", 2)])
+def test_regularization_begins_after_a_step(negatives, after, config_file, tmp_path, capsys):
+    """The first steps have L1 alone. A run that is stopped after step 2, before or at the change, and resumed ends with the same bits."""
+    whole = tmp_path / "whole"
+    options = ["--loss.cr_negatives", negatives, "--loss.cr_after", str(after), "--optim.ema", "0.9"]
+    options += ["--loss.cr_layers", "relu1_2,relu1_1", "--loss.cr_weights", "1,0.5", "--model.dfe", "none", "--model.fast_deconv", "False"]
+    train = ["train", "--config", config_file, *options]
+    assert main([*train, "--run.workdir", str(whole)]) == 0
+    assert f"step {after + 1}: contrastive regularization begins" in capsys.readouterr().out
+    logged = [{"cr", "grad_norm_cr", "grad_norm_l1"} & set(line) for line in lines(whole, "train")]
+    assert logged == [set()] * after + [{"cr", "grad_norm_cr", "grad_norm_l1"}] * (4 - after)
+    workdir = tmp_path / "resumed"
+    shutil.copytree(whole, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "4")
+    assert main([*train, "--run.workdir", str(workdir)]) == 0
+    assert "continuing from step 2" in capsys.readouterr().out
+    check_same_parameters(workdir, whole)
+
+
+def test_an_average_that_equals_the_network_gives_no_negatives(run, config_file, tmp_path, capsys):
+    """A run without a moving average cannot go on with its restorations as negatives at once: the ratio would divide by 1e-7."""
+    shutil.copytree(run, tmp_path / "run")
+    train = [
+        "train",
+        "--config",
+        config_file,
+        "--run.workdir",
+        str(tmp_path / "run"),
+        "--loss.cr_negatives",
+        "lagging",
+        "--optim.ema",
+        "0.9",
+    ]
+    assert "loss.cr_after (=4) must be more than 4, the step of the last checkpoint" in fails(capsys, *train, "--loss.cr_after", "4")
+    assert main([*train, "--loss.cr_after", "5"]) == 0
+
+
 def test_a_checkpoint_from_before_a_setting(run, config_file, tmp_path, capsys):
     """A setting that a checkpoint does not contain had its default, so the run resumes and reports no change."""
     shutil.copytree(run, tmp_path / "old")

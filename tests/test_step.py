@@ -289,6 +289,23 @@ def test_the_step_uses_the_rates(rates):
     np.testing.assert_allclose(run(config, 1, [batch])[1]["cr"], expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_lagging_negatives_are_restored_by_the_average(accumulate):
+    """The second step's regularization, with the average after the first step, in the mode of training, as negatives."""
+    model = AECRNetConfig(width=4, blocks=1, fast_deconv=False, dfe="none")
+    loss = LossConfig(cr=0.1, cr_negatives="lagging", cr_form="difference")
+    config = Config(model=model, loss=loss, optim=OptimConfig(batch=8, steps=10, ema=0.9, learning_rate=0.1, accumulate=accumulate))
+    features, mesh, batch = VGG19Features.random(width=2), make_mesh(jax.devices()[:2]), batches(1, np.float32)[0]
+    step = make_train_step(config, RestorationLoss(features, cr=0.1, negative_images=loss.cr_negatives, form=loss.cr_form), mesh)
+    first, _ = step(replicate(init_state(config), mesh), shard_batch(batch, mesh))
+    now, average = (build_network(config.model, jax.device_get(arrays)) for arrays in (first.params, first.ema))
+    restored, lagging = (np.asarray(model(jnp.array(batch["hazy"]))) for model in (now, average))
+    _, measured = step(first, shard_batch(batch, mesh))
+    expected = contrastive_regularization(restored, batch["clear"], lagging, features, form="difference")
+    assert np.abs(restored - lagging).max() > 1e-3
+    np.testing.assert_allclose(measured["cr"], expected, rtol=1e-4)
+
+
 def test_refuses_a_batch_that_does_not_divide():
     with pytest.raises(UserError, match=r"optim.batch \(=12\) must be divisible by 8 \(8 devices\), such as 8 or 16"):
         check_batch(12, 1, make_mesh())

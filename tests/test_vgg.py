@@ -89,7 +89,7 @@ def test_a_missing_file_says_how_to_get_one(tmp_path):
 
 
 def test_small_images_are_refused():
-    with pytest.raises(ValueError, match="images of 8x8 must be at least 16x16 for 5 levels"):
+    with pytest.raises(ValueError, match="images of 8x8 must be at least 16x16 for relu5_1"):
         VGG19Features.random(width=2)(jnp.ones((1, 8, 8, 3)))
 
 
@@ -121,6 +121,39 @@ def test_vgg16_has_a_map_at_the_end_of_each_stage():
             expected.append(y)
     for got, wanted in zip(features(x), expected, strict=True):
         np.testing.assert_allclose(got, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("network", [VGG19Features, VGG16Features])
+def test_any_layers_and_imagenet_normalization(network):
+    """The maps of named layers, in the order of the names, are those of a network evaluated step by step; only their weights are kept.
+
+    Expected normalization: torchvision's mean (0.485, 0.456, 0.406) and standard deviation (0.229, 0.224, 0.225)."""
+    layers = ("relu4_2", "relu1_1", "relu2_2")
+    x = jax.random.uniform(jax.random.key(0), (1, 8, 12, 3))
+    every = network.random(width=2, layers=[name.replace("conv", "relu") for name in network.CONVOLUTIONS[:10]])
+    named = network.random(width=2, layers=layers, normalize=True)
+    assert named.levels == 3 and named.least == 8 and "conv4_2_kernel" in named.weights and "conv4_3_kernel" not in named.weights
+    normal = (x - np.array([0.485, 0.456, 0.406])[None, None, None]) / np.array([0.229, 0.224, 0.225])[None, None, None]
+    maps = dict(zip(every.layers, every(normal.astype(np.float32)), strict=True))
+    for got, layer in zip(named(x), layers, strict=True):
+        np.testing.assert_allclose(got, maps[layer], rtol=1e-5, atol=1e-5, err_msg=layer)
+    # The last layers of the two networks, sixteen and thirteen convolutions deep.
+    last = network.random(width=1, layers=[{"VGG-19": "relu5_4", "VGG-16": "relu5_3"}[network.TITLE]])
+    assert len(last.weights) == 2 * {"VGG-19": 16, "VGG-16": 13}[network.TITLE]
+
+
+def test_wrong_layers_are_named():
+    early = {name: value for name, value in tiny_weights().items() if name < "conv3_2"}
+    for layers, message in [
+        (("relu6_1",), "layer relu6_1 is not one of VGG-19's: relu1_1, relu1_2"),
+        (("conv1_1",), "layer conv1_1 is not one of"),
+        (("relu1_1", "relu1_1"), r"layers \(=relu1_1,relu1_1\) must be different"),
+        ((), r"layers \(=\(\)\) must be a sequence of names"),
+        ("relu1_1", r"layers \(='relu1_1'\) must be a sequence of names"),
+        (("relu1_1", "relu3_2"), "the weights end at relu3_1, before layer relu3_2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            VGG19Features(early, layers=layers)
 
 
 def test_a_file_of_the_other_network_is_refused(tmp_path):

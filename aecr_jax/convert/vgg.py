@@ -15,8 +15,8 @@ from aecr_jax.losses.vgg import VGG16Features, VGG19Features, VGGFeatures
 
 # Index of each convolution in torchvision's and timm's `features`.
 _INDICES = {
-    VGG19Features: dict(zip(VGG19Features.CONVOLUTIONS, (0, 2, 5, 7, 10, 12, 14, 16, 19, 21, 23, 25, 28))),
-    VGG16Features: dict(zip(VGG16Features.CONVOLUTIONS, (0, 2, 5, 7, 10, 12, 14))),
+    VGG19Features: dict(zip(VGG19Features.CONVOLUTIONS, (0, 2, 5, 7, 10, 12, 14, 16, 19, 21, 23, 25, 28, 30, 32, 34))),
+    VGG16Features: dict(zip(VGG16Features.CONVOLUTIONS, (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28))),
 }
 _VGG16_ONLY = "features.17.weight"  # a convolution in VGG-16, but a ReLU in VGG-19
 # Known files by the first digits of their SHA-256, which torchvision includes in its file names.
@@ -30,7 +30,7 @@ def convert_vgg(file: str | Path, output: str | Path, *, overwrite: bool = False
     """Convert VGG weights to a file that `VGG19Features.load` or `VGG16Features.load` reads, and return a line that describes them.
 
     The weights may be torchvision's `vgg19-*.pth` or `vgg16-*.pth` (which requires PyTorch), or a `.safetensors` or `.npz` file with the
-    names of torchvision or timm. A truncated network is taken for a VGG-19 and supports fewer levels. Weights may have any
+    names of torchvision or timm. A truncated network is taken for a VGG-19 and has fewer layers. Weights may have any
     floating-point type, including bfloat16, and are converted to float32.
 
     Args:
@@ -50,14 +50,15 @@ def convert_vgg(file: str | Path, output: str | Path, *, overwrite: bool = False
     try:
         network = VGG16Features if _VGG16_ONLY in tensors else VGG19Features
         weights = _from_torchvision(tensors, network)
-        levels = network.check_weights(weights)
+        reached = network.check_weights(weights)
     except ValueError as error:
         raise UserError(f"{file}: {error}") from error
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     source, licence = _KNOWN.get(digest[:8], (f"{file.name}, not a known file", "not known: see where the file came from"))
     with replacing(output) as partial:
         partial.write_bytes(save(weights, metadata=network.metadata(source=source, sha256=digest, licence=licence)))
-    about = f"{network.TITLE}, {levels} of {len(network.TAPS)} levels, input RGB in [0, 1]"
+    levels = len(set(reached) & set(network.LAYERS))
+    about = f"{network.TITLE}, {levels} of {len(network.LAYERS)} levels, input RGB in [0, 1], layers up to {reached[-1]}"
     return f"{output}: {source}, {about}, SHA-256 {digest[:16]}..., licence {licence}"
 
 
@@ -69,11 +70,12 @@ def _from_torchvision(tensors: Tensors, network: type[VGGFeatures]) -> Tensors:
     weights: Tensors = {}
     indices = _INDICES[network]
     for name, index in indices.items():
+        if weights and not any(f"features.{later}.weight" in tensors for later in indices.values() if later >= index):
+            break  # a truncated network ends here
         for part, ours in (("weight", "kernel"), ("bias", "bias")):
-            if (theirs := f"features.{index}.{part}") in tensors:
-                weights[f"{name}.{ours}"] = _to_hwio(tensors[theirs], theirs)
-            elif any(f"features.{later}.weight" in tensors for later in indices.values() if later >= index) or not weights:
+            if (theirs := f"features.{index}.{part}") not in tensors:
                 raise ValueError(f"tensor {theirs} ({name}) is missing: {network.TITLE} of torchvision or timm is needed")
+            weights[f"{name}.{ours}"] = _to_hwio(tensors[theirs], theirs)
     return weights
 
 

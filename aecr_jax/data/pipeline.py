@@ -6,6 +6,7 @@ and the position, not on the number of threads or workers.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from aecr_jax.data.haze import RESCALING, RESIDE, HazeConfig, darken, degrade, haze_for
+from aecr_jax.data.haze import RESCALING, RESIDE, Haze, HazeConfig, darken, degrade, haze_for
 from aecr_jax.data.images import to_float
 from aecr_jax.data.outdoor import Window, draw_depth
 from aecr_jax.data.reader import Source
@@ -36,10 +37,16 @@ class Augment(grain.transforms.RandomMap):
       source: the source of the elements, for `haze.foreign_depth`; without it, every scene keeps its depth.
       haze_truth: whether the elements also have the `transmission` `[h, w, 1]` and the `airlight` of that haze, `[1, 1, 3]`, or
         `[h, w, 3]` if it varies.
+      rehazed: if it is not 0, the elements also have `rehazed` `[rehazed, h, w, 3]`: the same clear crop with other haze, from the same
+        depth but with a new airlight, scattering coefficient, noise and compression.
     """
 
-    def __init__(self, data: DataConfig, haze: HazeConfig = RESIDE, *, source: Source | None = None, haze_truth: bool = False):
+    def __init__(
+        self, data: DataConfig, haze: HazeConfig = RESIDE, *, source: Source | None = None, haze_truth: bool = False, rehazed: int = 0
+    ):
         self._crop, self._turn, self._haze, self._source, self._haze_truth = data.crop_size, not data.crop_width, haze, source, haze_truth
+        # A scene without haze is no negative: it would be the clear image.
+        self._rehazed, self._other_haze = rehazed, dataclasses.replace(haze, clear=0.0)
         self._scenes = [i for i, sample in enumerate(source.samples) if sample.kind == "depth"] if source and haze.foreign_depth else []
 
     def random_map(self, element: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -61,12 +68,18 @@ class Augment(grain.transforms.RandomMap):
         if has_depth:
             depth = orient(self._make_depth(element, window, rng))
             clear = darken(clear, rng, self._haze)
-        haze = haze_for(clear, depth, rng, self._haze, outdoor="sky" in element)
-        hazy = degrade(haze.hazy, rng, self._haze) if has_depth else haze.hazy
+
+        def make_haze(settings: HazeConfig) -> Haze:
+            haze = haze_for(clear, depth, rng, settings, outdoor="sky" in element)
+            return haze._replace(hazy=degrade(haze.hazy, rng, settings)) if has_depth else haze
+
+        haze = make_haze(self._haze)
         # All crops of a batch must have airlight of one shape, also those of constant haze.
         airlight = np.broadcast_to(haze.airlight, clear.shape) if self._haze.uneven else haze.airlight
-        truth = {"transmission": haze.transmission, "airlight": airlight} if self._haze_truth else {}
-        return {"hazy": hazy, "clear": clear, "index": element["index"], **truth}
+        extra = {"transmission": haze.transmission, "airlight": airlight} if self._haze_truth else {}
+        if self._rehazed:  # drawn last, so that everything else is as without it
+            extra["rehazed"] = np.stack([make_haze(self._other_haze).hazy for _ in range(self._rehazed)])
+        return {"hazy": haze.hazy, "clear": clear, "index": element["index"], **extra}
 
     def _draw_window(self, size: tuple[int, ...], rng: np.random.Generator, *, rescale: bool) -> Window:
         """Draw the part of an image of `size` that becomes the crop; if the image is rescaled, that part has another size than the crop."""
@@ -129,10 +142,11 @@ def train_batches(
     start: int = 0,
     haze: HazeConfig = RESIDE,
     haze_truth: bool = False,
+    rehazed: int = 0,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator:
-    """Return an endless iterator over shuffled batches `{"hazy", "clear", "index"}`, with `haze_truth` also `transmission` and `airlight`.
+    """Return an endless iterator over shuffled batches `{"hazy", "clear", "index"}`, with more about the haze on request.
 
     Images are `[batch / process_count, *data.crop_size, 3]`; `index` holds the positions of their samples. The seed determines the order of
     images, the crops and the haze. The processes of a pod share this order: together they read the batch that a single process would
@@ -148,6 +162,7 @@ def train_batches(
       haze: the settings of the haze that is made for samples with depth and outdoor photographs.
       haze_truth: whether to add the transmission `[N, h, w, 1]` and the airlight of the haze, `[N, 1, 1, 3]`, or `[N, h, w, 3]` if it
         varies.
+      rehazed: the number of further hazy versions of each clear crop to add, as `rehazed` `[N, rehazed, h, w, 3]`; see `Augment`.
       process_index: the index of this process.
       process_count: the number of processes.
 
@@ -156,10 +171,15 @@ def train_batches(
         than a crop.
     """
     check_samples(samples, crop=data.crop_size, batch=batch, process_count=process_count)
-    if haze_truth and any(sample.kind == "pair" for sample in samples):
-        raise UserError("loss.haze must be 0 for data with hazy images, whose haze is not known; it is known for data with depth")
+    if any(sample.kind == "pair" for sample in samples):
+        if haze_truth:
+            raise UserError("loss.haze must be 0 for data with hazy images, whose haze is not known; it is known for data with depth")
+        if rehazed:
+            raise UserError(
+                "loss.cr_negatives (=rehazed) must be hazy or lagging for data with hazy images: their haze is not made on the fly"
+            )
     source = Source(samples, least=data.crop_size, cache=data.cache)
-    augment = Augment(data, haze, source=source, haze_truth=haze_truth)
+    augment = Augment(data, haze, source=source, haze_truth=haze_truth, rehazed=rehazed)
     dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(augment)
     # Each process takes every process_count-th part, so that all together read the batch of a single process in the same order.
     dataset = dataset[start:].batch(batch // process_count, drop_remainder=True)[process_index::process_count]

@@ -26,7 +26,7 @@ class HazeLoss(Loss):
     """
 
     def __init__(self, restoration: Loss, weight: float):
-        self.restoration, self.weight = restoration, weight
+        self.restoration, self.weight, self.lagging = restoration, weight, restoration.lagging
 
     def predict(self, model: Network, hazy: Array) -> tuple[Array, Array, Array]:
         """Return the restored images, the gain and the offset.

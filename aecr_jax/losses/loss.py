@@ -18,6 +18,9 @@ class Loss(nnx.Module):
     compilation.
     """
 
+    lagging: bool = False
+    """Whether a batch must also have `lagging`: the hazy images as the moving average of the network restores them, without gradient."""
+
     def predict(self, model: Network, hazy: Array) -> Any:
         """Return what the loss needs of the network for hazy images `[N, H, W, 3]` in [0, 1]; by default the restored images."""
         return model(hazy)
@@ -27,6 +30,7 @@ class Loss(nnx.Module):
 
         Args:
           prediction: the result of `predict` for the hazy images.
-          batch: `hazy` and `clear`, images `[N, H, W, 3]` in [0, 1]; for `HazeLoss` also `transmission` and `airlight`.
+          batch: `hazy` and `clear`, images `[N, H, W, 3]` in [0, 1]; for `HazeLoss` also `transmission` and `airlight`; for
+            `RestorationLoss` also the negatives that it names.
         """
         raise NotImplementedError

@@ -144,7 +144,7 @@ def check_features(file: str | None, rows: Sequence[str]) -> str:
         return ""
     if file is None:
         raise UserError(f"--features FILE is missing: {', '.join(rows)} need VGG-19, written by convert-vgg, or `random` to try things out")
-    if file != "random" and (levels := VGG19Features.load(file).levels) < (needed := len(VGG19Features.TAPS)):
+    if file != "random" and (levels := VGG19Features.load(file).levels) < (needed := len(VGG19Features.LAYERS)):
         raise UserError(f"--features (={file}) has {levels} levels and must have the {needed} of the paper, up to relu5_1")
     return file
 

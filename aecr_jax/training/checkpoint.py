@@ -142,6 +142,11 @@ class Checkpoints:
                 failed.append(step)
                 continue
             self._move_aside(failed)
+            if not state.ema and config.loss.lacks_average(step):
+                raise UserError(
+                    f"loss.cr_after (={config.loss.cr_after}) must be more than {step}, the step of the last checkpoint in"
+                    f" {self.folder.parent}, which has no moving average for loss.cr_negatives lagging, because optim.ema was 0"
+                )
             # If the checkpoint has no moving average, it starts as a copy of the parameters: the step donates the buffers of both.
             ema = (state.ema or jax.tree.map(jnp.copy, state.params)) if config.optim.ema else {}
             return Restored(dataclasses.replace(state, ema=ema), position, _changes(saved, config_to_dict(config)))

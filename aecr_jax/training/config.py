@@ -42,9 +42,31 @@ class LossConfig:
     positives: int = bounded(1, 1)
     """Number of clear images that each restored image is compared with (Table 4)."""
     negatives: int = bounded(1, 0)
-    """Number of hazy images that each restored image is compared with (Table 4); 0 is the paper's CR*, which uses positives only."""
+    """Number of negatives that each restored image is compared with (Table 4); 0 is the paper's CR*, which uses positives only."""
+    cr_form: Literal["batch_ratio", "image_ratio", "difference"] = "batch_ratio"
+    """How regularization combines the distances to positives and negatives: "batch_ratio", the ratio of the whole batch's distances (the
+    official code); "image_ratio", the mean of each image's ratio (Eq. 4 of the paper); "difference", without a denominator that can be
+    small, as in the triplet loss (FaceNet, Schroff et al., CVPR 2015), but without its margin."""
+    cr_negatives: Literal["hazy", "rehazed", "lagging"] = "hazy"
+    """What the negatives are: "hazy", the image's own hazy input and then the other hazy images of the batch (the paper, Table 4);
+    "rehazed", the same scene under other haze, for haze that is made on the fly (this project); "lagging", the image as restored by the
+    moving average of the network that `optim.ema` keeps, and then the other ones of the batch (model contrast, "Learning from History",
+    Wu et al., AAAI 2024)."""
+    cr_after: int = bounded(0, 0, 2**31 - 1)
+    """Number of steps before regularization begins (this project). "lagging" negatives need at least 1, better several times
+    1 / (1 - `optim.ema`), because the average first equals the network, and a ratio would divide by 1e-7."""
     features: str = "vgg19.safetensors"
-    """File of VGG-19 weights, written by `convert-vgg`; or "random" for a narrow network with random weights, to try things out."""
+    """File of VGG-19 weights (or VGG-16, see `cr_network`), written by `convert-vgg`; or "random" for a narrow network with random weights,
+    to try things out."""
+    cr_network: Literal["vgg19", "vgg16"] = "vgg19"
+    """Network of the features that regularization compares: VGG-19 in the paper, or VGG-16 (both Simonyan and Zisserman, 2015)."""
+    cr_layers: tuple[str, ...] = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
+    """Layers of the network whose features are compared, as `relu{stage}_{number}`; by default those of the paper."""
+    cr_weights: tuple[float, ...] = bounded((0.03125, 0.0625, 0.125, 0.25, 1.0), 0)
+    """Weight of each layer; by default those of the paper, 1/32, 1/16, 1/8, 1/4 and 1."""
+    cr_normalize: bool = False
+    """Normalize the images by ImageNet's mean and standard deviation before VGG, as in the training of torchvision's weights; the official
+    code does not."""
     haze: float = bounded(0.0, 0)
     """Weight of the loss that compares the haze that the network estimates, as gain and offset, with the true haze; 0 turns it off. The
     data must have haze that is made on the fly, because only that is known. The idea is this project's; the paper has no such loss."""
@@ -54,6 +76,28 @@ class LossConfig:
     """File of VGG-16 weights for the perceptual loss, written by `convert-vgg`; or "random"."""
     teacher: str = ""
     """Checkpoint of the teacher for "distillation", a network that restores clear images from themselves."""
+
+    @property
+    def rehazed(self) -> int:
+        """The number of further hazy versions of each clear crop that regularization needs."""
+        return self.negatives if self.cr and self.cr_negatives == "rehazed" else 0
+
+    def validate(self) -> None:
+        """Raise UserError if the settings are inconsistent."""
+        if self.kind != "restoration":
+            for name in ("cr", "haze"):
+                if value := getattr(self, name):
+                    raise UserError(f"loss.{name} (={value}) must be 0 if loss.kind is {self.kind}")
+        if not self.cr:
+            return
+        if (count := len(self.cr_weights)) != (layers := len(self.cr_layers)):
+            raise UserError(f"loss.cr_weights has {count} values and must have {layers}, one for each of loss.cr_layers")
+        if self.cr_negatives != "hazy" and not self.negatives:
+            raise UserError(f"loss.negatives (=0) must be at least 1 if loss.cr_negatives is {self.cr_negatives}")
+
+    def lacks_average(self, step: int) -> bool:
+        """Whether a ratio in the step after `step` would have no denominator if the moving average of the network began there."""
+        return bool(self.cr) and self.cr_negatives == "lagging" and self.cr_form != "difference" and self.cr_after <= step
 
 
 @dataclass(frozen=True)
@@ -171,14 +215,18 @@ class Config:
             raise UserError(f"run.coordinator (={run.coordinator!r}) must be HOST:PORT of process 0, such as node0:1234, or auto")
         if run.processes > 1 and not address:
             raise UserError(f"run.coordinator (={run.coordinator!r}) must be HOST:PORT of process 0 for run.processes (={run.processes})")
-        for name in ("positives", "negatives"):
+        self.loss.validate()
+        for name in ("positives",) if self.loss.rehazed else ("positives", "negatives"):
             count, part = getattr(self.loss, name), optim.batch // optim.accumulate
             if self.loss.cr and count > part:
                 raise UserError(f"loss.{name} (={count}) must be at most optim.batch / optim.accumulate (={part})")
-        if self.loss.cr and self.loss.kind != "restoration":
-            raise UserError(f"loss.cr (={self.loss.cr}) must be 0 if loss.kind is {self.loss.kind}")
-        if self.loss.haze and self.loss.kind != "restoration":
-            raise UserError(f"loss.haze (={self.loss.haze}) must be 0 if loss.kind is {self.loss.kind}")
+        if self.loss.cr and self.loss.cr_negatives == "lagging" and not optim.ema:
+            raise UserError("optim.ema (=0) must be positive, such as 0.999, if loss.cr_negatives is lagging, because it keeps the average")
+        if self.loss.lacks_average(0):
+            raise UserError(
+                "loss.cr_after (=0) must be positive if loss.cr_negatives is lagging, because the average first equals the network; several"
+                " times 1 / (1 - optim.ema) is better"
+            )
         if "float64" in (self.model.dtype, self.model.param_dtype) and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
             raise UserError("model.dtype and model.param_dtype may only be float64 with the environment variable JAX_ENABLE_X64=1")
         self.data.validate()

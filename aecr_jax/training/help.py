@@ -76,7 +76,8 @@ def _settings(node: ast.ClassDef) -> Iterator[_Setting]:
         text = ast.literal_eval(after.value) if isinstance(after, ast.Expr) else ""
         default = ast.unparse(value)
         if kind.startswith("tuple["):  # as on the command line, with commas only
-            shown, default = kind.removeprefix("tuple[").removesuffix("]").replace(" ", "").upper(), default.strip("()").replace(" ", "")
+            shown = kind.removeprefix("tuple[").removesuffix("]").replace(" ", "").upper()
+            default = default.strip("()").replace(" ", "").replace("'", "")
         elif kind.startswith("Literal["):
             shown = kind.removeprefix("Literal[").removesuffix("]").replace("'", "").replace(", ", "|")
         else:

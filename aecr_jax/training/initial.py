@@ -21,8 +21,8 @@ from aecr_jax.networks.registry import find_network
 from aecr_jax.training.config import Config
 
 
-def make_loss(config: Config) -> Loss:
-    """Return the loss that the settings describe.
+def make_loss(config: Config, *, regularize: bool = True) -> Loss:
+    """Return the loss that the settings describe; without `regularize`, that of the steps before contrastive regularization begins.
 
     Raises:
       UserError: a file of weights is missing or wrong, the crops are too small for the features, or the loss does not fit the network.
@@ -35,15 +35,19 @@ def make_loss(config: Config) -> Loss:
         )
     if loss.kind == "transmission":
         return TransmissionLoss(find_network(config.model.NAME))
-    features = _load_features(VGG19Features, loss.features, config.data.crop) if loss.cr or loss.kind == "distillation" else None
     if loss.kind == "distillation":
-        return _make_distillation(config, features)
+        return _make_distillation(config, _load_features(VGG19Features, loss.features, config.data.crop))
+    cr = loss.cr if regularize else 0.0
+    features = _load_cr_features(config) if cr else None
     perceptual = _load_features(VGG16Features, loss.perceptual_features, config.data.crop) if loss.perceptual else None
     restoration = RestorationLoss(
         features,
-        cr=loss.cr,
+        cr=cr,
         positives=loss.positives,
         negatives=loss.negatives,
+        form=loss.cr_form,
+        weights=loss.cr_weights,
+        negative_images=loss.cr_negatives,
         pixel=loss.pixel,
         perceptual=loss.perceptual,
         perceptual_features=perceptual,
@@ -65,10 +69,19 @@ def _make_distillation(config: Config, features: VGG19Features | None) -> Distil
     return DistillationLoss(teacher, features, dtype=config.model.dtype)
 
 
-def _load_features(network: type[VGGFeatures], file: str, crop: int) -> Any:
-    features = network.random() if file == "random" else network.load(file)
-    if crop < (least := 2 ** (features.levels - 1)):
-        raise UserError(f"data.crop (={crop}) must be at least {least} for the {features.levels} levels of the features")
+def _load_cr_features(config: Config) -> VGGFeatures:
+    network, layers = {"vgg19": VGG19Features, "vgg16": VGG16Features}[config.loss.cr_network], config.loss.cr_layers
+    try:
+        network.check_layers(layers)
+    except ValueError as error:
+        raise UserError(f"loss.cr_layers: {error}") from error
+    return _load_features(network, config.loss.features, config.data.crop, layers=layers, normalize=config.loss.cr_normalize)
+
+
+def _load_features(network: type[VGGFeatures], file: str, crop: int, **options: Any) -> Any:
+    features = network.random(**options) if file == "random" else network.load(file, **options)
+    if crop < features.least:
+        raise UserError(f"data.crop (={crop}) must be at least {features.least} for the features of {', '.join(features.layers)}")
     return features
 
 

@@ -27,7 +27,7 @@ from aecr_jax.training.runlog import CONFIG, METRICS, PANELS, VERSIONS
 
 _POINTS, _SHOWN_PANELS, _PANEL_WIDTH = 400, 4, 1200
 _PLOT = {"width": 460, "height": 230, "left": 58, "bottom": 28, "top": 12, "right": 12}
-_LEVELS = range(1, 6)
+_LEVELS = range(1, 17)  # VGG-19 has sixteen layers
 
 # Title, kind of line in metrics.jsonl, names in it, and whether the axis is logarithmic.
 _CURVES: list[tuple[str, str, list[str], bool]] = [
@@ -38,7 +38,13 @@ _CURVES: list[tuple[str, str, list[str], bool]] = [
     ("perceptual loss and distillation", "train", ["perceptual", "distillation"], True),
     ("contrastive regularization", "train", ["cr"], False),
     ("distance to the clear image, by feature level", "train", [f"d_ap_{i}" for i in _LEVELS], True),
-    ("distance to the hazy image, by feature level", "train", [f"d_an_{i}" for i in _LEVELS], True),
+    ("distance to the negatives, by feature level", "train", [f"d_an_{i}" for i in _LEVELS], True),
+    (
+        "gradient norms of regularization and pixel distance, at the image",
+        "train",
+        ["grad_norm_cr", "grad_norm_l1", "grad_norm_l2", "grad_norm_smooth_l1"],
+        True,
+    ),
     ("norms of gradient and update", "train", ["grad_norm", "update_norm"], True),
     ("norm of the parameters", "train", ["param_norm"], False),
     ("mixup factors", "train", ["mix1", "mix2"], False),

@@ -68,7 +68,7 @@ def state_to_model(config: Config, state: TrainState) -> Network:
 
 
 def make_train_step(config: Config, loss: Loss, mesh: Mesh, *, freeze_stats: bool = False) -> Step:
-    """Return a function `(state, {"hazy", "clear"}) -> (state, measurements)` that is compiled on first use and donates its state.
+    """Return a function `(state, {"hazy", "clear", ...}) -> (state, measurements)` that is compiled on first use and donates its state.
 
     Measurements are scalars: `total`, those of the loss, those of the network (`Network.diagnostics`), the norms of gradient, update
     and parameters, and `learning_rate`.
@@ -115,6 +115,10 @@ def make_train_step(config: Config, loss: Loss, mesh: Mesh, *, freeze_stats: boo
         return jax.tree.map(lambda gradient: gradient / count, total), (stats, merged)
 
     def train_step(loss_state: Any, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        if loss.lagging:
+            # In the mode of the network that is trained, so that restorations differ by the parameters alone.
+            model = nnx.merge(graph, replace_arrays(abstract, {**state.ema, **state.stats}))
+            batch = {**batch, "lagging": model(batch["hazy"])}
         compute = grad_fn if config.optim.accumulate == 1 else accumulate
         gradients, (stats, measurements) = compute(state.params, state.stats, loss_state, batch)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)

@@ -119,7 +119,7 @@ class _Run:
         self.checkpoints = Checkpoints(workdir)
         self.log: RunLog | None = None
         self.summary: dict[str, Any] = {}
-        self._compiled: tuple[bool, Step] | None = None
+        self._compiled: tuple[tuple[bool, bool], Step] | None = None
         self._warned = False
 
     def __enter__(self) -> _Run:
@@ -164,6 +164,7 @@ class _Run:
             start=self.position.images,
             haze=config.haze,
             haze_truth=bool(config.loss.haze),
+            rehazed=config.loss.rehazed,
             **_share(),
         )
         self.log = RunLog(workdir, config, self.first)
@@ -241,12 +242,17 @@ class _Run:
         return f"; the state after step {step} is saved in {self.workdir}, and the same command resumes from it"
 
     def _step(self, step: int) -> Step:
-        """Return the compiled step; after `optim.freeze_stats_after` steps, one with the network's statistics frozen."""
+        """Return the compiled step, which depends on `optim.freeze_stats_after` and `loss.cr_after`."""
         frozen = self.has_statistics and 0 <= self.config.optim.freeze_stats_after < step
-        if self._compiled is None or frozen != self._compiled[0]:
-            if frozen:
+        regularized = not self.config.loss.cr or self.config.loss.cr_after < step
+        if self._compiled is None or (frozen, regularized) != self._compiled[0]:
+            before = self._compiled[0] if self._compiled else (False, True)
+            if frozen and not before[0]:
                 self.say(f"step {step}: the network's running statistics are frozen from here on")
-            self._compiled = frozen, make_train_step(self.config, self.inputs.loss, self.inputs.mesh, freeze_stats=frozen)
+            if regularized and not before[1]:
+                self.say(f"step {step}: contrastive regularization begins")
+            loss = self.inputs.loss if regularized else make_loss(self.config, regularize=False)
+            self._compiled = (frozen, regularized), make_train_step(self.config, loss, self.inputs.mesh, freeze_stats=frozen)
         return self._compiled[1]
 
     def _write_log(self, step: int) -> str:
