@@ -3,8 +3,8 @@
 Command: `python train.py --config configs/coarse_net.py:indoor --data.train NYU`, where NYU is a folder with `rgb/` and `depth/`, or
 `python train.py --config configs/coarse_net.py:photo --data.train "NYU + 2*outdoor:CLEAR"`, where CLEAR is a folder of clear photographs.
 Hardware: 2 CPU cores, 6 GB of memory.
-Time: not measured by this project yet.
-Expected score: not measured by this project yet.
+Time: 0.3 s a step, or 2.5 hours; no run has been made to its end yet. The model `photo` that ships is of two shorter ones (see its card).
+Expected score: 23.1 dB on 25 images of SOTS outdoor after 9,000 steps of `photo` (hazy input 15.13 dB).
 
 The configs differ in the haze alone. That of `indoor` is RESIDE's. That of `photo` is thinner and thicker, has a coloured and darker
 airlight, and is left out in one crop of eight, so that clear pictures stay as they are; noise, JPEG compression and other sizes are those

@@ -40,7 +40,7 @@ from aecr_jax.validation import check_weight
 
 # The models that are shipped with the package, one folder for each, and the folder of the one that is used by default.
 SHIPPED = Path(__file__).parents[1] / "pretrained"
-DEFAULT_MODEL = SHIPPED / "aecr_net_tiny"
+DEFAULT_MODEL = SHIPPED / "photo"
 CHECKPOINTS = "checkpoints"
 # The item of a training checkpoint that holds the checksums of its JSON items.
 SEAL = "json_checksums"
