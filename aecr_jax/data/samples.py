@@ -128,7 +128,7 @@ class ClearImage(Sample):
 
     clear: Path
 
-    kind = "clear"
+    kind: ClassVar[Kind] = "clear"  # a subclass has another
 
     @property
     def files(self) -> dict[str, Path]:
@@ -145,17 +145,10 @@ class ClearImage(Sample):
 
 
 @dataclass(frozen=True, slots=True)
-class OutdoorImage(Sample):
+class OutdoorImage(ClearImage):
     """A clear outdoor photograph without depth, to which haze with a random depth field is added."""
 
-    clear: Path
-
     kind = "outdoor"
-
-    @property
-    def files(self) -> dict[str, Path]:
-        """The file `clear`."""
-        return {"clear": self.clear}
 
     def read(self) -> dict[str, np.ndarray]:
         """Return `clear` `[H, W, 3]` and `sky`, a small map `[h, w]` of the same view.
@@ -163,8 +156,8 @@ class OutdoorImage(Sample):
         Raises:
           UserError: the file cannot be read.
         """
-        clear = read_pixels(self.clear)
-        return {"clear": clear, "sky": find_sky(clear)}
+        images = ClearImage.read(self)
+        return images | {"sky": find_sky(images["clear"])}
 
 
 def fit_clear(hazy: np.ndarray, clear: np.ndarray, hazy_name: str, clear_name: str) -> np.ndarray:
