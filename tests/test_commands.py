@@ -341,16 +341,16 @@ def test_report_is_one_page_with_everything(run, tmp_path, capsys):
     assert "a run &amp; &lt;more&gt;" in page and "<more>" not in page
     last = lines(run, "eval")[-1]
     assert f"<td>{last['psnr']:.2f}</td><td>{last['ssim']:.4f}</td>" in page
-    assert page.count("<svg") == 13 and page.count("data:image/jpeg;base64,") == 2
+    assert page.count("<svg") == 14 and page.count("data:image/jpeg;base64,") == 2
     assert "d_ap_5" in page and "learning_rate" in page and "jaxlib" in page and "scenes:4:32x24" in page
     assert "http" not in page.replace("<meta http-equiv=", "") and "src='data:" in page  # no external resources
     assert "is not the work directory of a run" in fails(capsys, "report", tmp_path)
 
 
 def test_ticks_are_round_and_enclose():
-    from aecr_jax.training.report import _log_ticks, _ticks
+    from aecr_jax.training.report import log_ticks, ticks
 
-    assert _ticks(0.0, 9.7) == [0, 2, 4, 6, 8, 10]
-    assert _ticks(5.0, 5.0)[0] <= 5 <= _ticks(5.0, 5.0)[-1]
-    assert _log_ticks(np.array([0.03, 0.4])) == pytest.approx([0.02, 0.05, 0.1, 0.2, 0.5])
-    assert _log_ticks(np.array([1.0, 1.0]))[0] == 1.0 and len(_log_ticks(np.array([1.0, 1.0]))) > 1
+    assert ticks(0.0, 9.7) == [0, 2, 4, 6, 8, 10]
+    assert ticks(5.0, 5.0)[0] <= 5 <= ticks(5.0, 5.0)[-1]
+    assert log_ticks(np.array([0.03, 0.4])) == pytest.approx([0.02, 0.05, 0.1, 0.2, 0.5])
+    assert log_ticks(np.array([1.0, 1.0]))[0] == 1.0 and len(log_ticks(np.array([1.0, 1.0]))) > 1

@@ -153,11 +153,11 @@ def test_a_stop_saves_and_says_so(config, tmp_path, number):
 
 
 def test_a_disk_that_takes_no_checkpoint_ends_the_run(config, tmp_path):
-    """Files are limited to 2 kB, as by a quota: the log fits, but neither a checkpoint nor a compiled program does.
+    """Files are limited to 4 kB, as by a quota: the log fits, but neither a checkpoint nor a compiled program does.
 
     Standard error has exactly one line, although other threads fail at the same time.
     """
-    process = start(config, tmp_path / "w", limit=2000, cache=tmp_path / "cache")
+    process = start(config, tmp_path / "w", limit=4000, cache=tmp_path / "cache")
     _, said = process.communicate(timeout=120)
     assert process.returncode == 2
     assert len(said.splitlines()) == 1 and said.startswith("aecr_jax: no checkpoint can be written"), said
