@@ -131,7 +131,7 @@ def test_healthy_run(workdir, capsys):
     assert "psnr 22.5" in page.text and "l1 0.025" in page.text  # the last values are 22.5 and 1 / 40
     assert [img["alt"] for img in page.all("img")] == ["panel of step 40", "panel of step 20"]
     assert ["batch", "16"] in page.rows and ["steps", "40"] in page.rows
-    assert len(page.all("details")) == 5  # model, data, loss, optim, run
+    assert len(page.all("details")) == 6  # model, data, haze, loss, optim, run
     assert ["devices", "8 TPU v4"] in page.rows and ["jax", "0.10.2"] in page.rows and not any(row[0] == "packages" for row in page.rows)
 
 
