@@ -26,7 +26,7 @@ _LEAST, _SHIFT = 0.02, 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class CoarseNetConfig(NetworkConfig):
-    """The settings of CoarseNet. The defaults give 0.98M parameters.
+    """The settings of CoarseNet. The defaults give 0.92M parameters.
 
     Raises:
       ValueError: a field has the wrong type or a value outside its range.
@@ -45,8 +45,8 @@ class CoarseNet(Network):
 
     Haze is smooth: the true 1 / t, averaged over squares of 8x8 pixels and enlarged again, restores images of NYU Depth v2 to 40 dB. So
     all layers work at 1/4 to 1/32 of the resolution, and only the enlargement of the maps and the formula at the full one. The first
-    layer sees the 48 values of squares of 4x4 pixels, and their least and greatest value in each channel: the least values are what the
-    dark channel prior (He et al., CVPR 2009) is about. The mean of the coarsest features over the whole image is added to them, because
+    layer sees the 48 values of squares of 4x4 pixels, and their least and greatest value in each channel: the dark channel
+    prior (He et al., CVPR 2009) uses the least values. The mean of the coarsest features over the whole image is added to them, because
     the airlight is one for all.
 
     The network maps `[N, H, W, 3]` in [0, 1] to the same shape, approximately in [0, 1], not clipped.

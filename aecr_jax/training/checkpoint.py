@@ -7,7 +7,6 @@ config, and checksums of every array and of the JSON parts.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -191,7 +190,7 @@ class Checkpoints:
         other = f"{self.folder.parent} holds another run"
         for name, there, here in registry.config_from_dict(saved["model"]).changes(config.model):
             raise UserError(f"{other}: {name} is {there} there and {here} here; choose another run.workdir")
-        now = json.loads(json.dumps(config_to_dict(config)))  # JSON turns tuples into lists
+        now = config_to_dict(config)
         for part, name in (("run", "seed"), ("optim", "optimizer"), *(("haze", name) for name in now["haze"])):
             if (there := saved[part][name]) != (here := now[part][name]):
                 raise UserError(f"{other}: {part}.{name} is {there} there and {here} here; choose another run.workdir")
@@ -220,7 +219,7 @@ def _with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
     saved, defaults = migrate(saved), config_to_dict(Config())
     defaults["model"] = registry.config_to_dict(registry.config_from_dict(saved["model"]))
     saved = defaults | saved  # the haze has settings since after version 0.1.0
-    return json.loads(json.dumps({part: settings | saved[part] for part, settings in defaults.items()}))  # JSON turns tuples into lists
+    return {part: settings | saved[part] for part, settings in defaults.items()}
 
 
 def changed_settings(saved: dict[str, Any], config: Config) -> list[str]:
@@ -242,6 +241,5 @@ def _items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return the settings that differ, except those that only say where a run is and how it is executed and logged."""
     places = {"workdir", "coordinator", "processes", "process_id", "log_every", "tensorboard", "threads", "workers", "cache"}
-    before, now = json.loads(json.dumps(before)), json.loads(json.dumps(now))  # JSON turns tuples into lists
     pairs = ((f"{part}.{name}", before[part][name], value) for part in now for name, value in now[part].items() if name not in places)
     return [f"{name}: {old} -> {new}" for name, old, new in pairs if old != new]

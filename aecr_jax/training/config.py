@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import re
 import runpy
 from collections.abc import Sequence
@@ -350,5 +351,6 @@ def setting_names(config: Config) -> list[str]:
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
-    """Return a config as it is saved in JSON: its groups of settings, with the network's name in that of the model."""
-    return dataclasses.asdict(config) | {"model": registry.config_to_dict(config.model)}
+    """Return a config as JSON has it, with lists for tuples: its groups of settings, with the network's name in that of the model."""
+    settings = dataclasses.asdict(config) | {"model": registry.config_to_dict(config.model)}
+    return json.loads(json.dumps(settings))
