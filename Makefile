@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: demo test test-all docs
+.PHONY: demo test test-all matrix docs
 demo: $(VENV)/installed
 	$(BIN)/python train.py --config configs/demo.py
 	$(BIN)/python eval.py --checkpoint runs/demo --data scenes --output runs/demo/eval --save-images
@@ -18,6 +18,10 @@ test: $(VENV)/installed-test
 
 test-all: test
 	$(BIN)/python -m pytest -m slow
+
+# Installs the package into fresh environments with several versions of Python, jax and flax, and uses it there; takes many minutes.
+matrix:
+	$(PYTHON) tests/matrix.py
 
 docs: $(VENV)/installed-test
 	$(BIN)/python docs/architecture.py

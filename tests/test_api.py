@@ -154,6 +154,29 @@ def test_inference_imports_no_training_code(tmp_path):
     assert not [name for name in loaded if name.startswith("aecr_jax.training")]
 
 
+def test_inference_works_where_the_libraries_for_training_are_missing(tmp_path):
+    """As on Windows, which orbax does not support."""
+    Image.fromarray(np.full((40, 50, 3), 120, np.uint8)).save(tmp_path / "photo.png")
+    code = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("orbax", "grain", "tensorstore", "tensorflow_datasets"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Missing())
+from aecr_jax.__main__ import main
+folder = sys.argv[1]
+assert main(["models"]) == 0
+assert main(["dehaze", f"{folder}/photo.png", "--output", f"{folder}/dehazed"]) == 0
+assert main(["eval", "--model", "photo", "--data", "scenes:1:64x48", "--output", f"{folder}/eval"]) == 0
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "dehazed/photo.png").exists()
+
+
 def test_import_is_lazy_and_changes_nothing_of_others():
     loaded = modules_after("import PIL.Image as I; limit = I.MAX_IMAGE_PIXELS; import aecr_jax; assert I.MAX_IMAGE_PIXELS == limit")
     assert "jax" not in loaded and "numpy" not in loaded

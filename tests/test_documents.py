@@ -71,6 +71,8 @@ def shell_commands(document):
 
 def own_arguments(words):
     """Return the equivalent arguments of `python -m aecr_jax` for a command of this project, or None for another command."""
+    if words[0] == "aecr-jax":  # the command that an installation adds
+        return words[1:]
     if words[0] == "gcloud":
         words = shlex.split(words[-1].rpartition("&& ")[2])
     words = words[next((i for i, word in enumerate(words) if word.rpartition("/")[2] == "python"), 0) :]
@@ -204,13 +206,18 @@ def test_every_command_is_known(document):
     """Commands of other programs are in a short list, and the targets, packages and files that they name exist."""
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
     jax = next(line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith("jax>"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [f".[{extra}]" for extra in project["optional-dependencies"]]
     for words in shell_commands(document):
         if own_arguments(words) is not None or words[0] in ("git", "cd", "."):
             continue
         if words[0] == "make":
             assert words[1] in targets
         elif words[:2] == ["pip", "install"]:
-            assert [re.sub(r"\[\w+\]", "", word) for word in words[2:]] == [jax]
+            assert words[2] in (".", *extras) or re.sub(r"\[\w+\]", "", words[2]) == jax
+            assert len(words) == 3
+        elif words[:3] == ["pip", "wheel", "--no-deps"]:
+            assert words[3:] == ["."]
         elif words[:3] == ["python", "-m", "pytest"]:
             assert all((ROOT / word).exists() for word in words if word.startswith("tests/"))
         else:
