@@ -5,6 +5,7 @@ the config's, and data are opened in small folders with the names that the docum
 narrow networks and for a single step, except for those that need several machines.
 """
 
+import ast
 import importlib.util
 import re
 import runpy
@@ -274,6 +275,23 @@ def test_every_python_example_runs(document, world, monkeypatch):
     monkeypatch.setitem(sys.modules, "example", module)  # dataclasses look up their module there
     for code in blocks(document, "python"):
         exec(compile(code, str(document), "exec"), module.__dict__)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(monkeypatch):
+    """Every cell runs, in a kernel of its own, and the last one has the scores of an image before and after."""
+    nbformat = pytest.importorskip("nbformat", reason="needs nbclient")
+    nbclient = pytest.importorskip("nbclient", reason="needs nbclient")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = nbformat.read(ROOT / "docs/dehaze.ipynb", 4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)  # results of another version
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT / "docs")}}).execute()
+    pictures, [scores] = [], [output["data"]["text/plain"] for output in notebook.cells[-2].outputs]
+    for cell in notebook.cells:
+        pictures += [output["data"]["image/png"] for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
+    assert len(pictures) == len(set(pictures)) == 4
+    scores = ast.literal_eval(scores)
+    assert scores["restored"] > scores["hazy"] + 3
 
 
 def test_the_network_of_the_guide_keeps_the_contract(monkeypatch):
