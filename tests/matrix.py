@@ -78,8 +78,12 @@ def check(python: str, versions: str, wheel: Path, folder: Path) -> str:
 def main() -> int:
     """Check every combination and print one line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--python", nargs="+", default=PYTHONS, help="interpreters; those that are not found are skipped (default: %(default)s)")
-    parser.add_argument("--versions", nargs="+", choices=("oldest", "newest"), default=("oldest", "newest"), help="versions of jax and flax")
+    parser.add_argument(
+        "--python", nargs="+", default=PYTHONS, help="interpreters; those that are not found are skipped (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--versions", nargs="+", choices=("oldest", "newest"), default=("oldest", "newest"), help="versions of jax and flax"
+    )
     arguments = parser.parse_args()
     failures = 0
     with tempfile.TemporaryDirectory() as name:
