@@ -20,6 +20,8 @@ from typing import Any, NoReturn
 from aecr_jax import __version__
 from aecr_jax.benchmark.command import add_kinds, run_benchmark
 from aecr_jax.errors import Stopped, UserError, complaint, first_line
+from aecr_jax.export.command import add_options as add_export_options
+from aecr_jax.export.command import run_export
 from aecr_jax.reproduce.command import add_options, run_reproduce
 from aecr_jax.streams import discard, explain_output, flush, has_no_reader
 
@@ -185,6 +187,8 @@ def _make_parser() -> argparse.ArgumentParser:
     compare.add_argument("--tile", type=int, default=1536, metavar="N", help="as for dehaze; default 1536")
 
     commands.add_parser("models", help="list the models that ship with the package", allow_abbrev=False)
+
+    add_export_options(commands.add_parser("export", help="write a model as ONNX or StableHLO", allow_abbrev=False))
 
     prepare = commands.add_parser("prepare-data", help="build a data set from its authors' archives", allow_abbrev=False)
     prepare.add_argument("name", metavar="NAME", help="reside/its, ots, sots_indoor, sots_outdoor, hsts or rtts; nh_haze, dense_haze")
@@ -370,6 +374,7 @@ _RUN = {
     "train": _train,
     "eval": _eval,
     "dehaze": _dehaze,
+    "export": run_export,
     "prepare-data": _prepare_data,
     "check-data": _check_data,
     "benchmark": run_benchmark,

@@ -13,9 +13,10 @@ PACKAGES = {
     "networks": ("one file per network, registry by name", 0, 1),
     "inference": ("load, save, dehaze, evaluate, compare", 0.3, 2),
     "losses": ("L1, contrastive regularization, others; VGG", 1.6, 2),
-    "training": ("settings, step, trainer, checkpoints, report", 0.6, 3),
+    "training": ("settings, step, trainer, checkpoints, report", 1, 3),
     "convert": ("weights of other projects", 2, 3),
-    "benchmark": ("speed, PyTorch twins", 0.6, 4),
+    "export": ("ONNX graphs, StableHLO programs", 0, 4),
+    "benchmark": ("speed, PyTorch twins", 1, 4),
     "reproduce": ("the paper's tables: rows, claims", 2, 4),
     "__main__": ("commands and exit statuses", 1.3, 5),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -16,12 +15,12 @@ from aecr_jax.ops.resize import average_cells, enlarge_bilinear
 from aecr_jax.settings import bounded
 
 # Side in pixels of the cells that the first layer sees, and of the cells of the haze's maps.
-_STEM_CELL, _MAP_CELL = 4, 8
+STEM_CELL, MAP_CELL = 4, 8
 # The haze of images with more pixels is estimated from a reduced copy, with sides of 1/2, 1/3, ...
-_PIXELS = 2**20
+PIXELS = 2**20
 # The least transmission, so that K is at most 49, and what is added to the network's output before the sigmoid that gives it. With it, a
 # new network begins near the hazy image: K is about 0.13.
-_LEAST, _SHIFT = 0.02, 2.0
+LEAST, SHIFT = 0.02, 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +70,7 @@ class CoarseNet(Network):
         def blocks(features: int) -> nnx.Sequential:
             return nnx.Sequential(*[ResidualBlock(features, **types) for _ in range(config.blocks)])
 
-        self.stem = Conv(3 * (_STEM_CELL**2 + 2), config.width, 1, **types)
+        self.stem = Conv(3 * (STEM_CELL**2 + 2), config.width, 1, **types)
         self.downs = nnx.List([Conv(i, o, 3, stride=2, **types) for i, o in zip([config.width, *widths], widths)])
         self.encoder = nnx.List([blocks(features) for features in widths])
         self.context = Conv(widths[-1], widths[-1], 1, **types)
@@ -89,18 +88,20 @@ class CoarseNet(Network):
     def restore_with_haze(self, hazy: ArrayLike) -> tuple[Array, Array, Array]:
         hazy = as_images(hazy)
         h, w = hazy.shape[1:3]
-        reduction = math.ceil(math.sqrt(h * w / _PIXELS)) or 1
+        reduction = 1
+        while h * w > PIXELS * reduction**2:  # unlike a square root, this also works for sizes that are symbols
+            reduction += 1
         maps = self._estimate(average_cells(self.pad(hazy, self.MULTIPLE * reduction), reduction))
         maps = maps.astype(jnp.promote_types(hazy.dtype, jnp.float32))
-        transmission = _LEAST + (1 - _LEAST) * nnx.sigmoid(maps[..., :1] + _SHIFT)
+        transmission = LEAST + (1 - LEAST) * nnx.sigmoid(maps[..., :1] + SHIFT)
         gain = 1 / transmission - 1
         offset = gain * nnx.sigmoid(maps[..., 1:])
-        factor, subtracted = (enlarge_bilinear(x, _MAP_CELL * reduction)[:, :h, :w] for x in (1 + gain, offset))
+        factor, subtracted = (enlarge_bilinear(x, MAP_CELL * reduction)[:, :h, :w] for x in (1 + gain, offset))
         return (factor * hazy - subtracted).astype(hazy.dtype), gain, offset
 
     def _estimate(self, images: Array) -> Array:
         """Return the maps `[N, H / 8, W / 8, 4]`: transmission and airlight before their sigmoids."""
-        x = nnx.relu(self.stem(cell_features(images, _STEM_CELL)))
+        x = nnx.relu(self.stem(cell_features(images, STEM_CELL)))
         levels = []
         for down, blocks in zip(self.downs, self.encoder):
             x = blocks(nnx.relu(down(x)))

@@ -15,9 +15,9 @@ from aecr_jax.ops.windows import window_min
 from aecr_jax.settings import bounded
 
 # The airlight is taken from one pixel in this many, those with the largest dark channel.
-_PIXELS_PER_CANDIDATE = 1000
+PIXELS_PER_CANDIDATE = 1000
 # Smallest airlight that an image is divided by, so that a black image stays as it is.
-_LEAST_AIRLIGHT = 1e-6
+LEAST_AIRLIGHT = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ class DCP(Network):
         images = self._convert(hazy)
         n, h, w, _ = images.shape
         # top_k puts the first of equal values first.
-        _, candidates = lax.top_k(dark_channel(images, self.config.patch).reshape(n, h * w), max(h * w // _PIXELS_PER_CANDIDATE, 1))
+        _, candidates = lax.top_k(dark_channel(images, self.config.patch).reshape(n, h * w), max(h * w // PIXELS_PER_CANDIDATE, 1))
         colours = jnp.take_along_axis(images.reshape(n, h * w, 3), candidates[..., None], 1)  # [N, candidates, 3]
         brightest = colours.sum(-1).argmax(1)
         return jnp.take_along_axis(colours, brightest[:, None, None], 1)[:, 0]
@@ -103,7 +103,7 @@ class DCP(Network):
         return guided_filter(grey, transmission[..., 0], radius=self.config.radius, epsilon=self.config.epsilon)[..., None]
 
     def _transmission(self, images: Array, airlight: Array) -> Array:
-        relative = images / jnp.maximum(airlight, _LEAST_AIRLIGHT)[:, None, None]
+        relative = images / jnp.maximum(airlight, LEAST_AIRLIGHT)[:, None, None]
         return 1 - self.config.omega * dark_channel(relative, self.config.patch)[..., None]
 
     def _convert(self, hazy: ArrayLike) -> Array:

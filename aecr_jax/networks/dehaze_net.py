@@ -20,11 +20,11 @@ from aecr_jax.ops.windows import window_max
 from aecr_jax.settings import bounded
 
 # MATLAB's rgb2gray with all its digits: the airlight is that of the pixels with exactly the greatest grey value.
-_GREY = (0.298936021293775, 0.587043074451121, 0.114020904255103)
+GREY = (0.298936021293775, 0.587043074451121, 0.114020904255103)
 # In training, haze is removed as if the transmission were at least this. Dividing by less would make gradients unbounded.
 _LEAST_IN_TRAINING = 0.05
 # In evaluation, transmissions nearer to 0 than this are replaced by it, so that no result is infinite.
-_SMALLEST = 1e-6
+SMALLEST = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ class DehazeNet(Network):
         if not self.deterministic:
             least = max(least, _LEAST_IN_TRAINING)
         if not least:
-            transmission = jnp.where(jnp.abs(transmission) < _SMALLEST, _SMALLEST, transmission)
+            transmission = jnp.where(jnp.abs(transmission) < SMALLEST, SMALLEST, transmission)
         else:
             transmission = jnp.maximum(transmission, least)
         return ((images - airlight) / transmission + airlight).astype(given.dtype)
@@ -136,7 +136,7 @@ class DehazeNet(Network):
 
     def _grey(self, images: Array) -> Array:
         red, green, blue = jnp.moveaxis(images, -1, 0)
-        return _GREY[0] * red + _GREY[1] * green + _GREY[2] * blue
+        return GREY[0] * red + GREY[1] * green + GREY[2] * blue
 
     def _convert(self, hazy: ArrayLike) -> Array:
         return as_images(hazy).astype(jnp.promote_types(self.config.dtype, jnp.float32))

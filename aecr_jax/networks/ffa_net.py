@@ -18,7 +18,7 @@ from aecr_jax.ops.conv import conv_few_inputs, conv_few_outputs
 from aecr_jax.settings import bounded
 
 # Mean and standard deviation per channel by which the authors normalise hazy images. They are not those of ImageNet.
-_MEAN, _STD = (0.64, 0.60, 0.58), (0.14, 0.15, 0.152)
+MEAN, STD = (0.64, 0.60, 0.58), (0.14, 0.15, 0.152)
 _GROUPS = 3
 
 
@@ -102,7 +102,7 @@ class FFANet(Network):
 
     def __call__(self, hazy: ArrayLike) -> Array:
         hazy = as_images(hazy)
-        mean, std = (jnp.array(values, hazy.dtype)[None, None, None] for values in (_MEAN, _STD))
+        mean, std = (jnp.array(values, hazy.dtype)[None, None, None] for values in (MEAN, STD))
         x = (hazy - mean) / std
         y = self.first(x)
         groups = []

@@ -149,18 +149,18 @@ class FastDeconv(nnx.Module):
             deconv = inverse_square_root(covariance, self.NEWTON_SCHULZ_STEPS)
             for average, now in ((self.running_mean, mean), (self.running_deconv, deconv)):
                 average[...] = (1 - self.MOMENTUM) * average[...] + self.MOMENTUM * lax.stop_gradient(now)
+        kernel, bias = self.merge(mean, deconv)
+        y = lax.conv_general_dilated(
+            x.astype(self.dtype), kernel.astype(self.dtype), (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return y + bias.astype(self.dtype)[None, None, None]
+
+    def merge(self, mean: Array, deconv: Array) -> tuple[Array, Array]:
+        """Return the kernel `[3, 3, C, C]` and bias `[C]` of the convolution that whitens by these statistics and applies the layer."""
         kernel = self.kernel[...]
         # Whitening is affine, so it can be merged into the kernel and the bias: K (D (x - mean)) = (K D) x - K D mean.
         whitened = deconv.T @ kernel.reshape(mean.size, -1)
-        bias = self.bias[...] - mean @ whitened
-        y = lax.conv_general_dilated(
-            x.astype(self.dtype),
-            whitened.reshape(kernel.shape).astype(self.dtype),
-            (1, 1),
-            ((1, 1), (1, 1)),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-        return y + bias.astype(self.dtype)[None, None, None]
+        return whitened.reshape(kernel.shape), self.bias[...] - mean @ whitened
 
     def _patches(self, x: Array) -> Array:
         """Return the zero-padded 3x3 patches around every third pixel, `[samples, 27]`."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
@@ -21,7 +20,7 @@ from aecr_jax.settings import bounded
 SCALES = 4
 """Number of times that the encoder halves the resolution."""
 _BLOCKS_PER_SCALE = 3
-_RESIDUAL_FACTOR = 0.1
+RESIDUAL_FACTOR = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +49,7 @@ class ResidualBlock(nnx.Module):
         self.conv2 = Conv(features, features, 3, reflect=True, **types)
 
     def __call__(self, x: Array) -> Array:
-        return x + _RESIDUAL_FACTOR * self.conv2(self.activation(self.conv1(x)))
+        return x + RESIDUAL_FACTOR * self.conv2(self.activation(self.conv1(x)))
 
 
 class ResidualBlocks(nnx.Module):
@@ -184,7 +183,9 @@ def _resize_by_one(x: Array) -> Array:
     Output i lies at (i + 1/2) (H + 1) / H - 1/2 = i + (i + 1/2) / H, between the inputs i and i + 1.
     """
     h, w = x.shape[1] - 1, x.shape[2] - 1
-    below = jnp.asarray((np.arange(h) + 0.5) / h, x.dtype)[None, :, None, None]
-    right = jnp.asarray((np.arange(w) + 0.5) / w, x.dtype)[None, None, :, None]
+    # Not NumPy's arange, because an exported program has symbols for sizes; in float32 at least, as bfloat16 has too few digits.
+    exact = jnp.promote_types(x.dtype, jnp.float32)
+    below, right = (((jnp.arange(size, dtype=exact) + 0.5) / size).astype(x.dtype) for size in (h, w))
+    below, right = below[None, :, None, None], right[None, None, :, None]
     x = (1 - below) * x[:, :-1] + below * x[:, 1:]
     return (1 - right) * x[:, :, :-1] + right * x[:, :, 1:]

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 
@@ -31,10 +30,10 @@ def box_mean(x: Array, radius: int) -> Array:
     for axis in (1, 2):
         size = x.shape[axis]
         reach = min(radius, size - 1)
-        i = np.arange(size)
-        counts = np.minimum(i + reach, size - 1) - np.maximum(i - reach, 0) + 1
+        i = jnp.arange(size)  # not NumPy's, because an exported program has symbols for sizes
+        counts = jnp.minimum(i + reach, size - 1) - jnp.maximum(i - reach, 0) + 1
         counts = counts.reshape([size if other == axis else 1 for other in range(x.ndim)])
-        x = _sums(_pad(x, reach, axis, 0), 2 * reach + 1, axis) / jnp.asarray(counts, x.dtype)
+        x = _sums(_pad(x, reach, axis, 0), 2 * reach + 1, axis) / counts.astype(x.dtype)
     return x
 
 
