@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from aecr_jax.losses.contrastive import contrastive_regularization as contrastive_regularization
     from aecr_jax.losses.vgg import VGG19Features as VGG19Features
     from aecr_jax.losses.vgg import load_vgg19 as load_vgg19
+    from aecr_jax.metrics import ciede2000 as ciede2000
     from aecr_jax.metrics import psnr as psnr
     from aecr_jax.metrics import psnr_uint8 as psnr_uint8
     from aecr_jax.metrics import psnr_y as psnr_y
@@ -36,6 +37,7 @@ _MODULES = {
     "DeformConv": "networks.layers",
     "UserError": "errors",
     "VGG19Features": "losses.vgg",
+    "ciede2000": "metrics",
     "contrastive_distances": "losses.contrastive",
     "contrastive_regularization": "losses.contrastive",
     "deform_conv2d": "ops.deform_conv",

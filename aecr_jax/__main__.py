@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from aecr_jax import __version__
 from aecr_jax.benchmark.command import add_kinds, run_benchmark
+from aecr_jax.convert.command import add_conversions, run_convert, run_convert_lpips, run_convert_vgg
 from aecr_jax.errors import Stopped, UserError, complaint, first_line
 from aecr_jax.export.command import add_options as add_export_options
 from aecr_jax.export.command import run_export
@@ -157,6 +158,13 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--data-dir", default="", metavar="DIR", help="folder of built data sets (default: ~/tensorflow_datasets)")
     evaluate.add_argument("--output", metavar="DIR", help="folder for per_image.csv, summary.json and panel.png")
+    evaluate.add_argument(
+        "--metrics",
+        default="psnr,ssim",
+        metavar="A,B,...",
+        help="what to measure: psnr, ssim, ssim_valid, psnr_y, ciede2000, lpips (default: psnr,ssim)",
+    )
+    evaluate.add_argument("--lpips", metavar="FILE", help="weights that convert-lpips wrote, for the metric lpips")
     evaluate.add_argument("--save-images", action="store_true", help="also write hazy/, restored/ and clear/ to --output")
 
     dehaze = commands.add_parser("dehaze", help="dehaze photographs", allow_abbrev=False)
@@ -213,30 +221,7 @@ def _make_parser() -> argparse.ArgumentParser:
     table = commands.add_parser("reproduce", help="train and score the rows of a table of the paper", allow_abbrev=False)
     add_options(table)
 
-    vgg = commands.add_parser("convert-vgg", help="convert VGG weights for the losses", allow_abbrev=False)
-    vgg.add_argument("file", metavar="FILE", help="torchvision's .pth, or a .safetensors or .npz with the names of torchvision or timm")
-    vgg.add_argument("--output", required=True, metavar="FILE", help="the .safetensors to write")
-    vgg.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
-
-    convert = commands.add_parser("convert", help="convert checkpoints of other projects' networks, in both directions", allow_abbrev=False)
-    convert.add_argument("--network", metavar="NAME", help="the network; by default it is recognized by the names of the tensors")
-    aecr = commands.add_parser("convert-aecr", help="convert --network aecr_net", allow_abbrev=False)
-    aecr.set_defaults(network="aecr_net")
-    for parser_ in (convert, aecr):
-        parser_.add_argument(
-            "file",
-            metavar="FILE",
-            help="authors' .pth, .pk, .safetensors or .npz; or a checkpoint folder, to convert back",
-        )
-        parser_.add_argument(
-            "--output",
-            required=True,
-            metavar="PATH",
-            help="folder to write; to convert back, a .pth, .safetensors or .npz file",
-        )
-        parser_.add_argument(
-            "--overwrite", action="store_true", help="replace --output if it exists: the file, or a model's files in the folder"
-        )
+    add_conversions(commands)
     return parser
 
 
@@ -271,6 +256,8 @@ def _eval(options: argparse.Namespace, rest: list[str]) -> int:
         options.output,
         save_images=options.save_images,
         data_dir=options.data_dir,
+        metrics=options.metrics.split(","),
+        lpips=options.lpips,
     )
     return 0
 
@@ -356,20 +343,6 @@ def _report(options: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
-def _convert_vgg(options: argparse.Namespace, rest: list[str]) -> int:
-    from aecr_jax.convert.vgg import convert_vgg
-
-    print(convert_vgg(options.file, options.output, overwrite=options.overwrite))
-    return 0
-
-
-def _convert(options: argparse.Namespace, rest: list[str]) -> int:
-    from aecr_jax.convert.networks import convert
-
-    print(convert(options.file, options.output, network=options.network, overwrite=options.overwrite))
-    return 0
-
-
 _RUN = {
     "train": _train,
     "eval": _eval,
@@ -382,9 +355,10 @@ _RUN = {
     "reproduce": run_reproduce,
     "compare": _compare,
     "models": _models,
-    "convert-vgg": _convert_vgg,
-    "convert": _convert,
-    "convert-aecr": _convert,
+    "convert": run_convert,
+    "convert-aecr": run_convert,
+    "convert-vgg": run_convert_vgg,
+    "convert-lpips": run_convert_lpips,
 }
 
 if __name__ == "__main__":

@@ -11,14 +11,14 @@ PACKAGES = {
     "ops": ("deformable convolution", 0, 0),
     "data": ("folders, data sets, haze, grain pipeline", 1, 0),
     "networks": ("one file per network, registry by name", 0, 1),
-    "inference": ("load, save, dehaze, evaluate, compare", 0.3, 2),
+    "inference": ("load, save, dehaze, evaluate, compare", 0.3, 3),
     "losses": ("L1, contrastive regularization, others; VGG", 1.6, 2),
-    "training": ("settings, step, trainer, checkpoints, report", 1, 3),
-    "convert": ("weights of other projects", 2, 3),
-    "export": ("ONNX graphs, StableHLO programs", 0, 4),
-    "benchmark": ("speed, PyTorch twins", 1, 4),
-    "reproduce": ("the paper's tables: rows, claims", 2, 4),
-    "__main__": ("commands and exit statuses", 1.3, 5),
+    "training": ("settings, step, trainer, checkpoints, report", 1, 4),
+    "convert": ("weights of other projects", 2, 4),
+    "export": ("ONNX graphs, StableHLO programs", 0, 5),
+    "benchmark": ("speed, PyTorch twins", 1, 5),
+    "reproduce": ("the paper's tables: rows, claims", 2, 5),
+    "__main__": ("commands and exit statuses", 1.3, 6),
 }
 _WIDTH, _HEIGHT, _COLUMN, _ROW, _GAP = 270, 50, 290, 95, 10
 

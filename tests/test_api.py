@@ -190,7 +190,8 @@ def test_import_is_lazy_and_changes_nothing_of_others():
 
 def test_help_needs_no_jax():
     """Help appears in a fraction of a second, because it does not import jax, which alone takes a second."""
-    commands = ("train", "eval", "dehaze", "models", "prepare-data", "check-data", "benchmark", "report", "convert-vgg", "convert-aecr")
+    commands = ["train", "eval", "dehaze", "models", "prepare-data", "check-data", "benchmark", "report"]
+    commands += ["convert", "convert-vgg", "convert-lpips"]
     calls = [["--help"], *([command, "--help"] for command in commands), ["unknown"]]
     code = "import contextlib, sys\nfrom aecr_jax.__main__ import main\n"
     code += f"for arguments in {calls}:\n    with contextlib.suppress(SystemExit): main(arguments)\n"

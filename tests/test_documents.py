@@ -26,6 +26,7 @@ from reference import official_weights
 from safetensors.numpy import save_file
 from test_convert import small_vgg
 from test_convert_networks import make_tensors
+from test_lpips import made_up
 
 import aecr_jax
 from aecr_jax.__main__ import _RUN, _make_parser, main
@@ -145,6 +146,8 @@ def ready_world(world):
         import torch
 
         torch.save({name: torch.from_numpy(array) for name, array in small_vgg().items()}, "vgg19-dcbb9e9d.pth")
+        for path, tensors in zip(("vgg16-397923af.pth", "vgg.pth"), made_up()):
+            torch.save({name: torch.from_numpy(array) for name, array in tensors.items()}, path)
         torch.save({"model": {f"module.{k}": torch.from_numpy(v) for k, v in official_weights(0).items()}}, "official.pk")
         grid = {name: torch.from_numpy(array) for name, array in make_tensors("grid_dehaze_net").items()}
         torch.save(grid, "grid_dehaze_net_indoor.pth")
@@ -258,7 +261,7 @@ def test_every_command_runs(document, ready_world, capsys, monkeypatch):
         arguments = own_arguments(words)
         if arguments is None or "--run.coordinator" in arguments:
             continue
-        if not HAVE_TORCH and any(Path(word).suffix in (".pth", ".pk") or word.startswith("converted/") for word in arguments):
+        if not HAVE_TORCH and any(Path(word).suffix in (".pth", ".pk") or word.startswith(("converted/", "lpips.")) for word in arguments):
             continue
         status = main(tiny(arguments))
         assert status == 0, f"{' '.join(arguments)}: {capsys.readouterr().err}"

@@ -17,8 +17,9 @@ import aecr_jax.__main__ as program
 from aecr_jax import UserError, compilation, load_checkpoint
 from aecr_jax.__main__ import main
 from aecr_jax.data.reader import EvalImage
-from aecr_jax.inference.evaluate import Score, score_images, write_results
+from aecr_jax.inference.evaluate import score_images
 from aecr_jax.inference.restore import Restorer
+from aecr_jax.inference.scores import Score, write_results
 
 
 def pairs(folder, *names, size=(20, 12)):
@@ -32,6 +33,10 @@ def pairs(folder, *names, size=(20, 12)):
 def rows(folder):
     with open(folder / "per_image.csv", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def score(image, psnr, ssim, input_psnr, input_ssim):
+    return Score(image, {"psnr": psnr, "ssim": ssim}, {"psnr": input_psnr, "ssim": input_ssim})
 
 
 @pytest.mark.parametrize("where", ["weights", "picture"])
@@ -65,7 +70,7 @@ def test_a_score_that_is_not_finite_is_an_error_with_the_images_name(model_dir):
 def test_results_never_hold_a_bare_nan(tmp_path):
     """NaN and Infinity are not valid JSON, and other parsers reject them."""
     summary = {"psnr": float("nan"), "ssim": float("inf"), "images": 1, "parts": [float("-inf"), 1.5]}
-    write_results(tmp_path, [Score("a", float("nan"), 0.5, 1.0, 0.5)], summary)
+    write_results(tmp_path, [score("a", float("nan"), 0.5, 1.0, 0.5)], summary)
 
     def refuse(constant):
         raise AssertionError(constant)
@@ -77,7 +82,7 @@ def test_results_never_hold_a_bare_nan(tmp_path):
 
 def test_results_are_whole_or_not_there(tmp_path, monkeypatch):
     """If the disk fills up while the table is written, the previous results stay as they were."""
-    write_results(tmp_path, [Score("a", 1, 1, 1, 1)], {"psnr": 1.0})
+    write_results(tmp_path, [score("a", 1, 1, 1, 1)], {"psnr": 1.0})
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def fill(*arguments):
@@ -85,7 +90,7 @@ def test_results_are_whole_or_not_there(tmp_path, monkeypatch):
 
     monkeypatch.setattr(csv.DictWriter, "writerows", fill)
     with pytest.raises(UserError, match=r"per_image\.csv cannot be written: No space left"):
-        write_results(tmp_path, [Score("b", 2, 2, 2, 2)], {"psnr": 2.0})
+        write_results(tmp_path, [score("b", 2, 2, 2, 2)], {"psnr": 2.0})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

@@ -5,7 +5,7 @@ import pytest
 from reference import load, nhwc
 
 from aecr_jax import psnr, ssim
-from aecr_jax.metrics import luma, psnr_uint8, psnr_y, ssim_valid
+from aecr_jax.metrics import ciede2000, color_difference, luma, psnr_uint8, psnr_y, ssim_valid
 
 
 @pytest.mark.parametrize("i", range(3))
@@ -56,7 +56,77 @@ def test_refuses_different_shapes():
         psnr(jnp.zeros((1, 4, 4, 3)), jnp.zeros((1, 4, 5, 3)))
 
 
-METRICS = [psnr, ssim, psnr_uint8, psnr_y, ssim_valid]
+# Gaurav Sharma, Wencheng Wu and Edul N. Dalal, "The CIEDE2000 Color-Difference Formula: Implementation Notes, Supplementary Test Data, and
+# Mathematical Observations", Color Research and Application 30 (2005), Table 1: L, a, b of two colours and their difference.
+SHARMA = [
+    (50.0, 2.6772, -79.7751, 50.0, 0.0, -82.7485, 2.0425),
+    (50.0, 3.1571, -77.2803, 50.0, 0.0, -82.7485, 2.8615),
+    (50.0, 2.8361, -74.02, 50.0, 0.0, -82.7485, 3.4412),
+    (50.0, -1.3802, -84.2814, 50.0, 0.0, -82.7485, 1.0),
+    (50.0, -1.1848, -84.8006, 50.0, 0.0, -82.7485, 1.0),
+    (50.0, -0.9009, -85.5211, 50.0, 0.0, -82.7485, 1.0),
+    (50.0, 0.0, 0.0, 50.0, -1.0, 2.0, 2.3669),
+    (50.0, -1.0, 2.0, 50.0, 0.0, 0.0, 2.3669),
+    (50.0, 2.49, -0.001, 50.0, -2.49, 0.0009, 7.1792),
+    (50.0, 2.49, -0.001, 50.0, -2.49, 0.001, 7.1792),
+    (50.0, 2.49, -0.001, 50.0, -2.49, 0.0011, 7.2195),
+    (50.0, 2.49, -0.001, 50.0, -2.49, 0.0012, 7.2195),
+    (50.0, -0.001, 2.49, 50.0, 0.0009, -2.49, 4.8045),
+    (50.0, -0.001, 2.49, 50.0, 0.001, -2.49, 4.8045),
+    (50.0, -0.001, 2.49, 50.0, 0.0011, -2.49, 4.7461),
+    (50.0, 2.5, 0.0, 50.0, 0.0, -2.5, 4.3065),
+    (50.0, 2.5, 0.0, 73.0, 25.0, -18.0, 27.1492),
+    (50.0, 2.5, 0.0, 61.0, -5.0, 29.0, 22.8977),
+    (50.0, 2.5, 0.0, 56.0, -27.0, -3.0, 31.903),
+    (50.0, 2.5, 0.0, 58.0, 24.0, 15.0, 19.4535),
+    (50.0, 2.5, 0.0, 50.0, 3.1736, 0.5854, 1.0),
+    (50.0, 2.5, 0.0, 50.0, 3.2972, 0.0, 1.0),
+    (50.0, 2.5, 0.0, 50.0, 1.8634, 0.5757, 1.0),
+    (50.0, 2.5, 0.0, 50.0, 3.2592, 0.335, 1.0),
+    (60.2574, -34.0099, 36.2677, 60.4626, -34.1751, 39.4387, 1.2644),
+    (63.0109, -31.0961, -5.8663, 62.8187, -29.7946, -4.0864, 1.263),
+    (61.2901, 3.7196, -5.3901, 61.4292, 2.248, -4.962, 1.8731),
+    (35.0831, -44.1164, 3.7933, 35.0232, -40.0716, 1.5901, 1.8645),
+    (22.7233, 20.0904, -46.694, 23.0331, 14.973, -42.5619, 2.0373),
+    (36.4612, 47.858, 18.3852, 36.2715, 50.5065, 21.2231, 1.4146),
+    (90.8027, -2.0831, 1.441, 91.1528, -1.6435, 0.0447, 1.4441),
+    (90.9257, -0.5406, -0.9208, 88.6381, -0.8985, -0.7239, 1.5381),
+    (6.7747, -0.2908, -2.4247, 5.8714, -0.0985, -2.2286, 0.6377),
+    (2.0776, 0.0795, -1.135, 0.9033, -0.0636, -0.5514, 0.9082),
+]
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+def test_ciede2000_of_the_published_pairs(bits, request):
+    """The published differences have four digits. They do not depend on the order of the colours."""
+    if bits == 64:
+        request.getfixturevalue("x64")
+    table = np.array(SHARMA, f"float{bits}")
+    for first, second in ((table[:, :3], table[:, 3:6]), (table[:, 3:6], table[:, :3])):
+        np.testing.assert_allclose(color_difference(first, second), table[:, 6], atol=1e-4 if bits == 32 else 5.1e-5)
+
+
+def test_ciede2000_of_grey_and_equal_images():
+    """White and black differ by 100 in lightness at a mean of 50, where S_L = 1, and in nothing else. Equal images differ by 0."""
+    white = jnp.ones((1, 3, 4, 3))
+    np.testing.assert_allclose(ciede2000(white, 0 * white), [100], atol=0.02)  # the sums of the matrix's rows differ from the white point
+    x = jax.random.uniform(jax.random.key(0), (1, 8, 9, 3))
+    np.testing.assert_allclose(ciede2000(x, x), [0], atol=1e-5)
+    with pytest.raises(ValueError, match=r"must be \[N, H, W, 3\]: CIEDE2000 takes the 3 channels RGB"):
+        ciede2000(x[..., :2], x[..., :2])
+
+
+def test_ciede2000_by_scikit_image():
+    """scikit-image converts and compares in float64, over the whole range of sRGB and for colours that are close to each other."""
+    color = pytest.importorskip("skimage.color", reason="needs scikit-image")
+    rng = np.random.default_rng(3)
+    x = rng.random((2, 20, 30, 3))
+    for y in (rng.random(x.shape), np.clip(x + 0.03 * rng.standard_normal(x.shape), 0, 1)):
+        expected = color.deltaE_ciede2000(color.rgb2lab(x), color.rgb2lab(y)).mean((1, 2))
+        np.testing.assert_allclose(ciede2000(x.astype(np.float32), y.astype(np.float32)), expected, rtol=1e-4)
+
+
+METRICS = [psnr, ssim, psnr_uint8, psnr_y, ssim_valid, ciede2000]
 
 
 def two_images(dtype):
@@ -72,7 +142,7 @@ def test_unsigned_integers_are_scaled_by_their_range(metric, dtype):
     """Integers, and mixtures of integers and floats, have the scores of the floats, inside and outside `jit`."""
     (a, b), (x, y) = two_images(dtype)
     expected = metric(x, y)
-    assert abs(float(expected[0])) < 40  # if integers were clipped at 1, the images would be equal
+    assert abs(float(expected[0] - metric(x, x)[0])) > 0.5  # if integers were clipped at 1, the images would be equal
     for prediction, target in [(a, b), (a, y), (x, b)]:
         np.testing.assert_allclose(metric(prediction, target), expected, rtol=1e-6)
         np.testing.assert_allclose(jax.jit(metric)(prediction, target), expected, rtol=1e-5)
@@ -132,7 +202,7 @@ def test_no_images_have_no_scores(metric):
     assert scores.shape == (0,) and scores.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("metric", [psnr, ssim, psnr_uint8, psnr_y])
+@pytest.mark.parametrize("metric", [psnr, ssim, psnr_uint8, psnr_y, ciede2000])
 def test_refuses_images_without_pixels(metric):
     with pytest.raises(ValueError, match=r"prediction and target have shape \(1, 0, 16, 3\) and must have at least one pixel"):
         metric(jnp.zeros((1, 0, 16, 3)), jnp.zeros((1, 0, 16, 3)))

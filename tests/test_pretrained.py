@@ -41,9 +41,9 @@ def test_score_on_embedded_scenes(model, psnr, ssim):
     # Of the 20 test scenes of `scenes`, four evenly spaced ones are evaluated; only these are drawn here, at 320x240.
     drawn = {i: DrawnScene(f"scene1-{i:04d}", *render_scene((1, i), 240, 320)) for i in (0, 5, 10, 15)}
     found = scores([drawn[i - i % 5] for i in range(20)], 4, model)
-    np.testing.assert_allclose([score.input_psnr for score in found], [12.0155, 13.0001, 13.6923, 13.6736], atol=0.01)
-    np.testing.assert_allclose([score.psnr for score in found], psnr, atol=0.02)
-    np.testing.assert_allclose([score.ssim for score in found], ssim, atol=0.001)
+    np.testing.assert_allclose([score.hazy["psnr"] for score in found], [12.0155, 13.0001, 13.6923, 13.6736], atol=0.01)
+    np.testing.assert_allclose([score.restored["psnr"] for score in found], psnr, atol=0.02)
+    np.testing.assert_allclose([score.restored["ssim"] for score in found], ssim, atol=0.001)
 
 
 @needs_shared
@@ -58,7 +58,7 @@ def test_score_on_embedded_scenes(model, psnr, ssim):
 def test_score_on_sots(model, data, wanted):
     """A few images have the scores of the card's full evaluation."""
     pairs = [pair for pair in find_dataset(SHARED / data) if pair.name in wanted]
-    found = {score.image: score.psnr for score in scores(pairs, len(pairs), model)}
+    found = {score.image: score.restored["psnr"] for score in scores(pairs, len(pairs), model)}
     assert found == pytest.approx(wanted, abs=0.02)
 
 

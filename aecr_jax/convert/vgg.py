@@ -20,7 +20,7 @@ _INDICES = {
 }
 _VGG16_ONLY = "features.17.weight"  # a convolution in VGG-16, but a ReLU in VGG-19
 # Known files by the first digits of their SHA-256, which torchvision includes in its file names.
-_KNOWN = {
+KNOWN = {
     "dcbb9e9d": ("torchvision VGG-19 (IMAGENET1K_V1)", "BSD-3-Clause (torchvision); trained on ImageNet"),
     "397923af": ("torchvision VGG-16 (IMAGENET1K_V1)", "BSD-3-Clause (torchvision); trained on ImageNet"),
 }
@@ -49,12 +49,12 @@ def convert_vgg(file: str | Path, output: str | Path, *, overwrite: bool = False
     tensors = read_tensors(file)
     try:
         network = VGG16Features if _VGG16_ONLY in tensors else VGG19Features
-        weights = _from_torchvision(tensors, network)
+        weights = from_torchvision(tensors, network)
         reached = network.check_weights(weights)
     except ValueError as error:
         raise UserError(f"{file}: {error}") from error
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    source, licence = _KNOWN.get(digest[:8], (f"{file.name}, not a known file", "not known: see where the file came from"))
+    source, licence = KNOWN.get(digest[:8], (f"{file.name}, not a known file", "not known: see where the file came from"))
     with replacing(output) as partial:
         partial.write_bytes(save(weights, metadata=network.metadata(source=source, sha256=digest, licence=licence)))
     levels = len(set(reached) & set(network.LAYERS))
@@ -62,7 +62,8 @@ def convert_vgg(file: str | Path, output: str | Path, *, overwrite: bool = False
     return f"{output}: {source}, {about}, SHA-256 {digest[:16]}..., licence {licence}"
 
 
-def _from_torchvision(tensors: Tensors, network: type[VGGFeatures]) -> Tensors:
+def from_torchvision(tensors: Tensors, network: type[VGGFeatures]) -> Tensors:
+    """Rename the tensors of torchvision or timm and transpose the kernels; raise a ValueError if one is missing or not floating point."""
     if any(name.endswith("running_mean") for name in tensors):
         raise ValueError(
             "this is a VGG with batch normalization; VGG-19 without it is needed (tensor features.1.running_mean is unexpected)"

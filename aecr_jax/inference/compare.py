@@ -14,9 +14,9 @@ from aecr_jax.data.folders import clear_names
 from aecr_jax.data.images import list_images, read_image, write_image
 from aecr_jax.errors import UserError
 from aecr_jax.files import refuse_existing
-from aecr_jax.inference.evaluate import measure
 from aecr_jax.inference.photographs import restore_any_size
 from aecr_jax.inference.restore import USUAL_TILE, Restorer, check_tile
+from aecr_jax.inference.scores import Measure
 from aecr_jax.inference.weights import load_checkpoint
 from aecr_jax.processes import no_bar
 
@@ -144,8 +144,8 @@ def make_cell(image: np.ndarray, target: np.ndarray | None, width: int) -> Cell:
     """Return a picture `[H, W, 3]` in [0, 1], reduced to `width`, with its scores against the clear image `target`, if that is known."""
     score = None
     if target is not None:
-        psnr, ssim = measure(image, target)
-        score = float(psnr), float(ssim)
+        measured = Measure()(image, target)
+        score = measured["psnr"], measured["ssim"]
     picture = Image.fromarray(np.round(np.clip(image, 0, 1) * 255).astype(np.uint8))
     picture.thumbnail((width, 100 * width), Image.Resampling.LANCZOS)
     return Cell(picture, score)

@@ -2,67 +2,51 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, astuple, dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from aecr_jax.compilation import bounded_jit
 from aecr_jax.data.images import panel, write_image
 from aecr_jax.data.reader import EvalImage, eval_images
 from aecr_jax.data.samples import Sample
 from aecr_jax.data.sources import drawn_test_scenes, open_samples
 from aecr_jax.errors import UserError
-from aecr_jax.files import make_folder, replacing
+from aecr_jax.files import make_folder
 from aecr_jax.inference.restore import Restorer
+from aecr_jax.inference.scores import DEFAULT_METRICS, METRICS, Measure, Score, check_metrics, definitions, summarize, table, write_results
 from aecr_jax.inference.weights import DEFAULT_MODEL, load_with_info
-from aecr_jax.metrics import psnr, ssim
-from aecr_jax.processes import gather, no_bar
+from aecr_jax.losses.lpips import LPIPS
+from aecr_jax.processes import no_bar
 
 _PANEL_ROWS = 4
 _FOLDERS = ("hazy", "restored", "clear")
 
 
-@dataclass(frozen=True)
-class Score:
-    """Scores of one image: RGB PSNR in dB and SSIM, of the restored image and, for comparison, of the hazy input."""
-
-    image: str
-    psnr: float
-    ssim: float
-    input_psnr: float
-    input_ssim: float
-
-
-@bounded_jit
-def measure(prediction: jax.Array, target: jax.Array) -> jax.Array:
-    """Return PSNR and SSIM of one image `[H, W, 3]`, as an array of two numbers."""
-    return jnp.concatenate([psnr(prediction[None], target[None]), ssim(prediction[None], target[None])])
-
-
 def score_images(
-    restorer: Restorer, images: Iterable[EvalImage], total: int | None = None
+    restorer: Restorer, images: Iterable[EvalImage], total: int | None = None, *, measure: Measure | None = None
 ) -> Iterator[tuple[Score, EvalImage, np.ndarray]]:
     """Restore each image and yield its score, the image and the restored image.
 
+    Args:
+      restorer: the model.
+      images: the images.
+      total: their number, for the progress bar.
+      measure: the metrics; by default PSNR and SSIM.
+
     Raises:
-      UserError: an image, its restored version or its score is not finite, or the image does not fit into memory; the message begins
-        with the name of the image.
+      UserError: an image, its restored version or its score is not finite, or the image does not fit into memory or is too small for a
+        metric; the message begins with the name of the image.
     """
+    measure = measure or Measure()
     for image in tqdm(images, "evaluating", total, leave=False, disable=no_bar()):
         try:
             restored = restorer(image.hazy)
-            after, before = (measure(x, image.clear) for x in (restored, image.hazy))
-            score = Score(image.name, float(after[0]), float(after[1]), float(before[0]), float(before[1]))
-            if not all(map(math.isfinite, astuple(score)[1:])):
+            score = Score(image.name, measure(restored, image.clear), measure(image.hazy, image.clear))
+            if not all(map(math.isfinite, score.values().values())):
                 raise UserError("the score is not finite: check the values of the clear image")
         except UserError as error:
             raise UserError(f"{image.name}: {error}") from error
@@ -76,6 +60,8 @@ def evaluate(
     *,
     save_images: bool = False,
     data_dir: str = "",
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    lpips: str | Path | None = None,
 ) -> dict[str, Any]:
     """Score a checkpoint on a data set, write the results and print a table.
 
@@ -86,16 +72,22 @@ def evaluate(
       output: folder for `per_image.csv`, `summary.json` and `panel.png` (hazy | restored | clear).
       save_images: also write `hazy/`, `restored/` and `clear/` into `output`.
       data_dir: folder of the built data sets; `~/tensorflow_datasets` by default.
+      metrics: different names of "psnr", "ssim", "ssim_valid", "psnr_y", "ciede2000" and "lpips".
+      lpips: the weights of LPIPS, a file that `convert-lpips` wrote; "lpips" needs it.
 
     Returns:
-      The summary.
+      The summary: the mean of each metric over the restored images (`psnr`) and the hazy inputs (`input_psnr`), the number of images
+      (`images`), and what was evaluated, with the definition and version of each metric (`metrics`).
 
     Raises:
-      UserError: the checkpoint or the data are missing or invalid, a result is not finite, or the output cannot be written or would
-        overwrite the data.
+      UserError: the checkpoint, the data, the metrics or the weights of LPIPS are missing or invalid, a result is not finite, or the
+        output cannot be written or would overwrite the data.
     """
+    check_metrics(metrics, lpips)
     if save_images and output is None:
         raise UserError("--save-images needs --output DIR")
+    network = None if lpips is None else LPIPS.load(lpips)
+    measure = Measure(metrics, network)
     checkpoint = DEFAULT_MODEL if checkpoint is None else checkpoint
     model, config = load_with_info(checkpoint)
     restorer = Restorer(model)
@@ -109,22 +101,23 @@ def evaluate(
     shown = {i * len(samples) // _PANEL_ROWS for i in range(_PANEL_ROWS)}
     scores: list[Score] = []
     rows: list[list[np.ndarray]] = []
-    for score, image, restored in score_images(restorer, eval_images(samples), len(samples)):
+    for score, image, restored in score_images(restorer, eval_images(samples), len(samples), measure=measure):
         if output is not None and len(scores) in shown:
             add_row(rows, image, restored)
         if output is not None and save_images:
             for kind, picture in zip(_FOLDERS, (image.hazy, restored, image.clear)):
                 write_image(output / kind / f"{image.name}.png", picture)
         scores.append(score)
-    means = summarize(scores)
-    about = {"checkpoint": str(checkpoint), "data": data, "split": name, "metrics": "RGB, float, as the official code"}
+    means = summarize(scores, names=metrics)
+    about = {"checkpoint": str(checkpoint), "data": data, "split": name, "metrics": definitions(metrics, network)}
     about |= {key: config[key] for key in ("step", "weights") if key in config}
     # Write the files first: the reader of the table may close the pipe (`| head -1`).
     if output is not None:
         write_image(output / "panel.png", panel(rows))
         write_results(output, scores, means | about)
-    print(table([("hazy input", means["input_psnr"], means["input_ssim"]), ("restored", means["psnr"], means["ssim"])]))
-    print(f"mean over {means['images']} images of {name}; PSNR and SSIM on RGB as in the official code")
+    print(table(means, metrics))
+    official = " and ".join(METRICS[metric].title.removesuffix(" (dB)") for metric in metrics if metric in DEFAULT_METRICS)
+    print(f"mean over {means['images']} images of {name}" + (f"; {official} on RGB as in the official code" if official else ""))
     if output is not None:
         print(f"hazy | restored | clear: {output / 'panel.png'}")
     return means | about
@@ -141,51 +134,3 @@ def _check_folders(output: Path, samples: list[Sample]) -> None:
     for kind in _FOLDERS:
         if (folder := output / kind).resolve() in inputs:
             raise UserError(f"{folder} contains images to evaluate on and would be overwritten: choose another --output")
-
-
-def summarize(scores: list[Score], count: int | None = None) -> dict[str, Any]:
-    """Return the means over all images (`psnr`, `ssim`, `input_psnr` and `input_ssim`) and the number of images (`images`).
-
-    In a run of several processes, pass the total number of images as `count`; the scores are then gathered from all processes.
-    """
-    keys = ("psnr", "ssim", "input_psnr", "input_ssim")
-    table = np.array([[getattr(score, key) for key in keys] for score in scores]).reshape(-1, len(keys))
-    table = table if count is None else gather(table, count)
-    return {key: float(mean) for key, mean in zip(keys, table.mean(0, dtype=np.float64))} | {"images": len(table)}
-
-
-def write_results(folder: str | Path, scores: list[Score], summary: dict[str, Any]) -> None:
-    """Write `per_image.csv` and `summary.json`; each file is written completely or not at all.
-
-    A number that is not finite becomes null in `summary.json`, because JSON cannot represent it, and an empty field in `per_image.csv`.
-    A byte of a file name that is not UTF-8, such as E9, is written as \\udce9 in both files; `json.loads` and `os.fsencode` restore it.
-
-    Raises:
-      UserError: a file cannot be written.
-    """
-    folder = Path(folder)
-    with (
-        replacing(folder / "per_image.csv") as partial,
-        open(partial, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
-    ):
-        writer = csv.DictWriter(file, list(asdict(scores[0])))
-        writer.writeheader()
-        writer.writerows(_without_nan(asdict(score)) for score in scores)
-    with replacing(folder / "summary.json") as partial:
-        partial.write_text(json.dumps(_without_nan(summary), indent=2, allow_nan=False) + "\n")
-
-
-def _without_nan(value: Any) -> Any:
-    """Replace NaN and infinity by None in a JSON value."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def table(rows: list[tuple[str, float, float]]) -> str:
-    """Format rows of (name, PSNR, SSIM) as a text table."""
-    width = max(len(name) for name, _, _ in rows)
-    lines = [f"{'':{width}}  PSNR (dB)    SSIM"]
-    return "\n".join(lines + [f"{name:{width}}  {p:9.2f}  {s:6.4f}" for name, p, s in rows])

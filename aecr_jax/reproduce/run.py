@@ -20,8 +20,9 @@ from aecr_jax.data.sources import open_samples, split_samples
 from aecr_jax.errors import UserError
 from aecr_jax.files import replacing
 from aecr_jax.inference.compare import draw_sheet, make_cell
-from aecr_jax.inference.evaluate import Score, score_images, summarize, write_results
+from aecr_jax.inference.evaluate import score_images
 from aecr_jax.inference.restore import Restorer
+from aecr_jax.inference.scores import Score, summarize, write_results
 from aecr_jax.inference.weights import CHECKPOINTS, load_checkpoint
 from aecr_jax.networks.arrays import count_parameters
 from aecr_jax.networks.macs import network_macs

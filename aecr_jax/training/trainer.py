@@ -22,8 +22,9 @@ from aecr_jax.data.samples import Sample
 from aecr_jax.data.sources import split_samples
 from aecr_jax.errors import Stopped, UserError, first_line
 from aecr_jax.files import make_folder
-from aecr_jax.inference.evaluate import Score, add_row, score_images, summarize
+from aecr_jax.inference.evaluate import add_row, score_images
 from aecr_jax.inference.restore import Restorer
+from aecr_jax.inference.scores import Score, summarize
 from aecr_jax.inference.weights import check_folder_name
 from aecr_jax.losses.loss import Loss
 from aecr_jax.networks.network import Network
