@@ -1,6 +1,6 @@
 """Install the package into fresh environments and use it there: each Python that is found, with the oldest and the newest jax and flax.
 
-Command: `make matrix`, or `python tests/matrix.py --python python3.12 --versions newest`. An environment takes one to three minutes.
+Command: `make matrix`, or `python tests/matrix.py --python python3.12 --versions newest`.
 
 For each environment, the wheel is installed as users install it, and two commands are run from another folder: `aecr-jax models`, and
 `aecr-jax dehaze` on a picture. Then the tests named below run against the installed package. The exit status is 1 if anything failed.
