@@ -25,6 +25,8 @@ from aecr_jax.export.command import add_options as add_export_options
 from aecr_jax.export.command import run_export
 from aecr_jax.reproduce.command import add_options, run_reproduce
 from aecr_jax.streams import discard, explain_output, flush, has_no_reader
+from aecr_jax.web.command import add_options as add_web_options
+from aecr_jax.web.command import run_web
 
 _MODEL = (
     "a shipped model (see the command models), the work directory of a run, an exported or converted model, or a network without"
@@ -198,6 +200,8 @@ def _make_parser() -> argparse.ArgumentParser:
 
     add_export_options(commands.add_parser("export", help="write a model as ONNX or StableHLO", allow_abbrev=False))
 
+    add_web_options(commands.add_parser("web", help="a page that dehazes photographs in the browser", allow_abbrev=False))
+
     prepare = commands.add_parser("prepare-data", help="build a data set from its authors' archives", allow_abbrev=False)
     prepare.add_argument("name", metavar="NAME", help="reside/its, ots, sots_indoor, sots_outdoor, hsts or rtts; nh_haze, dense_haze")
     prepare.add_argument("--source", required=True, metavar="DIR", help="folder where the archives were unpacked")
@@ -348,6 +352,7 @@ _RUN = {
     "eval": _eval,
     "dehaze": _dehaze,
     "export": run_export,
+    "web": run_web,
     "prepare-data": _prepare_data,
     "check-data": _check_data,
     "benchmark": run_benchmark,

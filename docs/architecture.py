@@ -18,7 +18,8 @@ PACKAGES = {
     "export": ("ONNX graphs, StableHLO programs", 0, 5),
     "benchmark": ("speed, PyTorch twins", 1, 5),
     "reproduce": ("the paper's tables: rows, claims", 2, 5),
-    "__main__": ("commands and exit statuses", 1.3, 6),
+    "web": ("a page that dehazes in the browser", 0, 6),
+    "__main__": ("commands and exit statuses", 1.3, 7),
 }
 _WIDTH, _HEIGHT, _COLUMN, _ROW, _GAP = 270, 50, 290, 95, 10
 

@@ -21,6 +21,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 import pytest
+from browser import address, browser, page, site  # noqa: F401
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

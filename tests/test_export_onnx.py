@@ -75,11 +75,11 @@ def images(n, h, w):
     return np.random.default_rng(h).random((n, h, w, 3), np.float32)
 
 
-def run_onnx(content, x):
+def run_onnx(content, x, output="restored"):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(content, options)
-    return session.run(["restored"], {"hazy": x.transpose(0, 3, 1, 2)})[0].transpose(0, 2, 3, 1)
+    return session.run([output], {"hazy": x.transpose(0, 3, 1, 2)})[0].transpose(0, 2, 3, 1)
 
 
 def reference(model, x):

@@ -16,7 +16,10 @@ from onnx import helper, numpy_helper
 # has other names for its modes from 20 on, which not all runtimes know.
 _OPSET, _OPSET_DEFORM, _IR_VERSION = 18, 19, 9
 
-INPUT, OUTPUT = "hazy", "restored"
+_FLOAT = onnx.TensorProto.FLOAT
+
+INPUT = "hazy"
+SHAPE = ("N", 3, "H", "W")
 
 
 class Tensor:
@@ -83,7 +86,7 @@ def concat(values: Sequence[Tensor], axis: int = 1) -> Tensor:
 
 
 class Graph:
-    """An ONNX graph with one input and one output, both float32 `[N, 3, H, W]` with any N, H and W.
+    """An ONNX graph with one input, float32 `[N, 3, H, W]` with any N, H and W, and one output.
 
     Args:
       dtype: float32 or float16, the type of the arithmetic.
@@ -133,11 +136,11 @@ class Graph:
             self._known[key] = [Tensor(self, name, dtype or first) for name, dtype in zip(outputs, dtypes)]
         return self._known[key]
 
-    def model(self, output: Tensor, metadata: dict[str, str]) -> onnx.ModelProto:
-        """Return the graph as a model whose output is `output`, after checking it."""
-        self._nodes.append(helper.make_node("Identity", [output.to(np.float32).name], [OUTPUT], "node_output"))
-        image = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N", 3, "H", "W"]) for name in (INPUT, OUTPUT)]
-        graph = helper.make_graph(self._nodes, "aecr_jax", image[:1], image[1:], list(self._constants.values()))
+    def model(self, output: Tensor, metadata: dict[str, str], name: str, shape: Sequence[str | int]) -> onnx.ModelProto:
+        """Return the graph as a model after checking it; its output is `output` as float32, with this name and shape."""
+        self._nodes.append(helper.make_node("Identity", [output.to(np.float32).name], [name], "node_output"))
+        values = [helper.make_tensor_value_info(*value) for value in ((INPUT, _FLOAT, SHAPE), (name, _FLOAT, shape))]
+        graph = helper.make_graph(self._nodes, "aecr_jax", values[:1], values[1:], list(self._constants.values()))
         opset = _OPSET_DEFORM if any(node.op_type == "DeformConv" for node in self._nodes) else _OPSET
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=_IR_VERSION, producer_name="aecr-jax")
         helper.set_model_props(model, metadata)

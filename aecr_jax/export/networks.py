@@ -124,7 +124,17 @@ def coarse_net(model: Any, hazy: Tensor) -> Tensor:
     # Reshape and mean, as AveragePool cannot have a window whose size is computed.
     n, h, w = padded.size(0), padded.size(2), padded.size(3)
     cells = padded.reshape(n, 3, h / reduction, reduction, w / reduction, reduction)
-    x = _arithmetic(cells.node("ReduceMean", np.array([3, 5]), keepdims=0))
+    maps = haze_maps(model, cells.node("ReduceMean", np.array([3, 5]), keepdims=0))
+    factor, offset = (crop(enlarge_bilinear(x, reduction * coarse.MAP_CELL), hazy) for x in maps)
+    return factor * hazy - offset
+
+
+def haze_maps(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the maps `[N, 1, H / 8, W / 8]` and `[N, 3, H / 8, W / 8]` of a CoarseNet: the restored image is `factor * hazy - offset`.
+
+    H and W of the images must be multiples of 32.
+    """
+    x = _arithmetic(images)
     side = coarse.STEM_CELL
     window: dict[str, Any] = {"kernel_shape": [side, side], "strides": [side, side]}
     features = [x.node("SpaceToDepth", blocksize=side), -(-x).node("MaxPool", **window), x.node("MaxPool", **window)]
@@ -140,9 +150,7 @@ def coarse_net(model: Any, hazy: Tensor) -> Tensor:
     maps = conv(x, model.maps).to(np.float32)
     transmission = coarse.LEAST + (1 - coarse.LEAST) * sigmoid(maps.slice([0], [1], [1]) + coarse.SHIFT)
     factor = 1 / transmission
-    offset = (factor - 1) * sigmoid(maps.slice([1], [4], [1]))
-    factor, offset = (crop(enlarge_bilinear(x, reduction * coarse.MAP_CELL), hazy) for x in (factor, offset))
-    return factor * hazy - offset
+    return factor, (factor - 1) * sigmoid(maps.slice([1], [4], [1]))
 
 
 def aod_net(model: Any, hazy: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ import numpy as np
 import onnx
 
 from aecr_jax.errors import UserError
-from aecr_jax.export.graph import Graph
-from aecr_jax.export.networks import trace
+from aecr_jax.export.graph import SHAPE, Graph, concat
+from aecr_jax.export.networks import haze_maps, trace
+from aecr_jax.networks.coarse_net import CoarseNet
 from aecr_jax.networks.network import Network
 
 
@@ -32,8 +33,20 @@ def to_onnx(model: Network, metadata: dict[str, str], *, dtype: str = "float32",
       UserError: the network cannot be exported, or not in this type.
     """
     graph = Graph(np.float16 if dtype == "float16" else np.float32, grid_sample=deform == "grid-sample")
-    result = graph.model(trace(model, graph), metadata)
+    result = graph.model(trace(model, graph), metadata, "restored", SHAPE)
     return (_quantize(result, model.config.NAME) if dtype == "int8" else result).SerializeToString()
+
+
+def maps_to_onnx(model: CoarseNet, metadata: dict[str, str]) -> bytes:
+    """Return the part of a CoarseNet that estimates the haze, as an ONNX model in float32, for programs that apply its result in strips.
+
+    The input `hazy` is `[N, 3, H, W]` in [0, 1], an image that has been padded and reduced already: H and W are multiples of 32. The output
+    `maps` is `[N, 4, H / 8, W / 8]`: after enlargement to the image's size, the restored image is the first map times the hazy image, minus
+    the other three.
+    """
+    graph = Graph()
+    maps = concat(haze_maps(model, graph.input))
+    return graph.model(maps, metadata, "maps", ["N", 4, "H/8", "W/8"]).SerializeToString()
 
 
 def _quantize(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
