@@ -172,6 +172,18 @@ def _make_parser() -> argparse.ArgumentParser:
     dehaze = commands.add_parser("dehaze", help="dehaze photographs", allow_abbrev=False)
     dehaze.add_argument("input", nargs="+", metavar="INPUT", help="image files and folders")
     dehaze.add_argument("--output", required=True, metavar="DIR", help="folder for the results, one NAME.png for each image")
+    dehaze.add_argument("--recursive", action="store_true", help="search sub-folders too, and write to sub-folders of the same names")
+    dehaze.add_argument("--suffix", default="", metavar="TEXT", help="write NAME, TEXT and .png, as in --suffix=-dehazed")
+    dehaze.add_argument(
+        "--format",
+        default="png",
+        metavar="EXTENSION",
+        help="format of the results: png, jpg, webp or tif, or jpeg and tiff for these extensions (default: png)",
+    )
+    dehaze.add_argument("--quality", type=int, metavar="Q", help="quality of jpg and webp files, from 1 to 100 (default: 95)")
+    dehaze.add_argument(
+        "--bits", type=int, metavar="N", help="8 or 16 bits per value; 16 needs png or tif (default: 16 for images with more than 8)"
+    )
     existing = dehaze.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace existing results")
     existing.add_argument("--skip-existing", action="store_true", help="skip images whose results exist")
@@ -267,6 +279,7 @@ def _eval(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _dehaze(options: argparse.Namespace, rest: list[str]) -> int:
+    from aecr_jax.data.encode import Encoding
     from aecr_jax.inference.photographs import Existing, dehaze_files
 
     existing: Existing = "overwrite" if options.overwrite else "skip" if options.skip_existing else "refuse"
@@ -277,6 +290,9 @@ def _dehaze(options: argparse.Namespace, rest: list[str]) -> int:
         tile=options.tile,
         strength=options.strength,
         existing=existing,
+        encoding=Encoding(options.format, options.quality, options.bits),
+        suffix=options.suffix,
+        recursive=options.recursive,
     )
     return 0 if done else 2
 

@@ -111,3 +111,31 @@ def run(tmp_path_factory, config_file):
     workdir = tmp_path_factory.mktemp("runs") / "tiny"
     assert main(["train", "--config", config_file, "--run.workdir", str(workdir)]) == 0
     return workdir
+
+
+class Unchanged:
+    """Takes the place of a restorer and returns images as they are."""
+
+    needs_tiles = False
+
+    def __call__(self, hazy):
+        return jax.numpy.asarray(hazy)
+
+    def splits(self, height, width, tile):
+        return False
+
+
+@pytest.fixture
+def dehaze(tmp_path, monkeypatch):
+    """Return a function that runs the command `dehaze` on `tmp_path / "in"` with a network that changes nothing, and returns its status."""
+    from aecr_jax.__main__ import main
+    from aecr_jax.inference import photographs
+
+    monkeypatch.setattr(photographs, "load_with_info", lambda model: (None, {"about": {"name": "none"}}))
+    monkeypatch.setattr(photographs, "Restorer", lambda model: Unchanged())
+    (tmp_path / "in").mkdir()
+
+    def run(*options, output=tmp_path / "out"):
+        return main(list(map(str, ["dehaze", tmp_path / "in", "--output", output, *options])))
+
+    return run

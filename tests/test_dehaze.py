@@ -154,7 +154,7 @@ def test_renamed_results_and_skipped_sub_folders_are_told(model_dir, tmp_path, c
     arrows = [line for line in said if " -> " in line]
     names = [("X.webp", "X.png"), ("x.bmp", "x_2.png"), ("x.tiff", "x_3.png")]  # sorted by name as in the C locale
     assert arrows == [f"{folder / source} -> {out / target}" for source, target in names]
-    assert f"{folder} has 2 sub-folders that were not searched: to dehaze their images, add them as inputs" in said
+    assert f"{folder} has 2 sub-folders that were not searched: to dehaze their images, add --recursive" in said
     assert main([*arguments, "--overwrite"]) == 0  # the output folder is now inside the input folder and is not reported
     assert "has 2 sub-folders" in capsys.readouterr().out
     (tmp_path / "only" / "sub").mkdir(parents=True)

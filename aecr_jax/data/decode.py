@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
 
+from aecr_jax.data.exif import read_exif
 from aecr_jax.errors import UserError
 
 # Phones take pictures larger than Pillow's own limit of 89 million pixels. That limit applies to the whole process, so it is not changed.
@@ -19,10 +20,21 @@ MAX_PIXELS = 250_000_000
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
-def decode(file: BinaryIO, name: str) -> np.ndarray:
-    """Decode an image to sRGB `[H, W, 3]`: uint8 if the file has 8 bits per value, otherwise float32 in [0, 1].
+class Picture(NamedTuple):
+    """A decoded image file. Pixels and alpha are uint8 if the file has 8 bits per value, otherwise float32 in [0, 1].
 
-    The embedded colour profile and the EXIF orientation are applied, and alpha is dropped.
+    pixels: upright, sRGB, `[H, W, 3]`.
+    alpha: the opacity `[H, W]`, or None for an image that has none.
+    exif: the EXIF data as they are in the file, with `exif.PREFIX`; b"" for a file without them.
+    """
+
+    pixels: np.ndarray
+    alpha: np.ndarray | None
+    exif: bytes
+
+
+def decode(file: BinaryIO, name: str) -> Picture:
+    """Decode an image file. The embedded colour profile and the EXIF orientation are applied.
 
     Args:
       file: an open image file.
@@ -39,21 +51,30 @@ def decode(file: BinaryIO, name: str) -> np.ndarray:
         # Pillow does not support floating-point colour in TIFF, and its own limit rejects a large WebP.
         if _vips_loader(file) not in ("tiffload_buffer", "webpload_buffer"):
             raise
-        return _as_srgb(*_read_with_vips(file, name), name)
+        return _decode_with_vips(file, name)
     layout = str(image.tile[:1])  # how values are stored in the file; load() deletes this
     if _needs_vips(image, layout):
-        return _as_srgb(*_read_with_vips(file, name), name)
+        return _decode_with_vips(file, name)
     format = image.format
+    content = b""
+    if format == "TIFF":
+        file.seek(0)
+        content = file.read()
+    image.load()  # a PNG file may have EXIF data after its pixels
+    exif = read_exif(image.info, content)
     upright = load(image)
     profile = upright.info.get("icc_profile")
     if upright.mode[0] not in "IF":
-        return _8_bit_as_srgb(upright, profile)
+        if upright.mode in ("P", "PA") and upright.has_transparency_data:
+            upright = upright.convert("RGBA")  # Pillow warns of any other conversion
+        alpha = np.asarray(upright.convert("RGBA").getchannel("A")) if upright.has_transparency_data else None
+        return Picture(_8_bit_as_srgb(upright, profile), alpha, exif)
     values = np.asarray(upright)[..., None]
     if "I;12" in layout:
         values = values / np.float32(4095)
     elif format == "PPM":  # Pillow scales the file's own range to 16 bits, stored in 32
         values = values.astype(np.uint16)
-    return _as_srgb(values, profile, name)
+    return Picture(_as_srgb(values, profile, name), None, exif)
 
 
 def open_picture(file: BinaryIO, name: str) -> ImageFile.ImageFile:
@@ -117,14 +138,14 @@ def _vips_loader(file: BinaryIO) -> str:
     return "webpload_buffer" if prefix[:4] == b"RIFF" and prefix[8:] == b"WEBP" else ""
 
 
-def _read_with_vips(file: BinaryIO, name: str) -> tuple[np.ndarray, bytes | None]:
-    """Return the values `[H, W, C]` in the file's own type, C = 1 (grey), 3 (RGB) or 4 (CMYK), and the colour profile."""
+def _decode_with_vips(file: BinaryIO, name: str) -> Picture:
     pyvips = _import_pyvips()
     loader = getattr(pyvips.Image, _vips_loader(file))
     file.seek(0)
+    content = file.read()
     try:
         # A specific loader is called, so that no other decoder of libvips is given the file. It reads only the header at first.
-        image = loader(file.read(), access="sequential", fail_on="error")
+        image = loader(content, access="sequential", fail_on="error")
         _check_size(name, image.width, image.height, image.bands)
         fields = image.get_fields()
         profile = image.get("icc-profile-data") if "icc-profile-data" in fields else None
@@ -134,7 +155,9 @@ def _read_with_vips(file: BinaryIO, name: str) -> tuple[np.ndarray, bytes | None
             raise UserError(
                 f"{name} has {image.bands} values per pixel in the colour space {image.interpretation}: save it as grey, RGB or CMYK"
             )
-        values = np.asarray(image[:channels]).reshape(image.height, image.width, channels)
+        exif = read_exif({"exif": image.get("exif-data")} if "exif-data" in fields else {}, content)
+        image = image[: channels + 1]
+        values = np.asarray(image).reshape(image.height, image.width, image.bands)
     except pyvips.Error as error:
         raise OSError((error.detail or error.message).strip().splitlines()[-1]) from error
     # EXIF has eight orientations: 5 to 8 exchange rows and columns; then each axis may be reversed.
@@ -144,7 +167,17 @@ def _read_with_vips(file: BinaryIO, name: str) -> tuple[np.ndarray, bytes | None
         values = values[::-1]
     if orientation in (2, 3, 6, 7):
         values = values[:, ::-1]
-    return values, profile
+    alpha = _alpha(values[..., channels]) if channels < values.shape[-1] else None
+    return Picture(_as_srgb(values[..., :channels], profile, name), alpha, exif)
+
+
+def _alpha(values: np.ndarray) -> np.ndarray | None:
+    """Return the opacity as in a `Picture`, or None if its range is unknown."""
+    if values.dtype == np.uint8:
+        return np.ascontiguousarray(values)
+    if values.dtype == np.uint16:
+        return values.astype(np.float32) / 65535
+    return np.clip(np.nan_to_num(values), 0, 1).astype(np.float32) if values.dtype.kind == "f" else None
 
 
 def _to_unit(values: np.ndarray, name: str) -> np.ndarray:
@@ -186,7 +219,7 @@ def srgb_profile() -> bytes:
 
 
 def _as_srgb(values: np.ndarray, profile: bytes | None, name: str) -> np.ndarray:
-    """Convert values `[H, W, C]` of any type, C = 1 (grey), 3 (RGB) or 4 (CMYK), to what `decode` returns."""
+    """Convert values `[H, W, C]` of any type, C = 1 (grey), 3 (RGB) or 4 (CMYK), to the pixels of a `Picture`."""
     height, width, channels = values.shape
     if values.dtype == np.uint8:
         mode = {1: "L", 3: "RGB", 4: "CMYK"}[channels]

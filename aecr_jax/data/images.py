@@ -14,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from aecr_jax.data.decode import decode, load, open_picture, srgb_profile
+from aecr_jax.data.decode import Picture, decode, load, open_picture, srgb_profile
 from aecr_jax.data.haze import depth_problem
 from aecr_jax.errors import UserError, first_line
 from aecr_jax.files import replacing
@@ -87,7 +87,17 @@ def read_pixels(file: str | Path | bytes, name: str = "") -> np.ndarray:
     """
     name = name or _called(file)
     with _opened(file, name) as stream:
-        return decode(stream, name)
+        return decode(stream, name).pixels
+
+
+def read_picture(path: str | Path) -> Picture:
+    """Read an image as `read_pixels` does, with its alpha channel and its EXIF data.
+
+    Raises:
+      UserError: as for `read_image`.
+    """
+    with _opened(path, str(path)) as stream:
+        return decode(stream, str(path))
 
 
 def to_float(pixels: np.ndarray) -> np.ndarray:

@@ -17,6 +17,10 @@ from aecr_jax.networks.network import Network
 AnyImage = TypeVar("AnyImage", np.ndarray, Image.Image)
 # Floating-point values may lie slightly outside [0, 1], for instance after resizing. Values of 8-bit images lie far outside.
 _LEAST, _GREATEST = -1.0, 2.0
+_LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow converts RGB to grey
+_KEPT_INFO = ("icc_profile", "exif", "dpi")
+# The modes whose colour profile also describes the result.
+_SAME_COLOURS = ("L", "LA", "P", "PA", "RGB", "RGBA", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 def dehaze(image: AnyImage, model: Network | str | Path | None = None, *, tile: int = USUAL_TILE, strength: float = 1.0) -> AnyImage:
@@ -24,7 +28,8 @@ def dehaze(image: AnyImage, model: Network | str | Path | None = None, *, tile: 
 
     Args:
       image: an array `[H, W, 3]` or `[N, H, W, 3]` of uint8, uint16, or floating point in [0, 1]; or a PIL image. The alpha channel of a
-        PIL image is kept, and a grey image is restored as RGB and converted back to grey.
+        PIL image is kept, and a grey image is restored as RGB and converted back to grey. Colours are taken as they are, and the EXIF
+        orientation is not applied: the result's `info` has the image's profile, EXIF data and resolution.
       model: a network, or a name or path that `load_checkpoint` accepts; by default the default one of the shipped models. A model that
         is given by its name or path is loaded only once.
       tile: images of more than `tile * tile` pixels are restored in overlapping tiles, which needs less memory, unless the network
@@ -33,7 +38,8 @@ def dehaze(image: AnyImage, model: Network | str | Path | None = None, *, tile: 
         integers are returned unchanged.
 
     Returns:
-      An image of the same kind: an array of the same shape, type and range, or a PIL image of the same mode.
+      An image of the same kind: an array of the same shape, type and range, or a PIL image of the same mode (RGB or RGBA
+      for modes other than L, LA, RGB, RGBA and I;16).
 
     Raises:
       ValueError: the image has an unsupported shape, type or range, or does not fit into memory, or `tile` or `strength` is out of range.
@@ -60,10 +66,23 @@ def _dehaze_array(image: np.ndarray, restorer: Restorer, tile: int, strength: fl
 
 
 def _dehaze_pil(image: Image.Image, restorer: Restorer, tile: int, strength: float) -> Image.Image:
-    restored = Image.fromarray(_dehaze_array(np.asarray(image.convert("RGB")), restorer, tile, strength))
-    if "A" in image.getbands():
-        restored.putalpha(image.getchannel("A"))
-    return restored.convert(image.mode) if image.mode in ("L", "LA", "RGBA") else restored
+    if image.mode.startswith("I;16"):
+        grey = np.asarray(image).astype(np.uint16)  # in the byte order of the machine
+        restored = _dehaze_array(np.repeat(grey[..., None], 3, -1), restorer, tile, strength)
+        result = Image.fromarray(np.round(restored @ _LUMA).astype(np.uint16))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"image has mode {image.mode}, whose range is unknown: pass an array of uint8, uint16 or floating point in [0, 1]")
+    else:
+        colours = image.convert("RGBA") if image.has_transparency_data else image
+        result = Image.fromarray(_dehaze_array(np.asarray(colours.convert("RGB")), restorer, tile, strength))
+        if image.has_transparency_data:
+            result.putalpha(colours.getchannel("A"))
+        if image.mode in ("L", "LA"):
+            result = result.convert("LA" if image.has_transparency_data else "L")
+    result.info = {key: image.info[key] for key in _KEPT_INFO if key in image.info}
+    if image.mode not in _SAME_COLOURS:
+        result.info.pop("icc_profile", None)  # it describes other colours than RGB
+    return result
 
 
 def _to_unit(image: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Dehazing of image files and folders; the results are PNG files."""
+"""Dehazing of image files and folders of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 from aecr_jax.compilation import NotEnoughMemory
-from aecr_jax.data.images import EXTENSIONS, list_images, read_image, unique_names, write_image
+from aecr_jax.data.encode import Encoding
+from aecr_jax.data.images import EXTENSIONS, list_images, read_picture, to_float, unique_names
 from aecr_jax.errors import UserError, complaint
 from aecr_jax.files import make_folder
 from aecr_jax.inference.restore import (
@@ -40,42 +41,53 @@ def dehaze_files(
     tile: int = USUAL_TILE,
     strength: float = 1.0,
     existing: Existing = "refuse",
+    encoding: Encoding | None = None,
+    suffix: str = "",
+    recursive: bool = False,
 ) -> bool:
-    """Write the restored version of each image to `output/NAME.png`.
+    """Write the restored version of each image to `output/NAME.EXTENSION`, with the image's alpha channel and EXIF data.
 
     An image that cannot be restored is reported on standard error, and the function continues with the others. This applies to a file
-    that cannot be read, an entry of a folder that is named like an image but is not a file, an image that does not fit into memory, and
-    a result that is not finite or whose name is too long.
+    that cannot be read, an entry of a folder that is named like an image but is not a file, an image that does not fit into memory or
+    into the output's format, and a result that is not finite or whose name is too long.
 
     Args:
-      inputs: image files, and folders of image files; sub-folders are not searched.
+      inputs: image files, and folders of image files.
       output: folder for the results; it is created if it does not exist.
       checkpoint: a name or path that `load_checkpoint` accepts; the default model by default.
       tile: images of more than `tile * tile` pixels are restored in overlapping tiles, if the network needs that; 0 disables tiling.
       strength: how much of the change to apply, from 0 (none) to 1.
       existing: what to do if results already exist: "refuse" to start, "overwrite" them, or "skip" their images.
+      encoding: the format of the results; by default PNG files, with 16 bits per value for images that have more than 8.
+      suffix: text that is added to the name of each result, before the extension.
+      recursive: also restore the images in sub-folders of the inputs, to sub-folders of `output` with the same names. Links to folders,
+        hidden folders and `output` are left out.
 
     Returns:
       True if every image was restored, or was skipped because its result exists.
 
     Raises:
-      UserError: an input is missing, a folder has no images, the model is not finite, or the output cannot be written, would replace
-        an input, or already exists.
+      UserError: an input is missing, a folder has no images, the suffix is not part of a file name, the model is not finite, or the
+        output cannot be written, would replace an input, or already exists.
     """
     check_tile(tile)
     check_strength(strength)
+    if {os.sep, os.altsep, "\0"} & set(suffix):
+        raise UserError(f"suffix (={suffix}) must be part of a file name, without {os.sep}")
+    encoding = encoding or Encoding()
     output = Path(output)
-    images, skipped, notes = _list_inputs(inputs, output)
-    names = unique_names(image.stem for image in images)
-    todo = list(zip(images, (output / f"{name}.png" for name in names)))
+    images, skipped, notes = _list_inputs(inputs, output, recursive)
+    stems = [str(folder / source.stem) for source, folder in images]
+    names = unique_names(stems)
+    todo = [(source, output / f"{name}{suffix}.{encoding.extension}") for (source, _), name in zip(images, names)]
     there = _existing_results(todo, existing)
     model, config = load_with_info(DEFAULT_MODEL if checkpoint is None else checkpoint)
     restorer = Restorer(model)
     make_folder(output)
     shipped = checkpoint is None or shipped_folder(checkpoint)
     print(f"model: {config['about']['name'] + ', shipped with the package' if shipped else checkpoint}")
-    same = Counter(image.stem.lower() for image in images)
-    notes += [f"{source} -> {target}" for source, target in todo if same[source.stem.lower()] > 1 or source.stem != target.stem]
+    same = Counter(stem.lower() for stem in stems)
+    notes += [f"{source} -> {target}" for stem, name, (source, target) in zip(stems, names, todo) if same[stem.lower()] > 1 or stem != name]
     for note in notes:
         print(note)
     for path, reason in skipped:
@@ -85,13 +97,15 @@ def dehaze_files(
     for source, target in tqdm(todo, "dehazing", unit="image", disable=None):
         try:
             _check_name(source, target)
-            hazy = read_image(source)
+            picture = read_picture(source)
+            encoding.check(picture, str(source))
+            hazy = to_float(picture.pixels)
             restored = restore_any_size(restorer, hazy, tile, str(source))
         except UserError as error:
             failed += 1
             _complain(str(error))
             continue
-        write_image(target, blend(hazy, restored, strength))
+        encoding.write(target, blend(hazy, restored, strength), picture)
     done = len(images) + len(skipped) - len(there) - failed
     print(
         f"{done} images written to {output}"
@@ -154,24 +168,55 @@ def _existing_results(todo: Sequence[tuple[Path, Path]], existing: Existing) -> 
     return set(there) if existing == "skip" else set()
 
 
-def _list_inputs(inputs: Sequence[str | Path], output: Path) -> tuple[list[Path], list[tuple[Path, str]], list[str]]:
-    """Return the images, the folder entries that are named like images but are not files (with reasons), and notes about the folders."""
-    images: list[Path] = []
+def _list_inputs(
+    inputs: Sequence[str | Path], output: Path, recursive: bool
+) -> tuple[list[tuple[Path, Path]], list[tuple[Path, str]], list[str]]:
+    """Return the images, each with the folder of its result below `output`; what was left out, with reasons; and notes about folders.
+
+    Entries of folders that are named like images but are not files, and folders that cannot be listed, are left out.
+    """
+    images: list[tuple[Path, Path]] = []
     skipped: list[tuple[Path, str]] = []
     notes: list[str] = []
     for path in map(Path, inputs):
         if os.path.isdir(path):
-            found = list_images(path, skipped)
-            note = _unsearched(path, output)
+            folders, note = _folders(path, output, skipped) if recursive else ([path], _unsearched(path, output))
+            found = [(image, folder.relative_to(path)) for folder in folders for image in _images_of(folder, skipped, recursive)]
             if not found:
                 raise UserError(f"no images in {path}: looked for {', '.join(sorted(EXTENSIONS))}" + (f"; {note}" if note else ""))
             images += found
             notes += [note] if note else []
         elif os.path.exists(path):
-            images.append(path)
+            images.append((path, Path()))
         else:
             raise UserError(f"there is no file or folder {path}")
     return images, skipped, notes
+
+
+def _images_of(folder: Path, skipped: list[tuple[Path, str]], recursive: bool) -> list[Path]:
+    """List the images of a folder. If sub-folders are searched too, one that is named like an image is not reported as skipped."""
+    here: list[tuple[Path, str]] = []
+    images = list_images(folder, here)
+    skipped += [(path, reason) for path, reason in here if not (recursive and os.path.isdir(path))]
+    return images
+
+
+def _folders(folder: Path, output: Path, skipped: list[tuple[Path, str]]) -> tuple[list[Path], str]:
+    """Return `folder` and all folders below it, in order, and a note about links. Hidden folders, links and the output are left out."""
+    below = os.path.realpath(output)
+    found, links = [], 0
+
+    def skip(error: OSError) -> None:
+        if Path(error.filename) == folder:
+            raise UserError(f"{folder} cannot be listed: {error.strerror}") from error
+        skipped.append((Path(error.filename), error.strerror or str(error)))
+
+    for root, names, _ in os.walk(folder, onerror=skip):
+        found.append(Path(root))
+        visible = sorted(name for name in names if not name.startswith(".") and os.path.realpath(os.path.join(root, name)) != below)
+        names[:] = [name for name in visible if not os.path.islink(os.path.join(root, name))]
+        links += len(visible) - len(names)
+    return found, f"links to folders in {folder} were not searched ({links}): to dehaze their images, add them as inputs" if links else ""
 
 
 def _unsearched(folder: Path, output: Path) -> str:
@@ -180,8 +225,8 @@ def _unsearched(folder: Path, output: Path) -> str:
     here = os.path.realpath(output)
     count = sum(os.path.isdir(path) and os.path.realpath(path) != here for path in visible)
     if count == 1:
-        return f"{folder} has 1 sub-folder that was not searched: to dehaze its images, add it as an input"
-    return f"{folder} has {count} sub-folders that were not searched: to dehaze their images, add them as inputs" if count else ""
+        return f"{folder} has 1 sub-folder that was not searched: to dehaze its images, add --recursive"
+    return f"{folder} has {count} sub-folders that were not searched: to dehaze their images, add --recursive" if count else ""
 
 
 def _complain(message: str) -> None:
