@@ -23,7 +23,7 @@ from aecr_jax.training.config import Config, override
 from aecr_jax.training.help import settings_help
 
 # Settings under which haze follows the scattering model exactly, apart from the rounding to 8 bits.
-EXACT = HazeConfig(cast=0.1, uneven=0.4, clear=0.2, darken=0.5, resize=0.5, foreign_depth=0.5, outdoor_beta=(0.04, 0.6))
+EXACT = HazeConfig(cast=0.1, uneven=0.4, clear=0.2, darken=0.5, resize=0.5, foreign_depth=0.5, outdoor_near=0.5, outdoor_beta=(0.04, 0.6))
 DATA = DataConfig(crop=16, threads=1)
 
 
@@ -156,6 +156,14 @@ def test_haze_follows_the_scattering_model_with_all_settings_that_keep_it(landsc
     assert 0 < t.min() < t.max() == 1
 
 
+def test_haze_may_begin_behind_a_clear_foreground(landscape):
+    """Expected: by default, depth begins at 1.95, and t is at most exp(-0.2 * 1.95) = 0.68; begun at 0, t is nearly 1 there."""
+    samples, _ = open_samples(f"outdoor:{landscape}")
+    greatest = [crops_of(samples, HazeConfig(outdoor_beta=(0.2, 0.2), outdoor_near=p))["transmission"].max((1, 2, 3)) for p in (0, 1, 0.5)]
+    assert greatest[0].max() < 0.68 and greatest[1].max() > 0.9
+    assert (greatest[2] > 0.68).mean() == pytest.approx((greatest[1] > 0.68).mean() / 2, abs=0.12)
+
+
 def test_a_cast_colours_the_airlight():
     batch = crops_of(SCENES, HazeConfig(cast=0.1, airlight=(0.8, 0.8)))
     deviation = batch["airlight"] - 0.8
@@ -227,6 +235,19 @@ def test_a_scene_may_take_the_depth_of_another():
         own = np.array([0.5, 1.0])[batch["index"]]
         foreign = np.abs(batch["transmission"][:, 0, 0, 0] - np.exp(-own)) > 0.1
         assert foreign.mean() == pytest.approx(expected, abs=0.15 if probability == 0.5 else 0)
+
+
+def test_a_share_of_the_crops_gets_resides_haze(landscape):
+    """Expected: half of the crops with RESIDE's grey airlight from 0.7 (outdoors 0.8) and beta, and half with none of it."""
+    other = HazeConfig(cast=0.1, uneven=0.4, clear=1.0, darken=1.0, noise=0.1, jpeg=1.0, resize=1.0, foreign_depth=1.0, reside=0.5)
+    for samples, least in ((SCENES, 0.7), (open_samples(f"outdoor:{landscape}")[0], 0.8)):
+        batch = crops_of(samples, other, 300)
+        reside = batch["transmission"].min((1, 2, 3)) < 1
+        assert reside.mean() == pytest.approx(0.5, abs=0.1)
+        airlight, t = batch["airlight"][reside], batch["transmission"][reside]
+        assert airlight.min() >= least and np.ptp(airlight, axis=(1, 2, 3)).max() == 0
+        exact = batch["clear"][reside] * t + airlight * (1 - t)
+        assert np.abs(batch["hazy"][reside] - exact).max() < 0.51 / 255
 
 
 def test_the_seed_determines_everything(landscape):

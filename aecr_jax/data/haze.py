@@ -36,6 +36,9 @@ class HazeConfig:
     """Range of the airlight for outdoor photographs: RESIDE's outdoor set (Li et al., TIP 2019)."""
     outdoor_beta: tuple[float, float] = bounded((0.04, 0.2), 0, 10)
     """Range of the scattering coefficient for outdoor photographs, whose depth is between 2 and 4.5: RESIDE's outdoor set."""
+    outdoor_near: float = bounded(0.0, 0, 1)
+    """Probability that the depth of an outdoor photograph begins nearer than RESIDE's, between 0 and 2, so that haze begins behind a clear
+    foreground, as in wide views. The idea is this project's."""
     cast: float = bounded(0.0, 0, 1)
     """Largest deviation of each channel of the airlight from grey, drawn uniformly; 0 is grey, as in RESIDE. RIDCP (Wu et al., CVPR 2023)
     has coloured airlight."""
@@ -59,6 +62,9 @@ class HazeConfig:
     foreign_depth: float = bounded(0.0, 0, 1)
     """Probability that a scene with depth gets the depth of another one, as in DA-HAZE, so that a network cannot infer the haze from what
     it knows about depth."""
+    reside: float = bounded(0.0, 0, 1)
+    """Probability that a crop gets RESIDE's haze, as with the defaults, in place of all settings above. Wide ranges make a network careful
+    with RESIDE's haze, on which it is scored. The idea is this project's."""
 
     def validate(self) -> None:
         """Raise UserError if a range begins above its end."""

@@ -15,7 +15,7 @@ from PIL import Image
 
 # Longest side in pixels of the maps in which the sky is found and depth is drawn; both are smooth.
 _MAP_SIDE = 128
-_NEAR, _FAR, _SKY = 1.95, 4.35, 4.5  # depth of the nearest point, of the farthest, and of the sky
+NEAR, _FAR, _SKY = 1.95, 4.35, 4.5  # depth of the nearest point, of the farthest, and of the sky
 # The ground recedes upwards; weights of that ramp and of noise with 2x2, 4x4 and 8x8 cells.
 _RAMP, _OCTAVES = (0.3, 1.7), {2: 0.8, 4: 0.7, 8: 0.35}
 # Depth is a logistic curve of the field. These set how far it leans to near or far, and the spread within an image.
@@ -65,7 +65,9 @@ def find_sky(pixels: np.ndarray) -> np.ndarray:
     return np.uint8(255) * (sky if sky.mean() > _LEAST_SKY else np.zeros_like(sky))
 
 
-def draw_depth(sky: np.ndarray, size: tuple[int, int], window: Window, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+def draw_depth(
+    sky: np.ndarray, size: tuple[int, int], window: Window, shape: tuple[int, int], rng: np.random.Generator, near: float = NEAR
+) -> np.ndarray:
     """Draw a random depth field for an image, and return it for a part of the image.
 
     Args:
@@ -74,9 +76,10 @@ def draw_depth(sky: np.ndarray, size: tuple[int, int], window: Window, shape: tu
       window: the part of the image.
       shape: height and width of the result, to which the window is scaled.
       rng: the source of the field; the same state gives the same field for every window.
+      near: depth of the nearest point.
 
     Returns:
-      Depth, float32 `shape`, between about 2 and 4.4 on the ground and 4.5 in the sky.
+      Depth, float32 `shape`, between about `near` and 4.4 on the ground and 4.5 in the sky.
     """
     rows, columns = sky.shape
     above_bottom = (np.arange(rows, 0, -1, dtype=np.float32) - 0.5) / rows
@@ -86,7 +89,7 @@ def draw_depth(sky: np.ndarray, size: tuple[int, int], window: Window, shape: tu
         field = field + np.float32(weight) * np.asarray(noise.resize((columns, rows), Image.Resampling.BICUBIC))
     field = (field - field.mean()) / field.std()
     field = np.float32(rng.uniform(*_STEEPNESS)) * (field + np.float32(rng.uniform(*_LEAN)))
-    depth = _NEAR + (_FAR - _NEAR) / (1 + np.exp(-field))
+    depth = near + (_FAR - near) / (1 + np.exp(-field))
     share = sky.astype(np.float32) / 255
     depth = (depth + (_SKY - depth) * share).astype(np.float32)
     down, right = rows / size[0], columns / size[1]  # from pixels of the image to those of the map

@@ -18,7 +18,7 @@ from PIL import Image
 
 from aecr_jax.data.haze import RESCALING, RESIDE, Haze, HazeConfig, darken, degrade, haze_for
 from aecr_jax.data.images import to_float
-from aecr_jax.data.outdoor import Window, draw_depth
+from aecr_jax.data.outdoor import NEAR, Window, draw_depth
 from aecr_jax.data.reader import Source
 from aecr_jax.data.samples import Sample
 from aecr_jax.data.sources import DataConfig
@@ -45,14 +45,14 @@ class Augment(grain.transforms.RandomMap):
         self, data: DataConfig, haze: HazeConfig = RESIDE, *, source: Source | None = None, haze_truth: bool = False, rehazed: int = 0
     ):
         self._crop, self._turn, self._haze, self._source, self._haze_truth = data.crop_size, not data.crop_width, haze, source, haze_truth
-        # A scene without haze is no negative: it would be the clear image.
-        self._rehazed, self._other_haze = rehazed, dataclasses.replace(haze, clear=0.0)
+        self._rehazed = rehazed
         self._scenes = [i for i, sample in enumerate(source.samples) if sample.kind == "depth"] if source and haze.foreign_depth else []
 
     def random_map(self, element: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Transform a sample of any size, with "index", into `{"hazy", "clear", "index"}`, images of the size of a crop."""
         has_depth = "depth" in element or "sky" in element
-        window = self._draw_window(element["clear"].shape[:2], rng, rescale=has_depth)
+        settings = RESIDE if has_depth and self._haze.reside and rng.random() < self._haze.reside else self._haze
+        window = self._draw_window(element["clear"].shape[:2], rng, settings.resize if has_depth else 0)
         flip, turns = rng.integers(2), int(rng.integers(4)) if self._turn else 0
 
         def orient(image: np.ndarray) -> np.ndarray:
@@ -66,25 +66,30 @@ class Augment(grain.transforms.RandomMap):
             return {**images, "index": element["index"]}
         clear, depth = images["clear"], None
         if has_depth:
-            depth = orient(self._make_depth(element, window, rng))
-            clear = darken(clear, rng, self._haze)
+            depth = orient(self._make_depth(element, window, rng, settings))
+            clear = darken(clear, rng, settings)
 
         def make_haze(settings: HazeConfig) -> Haze:
             haze = haze_for(clear, depth, rng, settings, outdoor="sky" in element)
             return haze._replace(hazy=degrade(haze.hazy, rng, settings)) if has_depth else haze
 
-        haze = make_haze(self._haze)
+        haze = make_haze(settings)
         # All crops of a batch must have airlight of one shape, also those of constant haze.
         airlight = np.broadcast_to(haze.airlight, clear.shape) if self._haze.uneven else haze.airlight
         extra = {"transmission": haze.transmission, "airlight": airlight} if self._haze_truth else {}
         if self._rehazed:  # drawn last, so that everything else is as without it
-            extra["rehazed"] = np.stack([make_haze(self._other_haze).hazy for _ in range(self._rehazed)])
+            # A scene without haze is no negative: it would be the clear image.
+            other = dataclasses.replace(settings, clear=0.0)
+            extra["rehazed"] = np.stack([make_haze(other).hazy for _ in range(self._rehazed)])
         return {"hazy": haze.hazy, "clear": clear, "index": element["index"], **extra}
 
-    def _draw_window(self, size: tuple[int, ...], rng: np.random.Generator, *, rescale: bool) -> Window:
-        """Draw the part of an image of `size` that becomes the crop; if the image is rescaled, that part has another size than the crop."""
+    def _draw_window(self, size: tuple[int, ...], rng: np.random.Generator, resize: float) -> Window:
+        """Draw the part of an image of `size` that becomes the crop; if the image is rescaled, that part has another size than the crop.
+
+        `resize` is the probability that it is.
+        """
         height, width = self._crop
-        if rescale and self._haze.resize and rng.random() < self._haze.resize:
+        if resize and rng.random() < resize:
             least, most = RESCALING
             factor = rng.uniform(max(least, height / size[0], width / size[1]), most)
             height, width = min(size[0], round(height / factor)), min(size[1], round(width / factor))
@@ -95,16 +100,18 @@ class Augment(grain.transforms.RandomMap):
         image = image[window.top : window.top + window.height, window.left : window.left + window.width]
         return image if image.shape[:2] == self._crop else _scale(image, self._crop)
 
-    def _make_depth(self, element: dict[str, np.ndarray], window: Window, rng: np.random.Generator) -> np.ndarray:
+    def _make_depth(self, element: dict[str, np.ndarray], window: Window, rng: np.random.Generator, settings: HazeConfig) -> np.ndarray:
         """Return the depth of the crop: for an outdoor photograph random, for a scene its own or that of a crop of another scene."""
         if "sky" in element:
-            return draw_depth(element["sky"], element["clear"].shape[:2], window, self._crop, rng)
-        if len(self._scenes) < 2 or not rng.random() < self._haze.foreign_depth:
+            nearer = settings.outdoor_near and rng.random() < settings.outdoor_near
+            near = rng.uniform(0, NEAR) if nearer else NEAR
+            return draw_depth(element["sky"], element["clear"].shape[:2], window, self._crop, rng, near)
+        if len(self._scenes) < 2 or not rng.random() < settings.foreign_depth:
             return self._cut(element["depth"], window)
         assert self._source is not None
         place = int(rng.integers(len(self._scenes) - 1))
         other = self._source[self._scenes[place + (self._scenes[place] >= element["index"])]]["depth"]
-        return self._cut(other, self._draw_window(other.shape, rng, rescale=False))
+        return self._cut(other, self._draw_window(other.shape, rng, 0))
 
 
 def _scale(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
