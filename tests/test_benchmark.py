@@ -112,7 +112,7 @@ def test_multiply_adds_of_the_operator():
     [
         ("op", ["--size", "8", "--channels", "4"], 2),
         ("model", ["--size", "16", "--width", "2", "--dtype", "bfloat16"], 1),
-        ("train", ["--size", "16", "--width", "2", "--batch", "1"], 2),
+        pytest.param("train", ["--size", "16", "--width", "2", "--batch", "1"], 2, marks=pytest.mark.slow),
     ],
 )
 def test_benchmark_writes_table_and_json(tmp_path, capsys, what, options, works):

@@ -90,7 +90,7 @@ def test_settings_out_of_range_are_named(settings, message):
         CoarseNetConfig(**settings)
 
 
-@pytest.mark.parametrize("shape", [(2, 64, 96, 3), (1, 45, 70, 3)])
+@pytest.mark.parametrize("shape", [(1, 45, 70, 3), pytest.param((2, 64, 96, 3), marks=pytest.mark.slow)])
 def test_pytorch_computes_the_same(shape):
     """Output and gradient of the same weights in PyTorch; both are float32."""
     torch = pytest.importorskip("torch", reason="needs PyTorch: requirements-test.txt")

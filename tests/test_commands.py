@@ -64,6 +64,7 @@ def test_fine_tuning_begins_with_the_parameters_of_a_checkpoint(run, config_file
     assert "run.init_from" in said and "model.width is 4 there and 2 here" in said
 
 
+@pytest.mark.slow
 def test_the_moving_average_is_evaluated_saved_and_loaded(config_file, tmp_path, capsys):
     workdir = tmp_path / "w"
     arguments = ["train", "--config", config_file, "--run.workdir", str(workdir), "--loss.cr", "0", "--optim.ema", "0.5"]

@@ -90,7 +90,7 @@ def test_there_and_back_is_bit_exact(name, suffix, tmp_path, capsys):
         assert result[theirs].shape == tensor.shape and result[theirs].tobytes() == tensor.tobytes(), theirs
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name == "msbdn" else name for name in CASES])
 def test_wrong_files_are_one_line(name, tmp_path, capsys):
     """Status 2, one line with the tensor and what was expected, and no output."""
     tensors, tensor, title = make_tensors(name), CASES[name].tensor, find_format(name).title

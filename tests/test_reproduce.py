@@ -70,6 +70,7 @@ def finished(tmp_path_factory):
     return output
 
 
+@pytest.mark.slow
 def test_a_killed_command_continues_and_all_rows_are_in_the_results(finished):
     results = read(finished / "table2/results.csv")
     # The seeds are the outer loop.
@@ -91,6 +92,7 @@ def test_a_killed_command_continues_and_all_rows_are_in_the_results(finished):
     assert mixup["macs"] == base["macs"]
 
 
+@pytest.mark.slow
 def test_the_page_has_the_papers_scores_and_the_claims(finished):
     text = (finished / "table2/results.md").read_text()
     first = read(finished / "table2/results.csv")[0]
@@ -102,6 +104,7 @@ def test_the_page_has_the_papers_scores_and_the_claims(finished):
     assert text.count("not measured") == 6
 
 
+@pytest.mark.slow
 def test_the_figure_and_the_panel(finished):
     figure = ElementTree.parse(finished / "table2/psnr_over_parameters.svg").getroot()
     titles = [title.text for title in figure.iter("{http://www.w3.org/2000/svg}title")]
@@ -114,6 +117,7 @@ def test_the_figure_and_the_panel(finished):
     assert panel.size == (4 * 32 + 5 * 8, 26 + 3 * (24 + 26) + 4 * 8)
 
 
+@pytest.mark.slow
 def test_finished_rows_are_skipped(finished, monkeypatch, capsys):
     monkeypatch.setattr(runner, "train", lambda config: pytest.fail("it was trained again"))
     before = (finished / "table2/results.csv").read_bytes()
@@ -122,6 +126,7 @@ def test_finished_rows_are_skipped(finished, monkeypatch, capsys):
     assert (finished / "table2/results.csv").read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -150,6 +155,7 @@ def modified(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_run_with_other_settings_is_refused(finished, monkeypatch, capsys):
     other = dataclasses.replace(TINY, optim=dataclasses.replace(TINY.optim, learning_rate=0.5))
     monkeypatch.setattr(settings, "SMALL", dict.fromkeys(settings.SMALL, other))

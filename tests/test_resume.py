@@ -34,6 +34,7 @@ def test_the_same_command_again_continues(run, config_file, tmp_path, capsys):
     check_same_parameters(workdir, run)
 
 
+@pytest.mark.slow
 def test_statistics_freeze_after_a_step(run, config_file, tmp_path):
     """Statistics that are frozen after 2 of 4 steps stay equal to those after 2 steps of the uninterrupted run."""
     arguments = ["--run.workdir", str(tmp_path / "frozen"), "--optim.freeze_stats_after", "2"]

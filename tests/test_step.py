@@ -32,6 +32,7 @@ def loss_of(config):
 FLOAT64 = {"dtype": "float64", "param_dtype": "float64"}
 
 
+@pytest.mark.slow
 def test_five_steps_of_the_official_code(x64):
     """Losses and gradient norms before each of five Adam steps, and the final network, equal PyTorch's in float64 (tests/golden)."""
     d = load("train_trajectory")

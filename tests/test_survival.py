@@ -137,7 +137,7 @@ def test_a_run_goes_on_with_another_number_of_devices(config, tmp_path):
     np.testing.assert_allclose(ours, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_stop_saves_and_says_so(config, tmp_path, number):
     workdir = tmp_path / "stopped"
     process = start(config, workdir, "--run.save_every", 1000)
