@@ -43,9 +43,9 @@ def add_options(parser: Any) -> None:
 def run_export(options: argparse.Namespace, rest: list[str]) -> int:
     """Export the model that the options select, and return the exit status."""
     path = Path(options.output)
-    model = export_model(
-        options.model, path, form=options.format, dtype=options.dtype, deform=options.deform, overwrite=options.overwrite, size=options.size
-    )
+    if options.size < 32:
+        raise UserError(f"--size (={options.size}) must be at least 32")
+    model = export_model(options.model, path, form=options.format, dtype=options.dtype, deform=options.deform, overwrite=options.overwrite)
     print(_report(model, path, options.format, options.size), flush=True)
     return 0
 
@@ -58,7 +58,6 @@ def export_model(
     dtype: DType = "float32",
     deform: Deform = "native",
     overwrite: bool = False,
-    size: int = 256,
 ) -> Any:
     """Write a model as a file that other programs run.
 
@@ -69,7 +68,6 @@ def export_model(
       dtype: see `aecr_jax.export.to_onnx.to_onnx`; "stablehlo" has only "float32".
       deform: see there.
       overwrite: replace `output` if it exists.
-      size: side in pixels of the image with which the command measures the file.
 
     Returns:
       The network.
@@ -85,8 +83,6 @@ def export_model(
     if output.is_dir():
         raise UserError(f"--output (={output}) is a folder: name a file, such as {output / 'model.onnx'}")
     refuse_existing(output, overwrite=overwrite)
-    if size < 32:
-        raise UserError(f"--size (={size}) must be at least 32")
     if form == "stablehlo":
         for option, value, usual in (("--dtype", dtype, "float32"), ("--deform", deform, "native")):
             if value != usual:
@@ -157,10 +153,11 @@ def _report(network: Any, path: Path, form: str, size: int) -> str:
     from aecr_jax.networks.macs import network_macs
 
     if form == "stablehlo":
-        from aecr_jax.export.to_stablehlo import PLATFORMS, multiple_of
+        from aecr_jax.export.to_stablehlo import PLATFORMS
 
-        size += -size % multiple_of(network)
-        limits = f"for {', '.join(PLATFORMS)}; height and width must be multiples of {multiple_of(network)}"
+        multiple = network.symbolic_sizes().multiple
+        size += -size % multiple
+        limits = f"for {', '.join(PLATFORMS)}; height and width must be multiples of {multiple}"
     else:
         limits = "for images of any size"
     found = measure(form, path, size)

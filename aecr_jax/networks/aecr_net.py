@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from aecr_jax.networks.layers import Conv, ConvTranspose, DeformConv, FABlock, FastDeconv, Mixup, ResidualBlock
-from aecr_jax.networks.network import Network, NetworkConfig, as_images, layer_options
+from aecr_jax.networks.network import Network, NetworkConfig, SymbolicSizes, as_images, layer_options
 from aecr_jax.ops.conv import conv_few_inputs, conv_few_outputs
 from aecr_jax.ops.resize import enlarge_bilinear
 from aecr_jax.settings import bounded
@@ -112,6 +112,9 @@ class AECRNet(Network):
     @classmethod
     def estimates_haze(cls, config: NetworkConfig) -> bool:
         return isinstance(config, AECRNetConfig) and config.output in ("affine", "airlight")
+
+    def symbolic_sizes(self) -> SymbolicSizes:
+        return SymbolicSizes(self.MULTIPLE << self.config.coarse_levels)
 
     def restore_with_haze(self, hazy: ArrayLike) -> tuple[Array, Array, Array]:
         if not self.estimates_haze(self.config):

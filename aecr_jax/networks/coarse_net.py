@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from aecr_jax.networks.layers import Conv, ResidualBlock
-from aecr_jax.networks.network import Network, NetworkConfig, as_images, layer_options
+from aecr_jax.networks.network import Network, NetworkConfig, SymbolicSizes, as_images, layer_options
 from aecr_jax.ops.resize import average_cells, enlarge_bilinear
 from aecr_jax.settings import bounded
 
@@ -98,6 +98,9 @@ class CoarseNet(Network):
         offset = gain * nnx.sigmoid(maps[..., 1:])
         factor, subtracted = (enlarge_bilinear(x, MAP_CELL * reduction)[:, :h, :w] for x in (1 + gain, offset))
         return (factor * hazy - subtracted).astype(hazy.dtype), gain, offset
+
+    def symbolic_sizes(self) -> SymbolicSizes:
+        return SymbolicSizes(self.MULTIPLE, pixels=PIXELS)  # above, the reduction depends on the size
 
     def _estimate(self, images: Array) -> Array:
         """Return the maps `[N, H / 8, W / 8, 4]`: transmission and airlight before their sigmoids."""

@@ -9,7 +9,7 @@ from flax import nnx
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from aecr_jax.networks.network import Network, NetworkConfig, as_images
+from aecr_jax.networks.network import Network, NetworkConfig, SymbolicSizes, as_images
 from aecr_jax.ops.guided_filter import guided_filter
 from aecr_jax.ops.windows import window_min
 from aecr_jax.settings import bounded
@@ -95,6 +95,9 @@ class DCP(Network):
         """Return the transmission before its refinement, `[N, H, W, 1]`."""
         images = self._convert(hazy)
         return self._transmission(images, self.airlight(images))
+
+    def symbolic_sizes(self) -> SymbolicSizes:
+        return SymbolicSizes(self.MULTIPLE, least=max(32, self.config.radius + 1))
 
     def refine(self, hazy: ArrayLike, transmission: Array) -> Array:
         """Return the transmission `[N, H, W, 1]` filtered along the edges of the grey hazy image."""

@@ -13,7 +13,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from aecr_jax.networks.layers import DType, uniform_within
-from aecr_jax.networks.network import Network, NetworkConfig, as_images, layer_options
+from aecr_jax.networks.network import Network, NetworkConfig, SymbolicSizes, as_images, layer_options
 from aecr_jax.ops.conv import conv_few_inputs, conv_one_output
 from aecr_jax.ops.guided_filter import guided_filter
 from aecr_jax.ops.windows import window_max
@@ -123,6 +123,9 @@ class DehazeNet(Network):
         # The mean of the differences, as the sum of a million colours would lose digits.
         difference = jnp.where(chosen[:, None], colours - first, 0).sum(2) / chosen.sum(1, keepdims=True)
         return first[..., 0] + difference
+
+    def symbolic_sizes(self) -> SymbolicSizes:
+        return SymbolicSizes(self.MULTIPLE, least=max(32, self.config.radius + 1))
 
     def refine(self, hazy: ArrayLike, transmission: Array) -> Array:
         """Return the transmission `[N, H, W, 1]` filtered along the edges of the grey hazy image."""

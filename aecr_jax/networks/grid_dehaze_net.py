@@ -11,7 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from aecr_jax.networks.layers import Conv, ConvTranspose
-from aecr_jax.networks.network import Network, NetworkConfig, as_images, layer_options
+from aecr_jax.networks.network import Network, NetworkConfig, SymbolicSizes, as_images, layer_options
 from aecr_jax.ops.conv import concatenate_channels, conv_few_inputs, conv_few_outputs
 from aecr_jax.settings import bounded
 
@@ -96,6 +96,9 @@ class GridDehazeNet(Network):
                     up = self.ups[row][column - half](rows[row + 1], along[row].shape)
                     rows[row] = self._join(row, column, along[row], up)
         return nnx.relu(self.conv_out(self.block_out(rows[0]))).astype(hazy.dtype)
+
+    def symbolic_sizes(self) -> SymbolicSizes:
+        return SymbolicSizes(2 ** (_ROWS - 1))
 
     def _join(self, row: int, column: int, along: Array, across: Array) -> Array:
         factors = self.coefficient[...][row, column, :, : along.shape[-1]].astype(along.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -61,6 +61,17 @@ def as_images(value: ArrayLike, name: str = "hazy") -> Array:
     return images
 
 
+class SymbolicSizes(NamedTuple):
+    """What height and width must satisfy where they are symbols, as in an exported program, which cannot round them or compare them."""
+
+    multiple: int
+    """Both must be multiples of this number, because the caller pads, and halves within the network must be whole."""
+    least: int = 32
+    """Both must be at least this. Padding by reflection must be smaller than the image at every resolution inside the network."""
+    pixels: int | None = None
+    """The largest number of pixels, if there is a limit."""
+
+
 class Network(nnx.Module):
     """Restores hazy images: `[N, H, W, 3]` in [0, 1] -> the same shape, approximately in [0, 1], not clipped, for any H and W.
 
@@ -114,6 +125,10 @@ class Network(nnx.Module):
         h, w = images.shape[1:3]
         multiple = multiple or self.MULTIPLE
         return jnp.pad(images, ((0, 0), (0, -h % multiple), (0, -w % multiple), (0, 0)), mode="reflect")
+
+    def symbolic_sizes(self) -> SymbolicSizes:
+        """Return what the sizes of images must satisfy in an exported program."""
+        return SymbolicSizes(self.MULTIPLE)
 
     @classmethod
     def predicts_offsets(cls, name: str) -> bool:
