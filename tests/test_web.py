@@ -169,8 +169,8 @@ def test_the_command_writes_the_page(tmp_path, capsys, package):
     assert main(command) == 0
     assert f"written to {output}" in capsys.readouterr().out
     listing = json.loads((output / "models/models.json").read_text())
-    assert [model["name"] for model in listing["models"]] == ["photo", "aecr_net_tiny"]  # the default model is the first one
-    photo, tiny = listing["models"]
+    assert [model["name"] for model in listing["models"]] == ["photo", "aecr_net_tiny", "indoor"]  # the default model is the first one
+    photo, tiny, _ = listing["models"]
     assert photo["form"] == {"pixels": 2**20, "cell": 8, "multiple": 32} and tiny["form"] == {"tile": 768, "overlap": 128}
     assert photo["parameters"] == 920_756 and photo["license"] == "apache-2.0" and photo["purpose"].startswith("photographs")
     for model in listing["models"]:
