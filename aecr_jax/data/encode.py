@@ -13,10 +13,11 @@ from PIL import Image
 
 from aecr_jax.data import exif as exif_data
 from aecr_jax.data.decode import Picture, srgb_profile
+from aecr_jax.data.images import to_float
 from aecr_jax.errors import UserError
 from aecr_jax.files import replacing
 
-# By the extension of the file's name, which `--format` names.
+# Pillow's names of the formats, by the extensions of file names that `--format` takes.
 FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP", "tif": "TIFF", "tiff": "TIFF"}
 _LONGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}  # of libjpeg and of the WebP format
 _LONGEST_EXIF = 65533  # bytes of EXIF data in a JPEG file, whose segments have 16 bits for their length
@@ -94,8 +95,7 @@ class Encoding:
         deep = self.bits == 16 or (self.bits is None and not self._lossy and picture.pixels.dtype != np.uint8)
         values = _quantized(np.asarray(image), deep)
         if picture.alpha is not None and self._format != "JPEG":
-            alpha = picture.alpha.astype(np.float32) / 255 if picture.alpha.dtype == np.uint8 else picture.alpha
-            values = np.concatenate([values, _quantized(alpha, deep)[..., None]], -1)
+            values = np.concatenate([values, _quantized(to_float(picture.alpha), deep)[..., None]], -1)
         height, width = image.shape[:2]
         exif = exif_data.correct(picture.exif, width, height)
         with replacing(path) as partial, open(partial, "wb") as file:

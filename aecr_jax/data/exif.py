@@ -56,7 +56,7 @@ def read_exif(info: Mapping[Any, Any], content: bytes = b"") -> bytes:
 
 
 def correct(exif: bytes, width: int, height: int) -> bytes:
-    """Return EXIF data for the upright sRGB image of this size: orientation, size and colour space are set, the thumbnail is removed.
+    """Return EXIF data with the orientation, the colour space and the size of an upright sRGB image, and without the thumbnail.
 
     Returns b"" if the data are damaged.
     """

@@ -63,8 +63,8 @@ class HazeConfig:
     """Probability that a scene with depth gets the depth of another one, as in DA-HAZE, so that a network cannot infer the haze from what
     it knows about depth."""
     reside: float = bounded(0.0, 0, 1)
-    """Probability that a crop gets RESIDE's haze, as with the defaults, in place of all settings above. Wide ranges make a network careful
-    with RESIDE's haze, on which it is scored. The idea is this project's."""
+    """Probability that a crop gets RESIDE's haze, as with the defaults, in place of all settings above. So the haze on which networks
+    are scored stays frequent among haze of wide ranges. The idea is this project's."""
 
     def validate(self) -> None:
         """Raise UserError if a range begins above its end."""

@@ -84,9 +84,9 @@ class Augment(grain.transforms.RandomMap):
         return {"hazy": haze.hazy, "clear": clear, "index": element["index"], **extra}
 
     def _draw_window(self, size: tuple[int, ...], rng: np.random.Generator, resize: float) -> Window:
-        """Draw the part of an image of `size` that becomes the crop; if the image is rescaled, that part has another size than the crop.
+        """Draw the part of an image of `size` that becomes the crop.
 
-        `resize` is the probability that it is.
+        With the probability `resize` the image is rescaled, and the size of that part differs from that of the crop.
         """
         height, width = self._crop
         if resize and rng.random() < resize:

@@ -19,7 +19,7 @@ from aecr_jax.files import replacing
 VERSION = "1.30.0"
 PACKAGE = f"onnxruntime-web@{VERSION}"
 INTEGRITY = "sha512-q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
-"""The checksum of the package file, as npm's registry states it and package-lock.json would."""
+"""The checksum of the package file as npm's registry states it, in the notation of package-lock.json."""
 FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
 """What the page needs of the package: JavaScript, and the operators for processors (not for GPUs)."""
 

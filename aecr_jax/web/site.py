@@ -29,7 +29,7 @@ def make_site(runtime: str | Path | None = None) -> dict[str, bytes]:
       runtime: see `read_runtime`.
 
     Raises:
-      UserError: a package for ONNX is missing, or onnxruntime-web.
+      UserError: a package that ONNX needs is missing, or onnxruntime-web cannot be had.
     """
     check_onnx()
     site = {f"runtime/{name}": content for name, content in read_runtime(runtime).items()}

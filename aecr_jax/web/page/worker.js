@@ -64,5 +64,5 @@ async function restore(session, form, picture) {
 function explain(error) {
   const text = String(error?.message ?? error);
   const memory = /memory|alloc|^\d+$/i.test(text); // onnxruntime may throw the address of a C++ exception
-  return memory ? "There is not enough memory in this browser for the picture: use a smaller one, or the other model." : text;
+  return memory ? "There is not enough memory in this browser for the picture: use a smaller one, or another model." : text;
 }
