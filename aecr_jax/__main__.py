@@ -23,14 +23,16 @@ from aecr_jax.convert.command import add_conversions, run_convert, run_convert_l
 from aecr_jax.errors import Stopped, UserError, complaint, first_line
 from aecr_jax.export.command import add_options as add_export_options
 from aecr_jax.export.command import run_export
+from aecr_jax.inference.push import add_options as add_push_options
+from aecr_jax.inference.push import run_push
 from aecr_jax.reproduce.command import add_options, run_reproduce
 from aecr_jax.streams import discard, explain_output, flush, has_no_reader
 from aecr_jax.web.command import add_options as add_web_options
 from aecr_jax.web.command import run_web
 
 _MODEL = (
-    "a shipped model (see the command models), the work directory of a run, an exported or converted model, or a network without"
-    " parameters: dcp (default: the default shipped model)"
+    "a shipped model (see the command models), the work directory of a run, an exported or converted model, one on the Hugging Face Hub"
+    " (hf://OWNER/NAME@REVISION), or a network without parameters: dcp (default: the default shipped model)"
 )
 
 
@@ -212,6 +214,8 @@ def _make_parser() -> argparse.ArgumentParser:
 
     add_export_options(commands.add_parser("export", help="write a model as ONNX or StableHLO", allow_abbrev=False))
 
+    add_push_options(commands.add_parser("push", help="upload a model to the Hugging Face Hub", allow_abbrev=False))
+
     add_web_options(commands.add_parser("web", help="a page that dehazes photographs in the browser", allow_abbrev=False))
 
     prepare = commands.add_parser("prepare-data", help="build a data set from its authors' archives", allow_abbrev=False)
@@ -368,6 +372,7 @@ _RUN = {
     "eval": _eval,
     "dehaze": _dehaze,
     "export": run_export,
+    "push": run_push,
     "web": run_web,
     "prepare-data": _prepare_data,
     "check-data": _check_data,

@@ -22,8 +22,8 @@ def add_options(parser: Any) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="a shipped model (see the command models), the work directory of a run, an exported or converted model, or a network without"
-        " parameters: dcp",
+        help="a shipped model (see the command models), the work directory of a run, an exported or converted model, one on the Hugging"
+        " Face Hub (hf://OWNER/NAME@REVISION), or a network without parameters: dcp",
     )
     parser.add_argument("--format", choices=("onnx", "stablehlo"), required=True, help="ONNX, or a program for jax.export")
     parser.add_argument("--output", required=True, metavar="FILE", help="the file to write, such as photo.onnx")

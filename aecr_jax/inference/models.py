@@ -15,7 +15,7 @@ _SETS = {"sots_indoor": "SOTS indoor", "sots_outdoor": "SOTS outdoor"}
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """The YAML block at the beginning of a model card; the first five keys are those of Hugging Face's model cards."""
+    """The YAML block at the beginning of a model card; the first six keys are those of Hugging Face's model cards."""
 
     license: str
     """The licence of the weights, such as "apache-2.0"."""
@@ -26,7 +26,9 @@ class Card:
     tags: list[str]
     """Terms to search for."""
     datasets: list[str]
-    """Names of the data sets that the model was trained on."""
+    """Data sets that the model was trained on, with names as the Hub allows them, such as "nyu-depth-v2"."""
+    metrics: list[str]
+    """The metrics of `scores`."""
     purpose: str
     """What the model is for, in one line."""
     network: str

@@ -24,6 +24,7 @@ from safetensors.numpy import load_file, save
 
 from aecr_jax.errors import MissingFileError, UserError, first_line
 from aecr_jax.files import refuse_existing, replacing
+from aecr_jax.inference.hub import hub_folder, is_address
 from aecr_jax.networks.arrays import get_arrays
 from aecr_jax.networks.network import Network
 from aecr_jax.networks.registry import (
@@ -57,19 +58,20 @@ def load_checkpoint(path: str | Path = DEFAULT_MODEL) -> Network:
 
     Args:
       path: the work directory of a training run or its `checkpoints` folder (the checkpoint with the best validation PSNR is loaded),
-        a single checkpoint in that folder, or an exported model; or, if there is no folder of that name, the name of a model that is
-        shipped with the package, such as "aecr_net_tiny", or of a network without parameters, such as "dcp", which gets its default
-        settings. By default, the default one of the shipped models.
+        a single checkpoint in that folder, or an exported model; the address of an exported model on the Hugging Face Hub,
+        `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION`, which is downloaded (this needs the extra `hub`); or, if there is no folder of
+        that name, the name of a model that is shipped with the package, such as "aecr_net_tiny", or of a network without parameters,
+        such as "dcp", which gets its default settings. By default, the default one of the shipped models.
 
     Raises:
-      UserError: `path` is none of these, or is damaged or incomplete.
+      UserError: `path` is none of these, is damaged or incomplete, or cannot be downloaded.
     """
     return load_with_info(path)[0]
 
 
 def load_with_info(path: str | Path) -> tuple[Network, dict[str, Any]]:
     """Load a model as `load_checkpoint` does, and the JSON saved with it: the config of a run, or `config.json` of an exported model."""
-    name, path = str(path), shipped_folder(path) or Path(path)
+    name, path = str(path), model_folder(path)
     if not path.is_dir():
         if name in network_names() and not has_parameters(model_config := find_network(name).Config()):
             model = build_network(model_config, {})
@@ -77,7 +79,10 @@ def load_with_info(path: str | Path) -> tuple[Network, dict[str, Any]]:
             return model, {"model": config_to_dict(model_config), "about": {"name": name}}
         raise MissingFileError(f"there is no checkpoint folder {path}; the shipped models are {', '.join(shipped_names())}")
     if (path / _WEIGHTS).is_file():
-        return _load_exported(path)
+        model, info = _load_exported(path)
+        if is_address(name) and "name" not in info.get("about", {}):
+            model.name = name.partition("@")[0].rpartition("/")[2]  # the folder in the cache is named after the commit
+        return model, info
     path = path.resolve()
     if (path / CHECKPOINTS).is_dir():
         workdir, step = path, None
@@ -110,6 +115,15 @@ def shipped_names() -> list[str]:
 def shipped_folder(name: str | Path) -> Path | None:
     """Return the folder of the shipped model `name`, or None if there is no such model or the user has a folder of that name."""
     return SHIPPED / name if str(name) in shipped_names() and not Path(name).is_dir() else None
+
+
+def model_folder(path: str | Path) -> Path:
+    """Return the folder that a name or path means, which may not exist; a model on the Hugging Face Hub is downloaded.
+
+    Raises:
+      UserError: the model cannot be downloaded.
+    """
+    return hub_folder(path) if is_address(path) else shipped_folder(path) or Path(path)
 
 
 def save_checkpoint(model: Network, path: str | Path, about: dict[str, Any] | None = None) -> None:
