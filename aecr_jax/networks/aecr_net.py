@@ -116,18 +116,15 @@ class AECRNet(Network):
     def symbolic_sizes(self) -> SymbolicSizes:
         return SymbolicSizes(self.MULTIPLE << self.config.coarse_levels)
 
-    def restore_with_haze(self, hazy: ArrayLike) -> tuple[Array, Array, Array]:
+    def estimate_haze(self, hazy: ArrayLike) -> tuple[Array, Array]:
         if not self.estimates_haze(self.config):
-            return super().restore_with_haze(hazy)
-        hazy = as_images(hazy)
-        y = self._decode(hazy)
+            return super().estimate_haze(hazy)
+        y = self._decode(as_images(hazy))
         if self.config.output == "affine":
-            gain, offset = y[..., :1], y[..., 1:]
-        else:
-            # The shift makes the restored image begin near the hazy one: K is about 0.1 at first.
-            gain = nnx.softplus(y[..., :1] - 2)
-            offset = gain * nnx.sigmoid(y[..., 1:])
-        return (hazy + gain * hazy - offset).astype(hazy.dtype), gain, offset
+            return y[..., :1], y[..., 1:]
+        # The shift makes the restored image begin near the hazy one: K is about 0.1 at first.
+        gain = nnx.softplus(y[..., :1] - 2)
+        return gain, gain * nnx.sigmoid(y[..., 1:])
 
     def _decode(self, hazy: Array) -> Array:
         """Return the output of the last layer, `[N, H, W, 3 or 4]`."""

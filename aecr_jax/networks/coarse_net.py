@@ -85,19 +85,20 @@ class CoarseNet(Network):
     def estimates_haze(cls, config: NetworkConfig) -> bool:
         return True
 
-    def restore_with_haze(self, hazy: ArrayLike) -> tuple[Array, Array, Array]:
+    def estimate_haze(self, hazy: ArrayLike) -> tuple[Array, Array]:
         hazy = as_images(hazy)
-        h, w = hazy.shape[1:3]
-        reduction = 1
-        while h * w > PIXELS * reduction**2:  # unlike a square root, this also works for sizes that are symbols
-            reduction += 1
+        reduction = _reduction(hazy)
         maps = self._estimate(average_cells(self.pad(hazy, self.MULTIPLE * reduction), reduction))
         maps = maps.astype(jnp.promote_types(hazy.dtype, jnp.float32))
         transmission = LEAST + (1 - LEAST) * nnx.sigmoid(maps[..., :1] + SHIFT)
         gain = 1 / transmission - 1
-        offset = gain * nnx.sigmoid(maps[..., 1:])
-        factor, subtracted = (enlarge_bilinear(x, MAP_CELL * reduction)[:, :h, :w] for x in (1 + gain, offset))
-        return (factor * hazy - subtracted).astype(hazy.dtype), gain, offset
+        return gain, gain * nnx.sigmoid(maps[..., 1:])
+
+    def remove_haze(self, hazy: ArrayLike, gain: Array, offset: Array) -> Array:
+        hazy = as_images(hazy)
+        h, w = hazy.shape[1:3]
+        factor, subtracted = (enlarge_bilinear(x, MAP_CELL * _reduction(hazy))[:, :h, :w] for x in (1 + gain, offset))
+        return (factor * hazy - subtracted).astype(hazy.dtype)
 
     def symbolic_sizes(self) -> SymbolicSizes:
         return SymbolicSizes(self.MULTIPLE, pixels=PIXELS)  # above, the reduction depends on the size
@@ -114,6 +115,15 @@ class CoarseNet(Network):
         for up, blocks, finer in zip(reversed(self.ups), reversed(self.decoder), reversed(levels)):
             x = blocks(finer + enlarge_bilinear(up(x), 2))
         return self.maps(x)
+
+
+def _reduction(images: Array) -> int:
+    """Return the factor by which the sides of images are reduced before their haze is estimated."""
+    h, w = images.shape[1:3]
+    reduction = 1
+    while h * w > PIXELS * reduction**2:  # unlike a square root, this also works for sizes that are symbols
+        reduction += 1
+    return reduction
 
 
 def cell_features(images: Array, side: int) -> Array:

@@ -106,19 +106,33 @@ class Network(nnx.Module):
 
     @classmethod
     def estimates_haze(cls, config: NetworkConfig) -> bool:
-        """Return whether a network with these settings has `restore_with_haze`."""
+        """Return whether a network with these settings has `estimate_haze`."""
         return False
 
-    def restore_with_haze(self, hazy: ArrayLike) -> tuple[Array, Array, Array]:
-        """Return the restored images, the gain K and the offset B, for which `restored = hazy + K hazy - B`.
+    def estimate_haze(self, hazy: ArrayLike) -> tuple[Array, Array]:
+        """Return the gain K and the offset B, for which the restored images are `hazy + K hazy - B`.
 
         In the scattering model, K is 1 / t - 1 and B is K A. The maps are `[N, h, w, 1]` and `[N, h, w, 3]`, at full resolution or coarser;
-        coarse maps are those of the padded image, and are enlarged before they are applied.
+        coarse maps are those of the padded image.
 
         Raises:
           ValueError: the network restores images in another way.
         """
         raise ValueError(f"{type(self).__name__} with these settings does not estimate the haze")
+
+    def remove_haze(self, hazy: ArrayLike, gain: Array, offset: Array) -> Array:
+        """Return `hazy + K hazy - B` for maps as `estimate_haze` returns them; coarse maps are enlarged before they are applied."""
+        hazy = as_images(hazy)
+        return (hazy + gain * hazy - offset).astype(hazy.dtype)
+
+    def restore_with_haze(self, hazy: ArrayLike) -> tuple[Array, Array, Array]:
+        """Return the restored images, and the gain and the offset of `estimate_haze`.
+
+        Raises:
+          ValueError: the network restores images in another way.
+        """
+        gain, offset = self.estimate_haze(hazy)
+        return self.remove_haze(hazy, gain, offset), gain, offset
 
     def pad(self, images: Array, multiple: int = 0) -> Array:
         """Pad images `[N, H, W, C]` by reflection at the bottom and the right, so that H and W are multiples of `multiple` (`MULTIPLE`)."""
