@@ -2,8 +2,8 @@
 
 A command exits with status 0, or with status 2 and one line on standard error if its usage or input is invalid. `check-data` exits with 1
 if the data should not be used for training, and `train` with 75 if SIGTERM stopped it and its state has been saved. `dehaze` exits with 2
-if any image was not restored, even if others were. A command whose output goes to a closed pipe exits with 141, the status of a process
-that SIGPIPE ends.
+if any image or any frame of a video was not restored, even if others were. A command whose output goes to a closed pipe exits with 141,
+the status of a process that SIGPIPE ends.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from aecr_jax.convert.command import add_conversions, run_convert, run_convert_l
 from aecr_jax.errors import Stopped, UserError, complaint, first_line
 from aecr_jax.export.command import add_options as add_export_options
 from aecr_jax.export.command import run_export
+from aecr_jax.inference.command import add_options as add_dehaze_options
+from aecr_jax.inference.command import run_dehaze
 from aecr_jax.inference.push import add_options as add_push_options
 from aecr_jax.inference.push import run_push
 from aecr_jax.reproduce.command import add_options, run_reproduce
@@ -171,35 +173,7 @@ def _make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--lpips", metavar="FILE", help="weights that convert-lpips wrote, for the metric lpips")
     evaluate.add_argument("--save-images", action="store_true", help="also write hazy/, restored/ and clear/ to --output")
 
-    dehaze = commands.add_parser("dehaze", help="dehaze photographs", allow_abbrev=False)
-    dehaze.add_argument("input", nargs="+", metavar="INPUT", help="image files and folders")
-    dehaze.add_argument("--output", required=True, metavar="DIR", help="folder for the results, one NAME.png for each image")
-    dehaze.add_argument("--recursive", action="store_true", help="search sub-folders too, and write to sub-folders of the same names")
-    dehaze.add_argument("--suffix", default="", metavar="TEXT", help="write NAME, TEXT and .png, as in --suffix=-dehazed")
-    dehaze.add_argument(
-        "--format",
-        default="png",
-        metavar="EXTENSION",
-        help="format of the results: png, jpg, webp or tif, or jpeg and tiff for these extensions (default: png)",
-    )
-    dehaze.add_argument("--quality", type=int, metavar="Q", help="quality of jpg and webp files, from 1 to 100 (default: 95)")
-    dehaze.add_argument(
-        "--bits", type=int, metavar="N", help="8 or 16 bits per value; 16 needs png or tif (default: 16 for images with more than 8)"
-    )
-    existing = dehaze.add_mutually_exclusive_group()
-    existing.add_argument("--overwrite", action="store_true", help="replace existing results")
-    existing.add_argument("--skip-existing", action="store_true", help="skip images whose results exist")
-    dehaze.add_argument("--model", "--checkpoint", dest="checkpoint", metavar="NAME_OR_DIR", help=_MODEL)
-    dehaze.add_argument(
-        "--strength", type=float, default=1.0, metavar="S", help="how much of the change to apply, from 0 (none) to 1 (default: 1)"
-    )
-    dehaze.add_argument(
-        "--tile",
-        type=int,
-        default=1536,
-        metavar="N",
-        help="restore images of more than N x N pixels in overlapping tiles; 0 turns tiling off (default: 1536)",
-    )
+    add_dehaze_options(commands.add_parser("dehaze", help="dehaze photographs and videos", allow_abbrev=False), _MODEL)
 
     compare = commands.add_parser("compare", help="one sheet of pictures by several models", allow_abbrev=False)
     compare.add_argument("image", nargs="+", metavar="IMAGE", help="image files, one row each")
@@ -282,25 +256,6 @@ def _eval(options: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
-def _dehaze(options: argparse.Namespace, rest: list[str]) -> int:
-    from aecr_jax.data.encode import Encoding
-    from aecr_jax.inference.photographs import Existing, dehaze_files
-
-    existing: Existing = "overwrite" if options.overwrite else "skip" if options.skip_existing else "refuse"
-    done = dehaze_files(
-        options.input,
-        options.output,
-        checkpoint=options.checkpoint,
-        tile=options.tile,
-        strength=options.strength,
-        existing=existing,
-        encoding=Encoding(options.format, options.quality, options.bits),
-        suffix=options.suffix,
-        recursive=options.recursive,
-    )
-    return 0 if done else 2
-
-
 def _prepare_data(options: argparse.Namespace, rest: list[str]) -> int:
     from aecr_jax.data.builders import prepare
 
@@ -370,7 +325,7 @@ def _report(options: argparse.Namespace, rest: list[str]) -> int:
 _RUN = {
     "train": _train,
     "eval": _eval,
-    "dehaze": _dehaze,
+    "dehaze": run_dehaze,
     "export": run_export,
     "push": run_push,
     "web": run_web,

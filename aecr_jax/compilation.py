@@ -102,7 +102,7 @@ class NotEnoughMemory(UserError):
         self.needed, self.available = needed, available
 
 
-def bounded_jit(function: Callable[..., jax.Array]) -> Callable[..., np.ndarray]:
+def bounded_jit(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function of arrays like `jax.jit`, for inputs of many different sizes.
 
     Only the programs for the `PROGRAMS` most recently used combinations of shapes are kept, whereas `jax.jit` keeps all of them. On a
@@ -110,7 +110,7 @@ def bounded_jit(function: Callable[..., jax.Array]) -> Callable[..., np.ndarray]
     system would end the process.
 
     Returns:
-      A function that takes pytrees of arrays on one device, or of NumPy arrays, and returns a NumPy array.
+      A function that takes pytrees of arrays on one device, or of NumPy arrays, and returns the function's result with NumPy arrays.
 
     Raises:
       NotEnoughMemory: raised by the returned function if the program does not fit into memory.
@@ -122,21 +122,22 @@ def bounded_jit(function: Callable[..., jax.Array]) -> Callable[..., np.ndarray]
 
         # A new function is defined each time, because JAX's caches hold a traced program for as long as the traced function exists.
         @functools.wraps(function)
-        def traced(*arrays: Any) -> jax.Array:
+        def traced(*arrays: Any) -> Any:
             return function(*arrays)
 
         program = jax.jit(traced).lower(*arguments).compile()
         memory = program.memory_analysis()
         return program, memory.temp_size_in_bytes + memory.output_size_in_bytes if memory else 0
 
-    def call(*arguments: Any) -> np.ndarray:
+    def call(*arguments: Any) -> Any:
         leaves, tree = jax.tree.flatten(arguments)
         needed = 0
         try:
             program, needed = compile_for(tree, tuple((leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype)) for leaf in leaves))
             if jax.default_backend() == "cpu" and needed > (available := available_memory()):
                 raise NotEnoughMemory(needed, available)
-            return np.asarray(program(*arguments))  # waits for the result, because a computation raises its errors late
+            # This waits for the result, because a computation raises its errors late.
+            return jax.tree.map(np.asarray, program(*arguments))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

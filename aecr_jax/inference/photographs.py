@@ -91,7 +91,7 @@ def dehaze_files(
     for note in notes:
         print(note)
     for path, reason in skipped:
-        _complain(f"{path} cannot be read: {reason}")
+        complain(f"{path} cannot be read: {reason}")
     failed = len(skipped)
     todo = [(source, target) for source, target in todo if target not in there]
     for source, target in tqdm(todo, "dehazing", unit="image", disable=None):
@@ -103,7 +103,7 @@ def dehaze_files(
             restored = restore_any_size(restorer, hazy, tile, str(source))
         except UserError as error:
             failed += 1
-            _complain(str(error))
+            complain(str(error))
             continue
         encoding.write(target, blend(hazy, restored, strength), picture)
     done = len(images) + len(skipped) - len(there) - failed
@@ -229,5 +229,6 @@ def _unsearched(folder: Path, output: Path) -> str:
     return f"{folder} has {count} sub-folders that were not searched: to dehaze their images, add --recursive" if count else ""
 
 
-def _complain(message: str) -> None:
+def complain(message: str) -> None:
+    """Print the line that reports a problem on standard error, above a progress bar if there is one."""
     tqdm.write(complaint(message), file=sys.stderr)

@@ -56,11 +56,11 @@ class Restorer:
         self.needs_tiles = model.NEEDS_TILES
         model = nnx.clone(model)  # leave the mode of the caller's network unchanged
         model.eval()
-        graph, self._state = nnx.split(model)
+        self._graph, self._state = nnx.split(model)
         self.set_arrays(arrays)
 
         def apply(state: nnx.State, hazy: Array) -> Array:
-            return nnx.merge(graph, state)(hazy[None])[0].clip(0, 1)
+            return nnx.merge(self._graph, state)(hazy[None])[0].clip(0, 1)
 
         self._apply = bounded_jit(apply)
 
@@ -84,10 +84,13 @@ class Restorer:
 
     def __call__(self, hazy: np.ndarray) -> np.ndarray:
         restored = self._apply(self._state, hazy)
+        self._check(hazy, restored)
+        return restored
+
+    def _check(self, hazy: np.ndarray, restored: np.ndarray) -> None:
         if not np.isfinite(restored).all():
             whose = "restored image" if np.isfinite(hazy).all() else "hazy image"
             raise UserError(f"the {whose} has values that are not finite")
-        return restored
 
 
 def restore_tiled(restorer: Restorer, hazy: np.ndarray, tile: int, overlap: int) -> np.ndarray:
