@@ -301,8 +301,10 @@ def _is_rgb(frame: Any) -> bool:
 def _display_matrix(frame: Any) -> list[int] | None:
     from av.sidedata.sidedata import Type
 
-    found = [entry for entry in frame.side_data.values() if entry.type == Type.DISPLAYMATRIX]
-    return np.frombuffer(found[0], np.int32).tolist() if found else None
+    try:
+        return np.frombuffer(frame.side_data[Type.DISPLAYMATRIX], np.int32).tolist()
+    except KeyError:
+        return None
 
 
 def _check_size(frame: Any, first: Any, source: Path) -> None:
