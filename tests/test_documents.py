@@ -28,6 +28,7 @@ from safetensors.numpy import save_file
 from test_convert import small_vgg
 from test_convert_networks import make_tensors
 from test_lpips import made_up
+from test_video import av, flat, write_clip
 
 import aecr_jax
 from aecr_jax.__main__ import _RUN, _make_parser, main
@@ -122,6 +123,8 @@ def data(tmp_path_factory):
         write_image(root / "NYU/depth" / f"{i:05d}.png", depth)
     draw_pair(root, ["photo.png"], "more_photos/second.png", 0)
     (root / "photo.png").rename(root / "photo.jpg")  # the format is recognised from the content
+    if av:
+        write_clip(root / "clip.mp4", [flat(24, 32)] * 2)
     for name in ("ITS", "SOTS"):
         (root / "archives").mkdir(exist_ok=True)
         (root / "archives" / name).symlink_to(root / name)

@@ -2,7 +2,9 @@
 
 import os
 import sys
+import tomllib
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,6 +102,12 @@ def run(monkeypatch, capsys):
 
     run.seen = seen
     return run
+
+
+def test_the_stated_package_is_that_of_the_extra():
+    root = Path(__file__).parents[1]
+    extra = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]["video"]
+    assert set(extra) <= set((root / "requirements-test.txt").read_text().splitlines())
 
 
 # ---- what is kept
@@ -216,9 +224,9 @@ def test_high_dynamic_range_is_refused(run, tmp_path, capsys):
 
 @needs_av
 def test_sound_that_the_container_cannot_hold(run, tmp_path, capsys):
-    source = write_clip(tmp_path / "a.avi", [flat(48, 64)] * 50, codec="mpeg4", sound="wmav2")
+    source = write_clip(tmp_path / "a.mkv", [flat(48, 64)] * 50, sound="wmav2")
     assert "cannot hold the sound" in fails(capsys, "dehaze", source, "--output", tmp_path / "b.mp4")
-    assert os.listdir(tmp_path) == ["a.avi"]
+    assert os.listdir(tmp_path) == ["a.mkv"]
     assert run(source, "--output", tmp_path / "b.mkv") == 0
     assert len(read_clip(tmp_path / "b.mkv")[1]["sound"]) > 2
 
@@ -389,12 +397,12 @@ def test_smoothing_reduces_flicker_and_keeps_the_score_of_a_pan():
 
 @pytest.mark.slow
 def test_the_numbers_of_the_document(capsys):
-    """Clips of two seconds at 320x240. Run with -s, it prints the numbers of docs/dehazing.md."""
+    """Clips of a second at 160x120. Run with -s, it prints the numbers of docs/dehazing.md."""
     model = load_checkpoint("photo")
-    still, still_clear = still_clip(50, 240, 320)
-    moving, moving_clear = moving_clip(50, 240, 320)
+    still, still_clear = still_clip(25, 120, 160)
+    moving, moving_clear = moving_clip(25, 120, 160)
     rows = {"hazy": (still, moving)}
-    for length in (0.0, 0.25, 0.5, 1.0):
+    for length in (0.0, 0.5):
         rows[f"{length:g}"] = (restore_clip(model, still, length), restore_clip(model, moving, length))
     with capsys.disabled():
         for name, (a, b) in rows.items():
@@ -403,9 +411,9 @@ def test_the_numbers_of_the_document(capsys):
 
 
 def test_a_pan_is_no_cut_and_another_scene_is():
+    """Of six drawn scenes with haze, each differs from each other one by more than `CUT`, and consecutive frames by less."""
     for frames in (still_clip(4)[0], moving_clip(4, speed=6)[0]):
         histograms = [colour_histogram(frame) for frame in frames]
-        assert max(map(histogram_distance, histograms, histograms[1:])) < CUT / 2
+        assert max(map(histogram_distance, histograms, histograms[1:])) < CUT
     scenes = [colour_histogram(still_clip(1, seed=seed)[0][0]) for seed in range(6)]
-    distances = [histogram_distance(a, b) for i, a in enumerate(scenes) for b in scenes[:i]]
-    assert np.mean(np.array(distances) > CUT) > 0.8
+    assert min(histogram_distance(a, b) for i, a in enumerate(scenes) for b in scenes[:i]) > CUT
