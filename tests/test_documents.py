@@ -268,6 +268,8 @@ def test_every_command_runs(document, ready_world, capsys, monkeypatch):
             continue
         if not HAVE_TORCH and any(Path(word).suffix in (".pth", ".pk") or word.startswith(("converted/", "lpips.")) for word in arguments):
             continue
+        if av is None and "clip.mp4" in arguments:
+            continue
         status = main(tiny(arguments))
         assert status == 0, f"{' '.join(arguments)}: {capsys.readouterr().err}"
 

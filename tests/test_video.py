@@ -224,11 +224,12 @@ def test_high_dynamic_range_is_refused(run, tmp_path, capsys):
 
 @needs_av
 def test_sound_that_the_container_cannot_hold(run, tmp_path, capsys):
-    source = write_clip(tmp_path / "a.mkv", [flat(48, 64)] * 50, sound="wmav2")
+    source = write_clip(tmp_path / "a.mkv", [flat(48, 64)] * 50, sound="pcm_u8")
     assert "cannot hold the sound" in fails(capsys, "dehaze", source, "--output", tmp_path / "b.mp4")
     assert os.listdir(tmp_path) == ["a.mkv"]
     assert run(source, "--output", tmp_path / "b.mkv") == 0
-    assert len(read_clip(tmp_path / "b.mkv")[1]["sound"]) > 2
+    sound = read_clip(tmp_path / "b.mkv")[1]["sound"]
+    assert sound == read_clip(source)[1]["sound"] and sum(len(data) for _, data in sound) == 32000
 
 
 @needs_av
@@ -386,28 +387,32 @@ def psnr(restored, clear):
     return float(np.mean([-10 * np.log10(((x - y) ** 2).mean()) for x, y in zip(restored, clear)]))
 
 
-def test_smoothing_reduces_flicker_and_keeps_the_score_of_a_pan():
-    """With `photo`. Expected: the purpose of the average. docs/dehazing.md has the numbers of longer clips."""
+def test_smoothing_reduces_flicker_and_lags_little_behind_a_pan():
+    """With `photo`. Expected: the purpose of the average, and at most the loss that docs/dehazing.md states for the worst of its clips."""
     model = load_checkpoint("photo")
     frames, _ = still_clip(8)
-    assert flicker(restore_clip(model, frames, 0.5)) < 0.8 * flicker(restore_clip(model, frames, 0.0))
+    assert flicker(restore_clip(model, frames, video.SMOOTHING)) < 0.8 * flicker(restore_clip(model, frames, 0.0))
     frames, clear = moving_clip(8)
-    assert psnr(restore_clip(model, frames, 0.5), clear) > psnr(restore_clip(model, frames, 0.0), clear) - 0.1
+    assert psnr(restore_clip(model, frames, video.SMOOTHING), clear) > psnr(restore_clip(model, frames, 0.0), clear) - 0.55
 
 
 @pytest.mark.slow
 def test_the_numbers_of_the_document(capsys):
-    """Clips of a second at 160x120. Run with -s, it prints the numbers of docs/dehazing.md."""
+    """Clips of a second at 160x120, of six scenes. Run with -s, it prints the table of docs/dehazing.md: means, and the range of the last."""
     model = load_checkpoint("photo")
-    still, still_clear = still_clip(25, 120, 160)
-    moving, moving_clear = moving_clip(25, 120, 160)
-    rows = {"hazy": (still, moving)}
-    for length in (0.0, 0.5):
-        rows[f"{length:g}"] = (restore_clip(model, still, length), restore_clip(model, moving, length))
+    scores = {name: [] for name in ("hazy", 0.0, 0.1, 0.25, 0.5, 1.0)}
+    for seed in range(6):
+        still, still_clear = still_clip(25, 120, 160, seed)
+        moving, moving_clear = moving_clip(25, 120, 160, seed)
+        for length, rows in scores.items():
+            a, b = (still, moving) if length == "hazy" else (restore_clip(model, frames, length) for frames in (still, moving))
+            rows.append([flicker(a), psnr(a, still_clear), psnr(b, moving_clear)])
     with capsys.disabled():
-        for name, (a, b) in rows.items():
-            print(f"| {name} | {flicker(a):.2f} | {psnr(a, still_clear):.2f} | {psnr(b, moving_clear):.2f} |")
-    assert flicker(rows["0.5"][0]) < 0.8 * flicker(rows["0"][0])
+        for length, rows in scores.items():
+            change = np.array(rows)[:, 2] - np.array(scores[0.0] or rows)[:, 2]
+            means = " | ".join(f"{x:.2f}" for x in np.mean(rows, 0))
+            print(f"| {length} | {means} | {change.min():+.2f} to {change.max():+.2f} |")
+    assert np.mean(scores[video.SMOOTHING], 0)[0] < 0.8 * np.mean(scores[0.0], 0)[0]
 
 
 def test_a_pan_is_no_cut_and_another_scene_is():

@@ -27,7 +27,8 @@ EXTENSIONS = frozenset(
 )
 # The containers that are written, by the names that FFmpeg gives them.
 CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
-SMOOTHING, LONGEST_SMOOTHING = 0.5, 60.0
+# Longer averages hardly reduce the flicker further, and lag more behind a moving camera: see the table in docs/dehazing.md.
+SMOOTHING, LONGEST_SMOOTHING = 0.25, 60.0
 QUALITY = 66
 
 # Codes of ITU-T H.273, as FFmpeg numbers them: matrices, ranges, and the transfer functions of high dynamic range.
