@@ -158,7 +158,7 @@ def test_odd_sizes_and_other_codecs(run, tmp_path):
 
 
 @needs_av
-def test_quality_and_strength(run, tmp_path):
+def test_quality_changes_the_size(run, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3)).astype(np.uint8)
     source = write_clip(tmp_path / "a.mp4", list(noise))
     sizes = []
@@ -398,7 +398,7 @@ def test_smoothing_reduces_flicker_and_lags_little_behind_a_pan():
 
 @pytest.mark.slow
 def test_the_numbers_of_the_document(capsys):
-    """Clips of a second at 160x120, of six scenes. Run with -s, it prints the table of docs/dehazing.md: means, and the range of the last."""
+    """Clips of a second at 160x120, of six scenes. Run with -s, it prints the table of docs/dehazing.md."""
     model = load_checkpoint("photo")
     scores = {name: [] for name in ("hazy", 0.0, 0.1, 0.25, 0.5, 1.0)}
     for seed in range(6):
