@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from aecr_jax.compilation import NotEnoughMemory
+from aecr_jax.data.decode import Picture
 from aecr_jax.data.encode import Encoding
 from aecr_jax.data.images import EXTENSIONS, list_images, read_picture, to_float, unique_names
 from aecr_jax.errors import UserError, complaint
@@ -94,18 +96,31 @@ def dehaze_files(
         complain(f"{path} cannot be read: {reason}")
     failed = len(skipped)
     todo = [(source, target) for source, target in todo if target not in there]
-    for source, target in tqdm(todo, "dehazing", unit="image", disable=None):
-        try:
-            _check_name(source, target)
-            picture = read_picture(source)
-            encoding.check(picture, str(source))
-            hazy = to_float(picture.pixels)
-            restored = restore_any_size(restorer, hazy, tile, str(source))
-        except UserError as error:
-            failed += 1
-            complain(str(error))
-            continue
-        encoding.write(target, blend(hazy, restored, strength), picture)
+
+    def read(source: Path, target: Path) -> Picture:
+        _check_name(source, target)
+        picture = read_picture(source)
+        encoding.check(picture, str(source))
+        return picture
+
+    # While the network runs, one thread reads the next image, and another writes the last result. Images of 8 bits wait as such, because
+    # floating-point ones take four times the memory.
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        writing: Future[None] | None = None
+        for (source, target), reading in tqdm(_one_ahead(reader, read, todo), "dehazing", len(todo), unit="image", disable=None):
+            try:
+                picture = reading.result()
+                hazy = to_float(picture.pixels)
+                restored = restore_any_size(restorer, hazy, tile, str(source))
+            except UserError as error:
+                failed += 1
+                complain(str(error))
+                continue
+            if writing is not None:
+                writing.result()
+            writing = writer.submit(encoding.write, target, blend(hazy, restored, strength), picture)
+        if writing is not None:
+            writing.result()
     done = len(images) + len(skipped) - len(there) - failed
     print(
         f"{done} images written to {output}"
@@ -113,6 +128,18 @@ def dehaze_files(
         + (f", {failed} could not be restored" if failed else "")
     )
     return not failed
+
+
+def _one_ahead(
+    reader: Executor, read: Callable[[Path, Path], Picture], todo: Sequence[tuple[Path, Path]]
+) -> Iterator[tuple[tuple[Path, Path], Future[Picture]]]:
+    """Yield each pair of files with what `read` returns for it; that of the next pair is read while the caller uses the current one."""
+    waiting: deque[tuple[tuple[Path, Path], Future[Picture]]] = deque()
+    for pair in todo:
+        waiting.append((pair, reader.submit(read, *pair)))
+        if len(waiting) > 1:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def restore_any_size(restorer: Restorer, image: np.ndarray, tile: int, name: str) -> np.ndarray:
