@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -65,7 +67,13 @@ def make_network(config: NetworkConfig, *, rngs: nnx.Rngs) -> Network:
 
 def abstract_network(config: NetworkConfig) -> Network:
     """Build the network that a config describes, with shapes in place of arrays."""
-    return nnx.eval_shape(lambda: make_network(config, rngs=nnx.Rngs(0)))
+    return nnx.merge(*_trace_network(find_network(config.NAME), config, jax.config.jax_enable_x64))  # type: ignore[attr-defined]
+
+
+@functools.lru_cache(16)
+def _trace_network(network: type[Network], config: NetworkConfig, x64: bool) -> tuple[nnx.GraphDef, nnx.State]:
+    """Return an abstract network in parts, of which copies are made: tracing the initial values of hundreds of layers takes seconds."""
+    return nnx.split(nnx.eval_shape(lambda: network(config, rngs=nnx.Rngs(0))))
 
 
 def has_parameters(config: NetworkConfig) -> bool:
