@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from aecr_jax import dehaze
+from aecr_jax.inference import restore
 from aecr_jax.networks.arrays import get_arrays, replace_arrays
 from aecr_jax.networks.coarse_net import CoarseNet, CoarseNetConfig, cell_features
 from aecr_jax.networks.macs import network_macs
@@ -76,6 +77,33 @@ def test_the_haze_of_a_large_image_is_estimated_from_a_reduced_copy():
     np.testing.assert_allclose(actual[2], expected[2], rtol=1e-4)
     # The restored images differ only by the interpolation of the maps.
     np.testing.assert_allclose(average_cells(actual[0], 2), expected[0], atol=0.02)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 70), (45, 33), (96, 128), (130, 100)])
+def test_on_a_canvas_an_image_is_restored_as_if_alone(size):
+    """Expected: the network's result for the image itself, whatever the canvas has elsewhere."""
+    rng = np.random.default_rng(6)
+    model = network(width=12)
+    hazy = rng.random((2, *size, 3)).astype(np.float32)
+    canvas = 1000 * rng.random((2, *model.canvas_size(*size), 3)).astype(np.float32)
+    canvas[:, : size[0], : size[1]] = hazy
+    restored = model.restore_on_canvas(canvas, *size)[:, : size[0], : size[1]]
+    np.testing.assert_allclose(restored, model(hazy), atol=2e-6)
+
+
+def test_images_of_many_sizes_need_few_programs(monkeypatch):
+    """Expected: sides from 300 to 1000 are 384, 512, 768 or 1024 on the canvas; the programs themselves are not compiled here."""
+    called = set()
+    monkeypatch.setattr(
+        restore, "bounded_jit", lambda function: lambda _, canvas, *size: called.add(canvas.shape) or np.zeros(canvas.shape)
+    )
+    restorer = restore.Restorer(network())
+    rng = np.random.default_rng(7)
+    for size in rng.integers(300, 1001, (60, 2)):
+        assert restorer(np.zeros((*size, 3), np.float32)).shape == (*size, 3)
+    sides = [384, 512, 768, 1024]
+    assert called <= {(h, w, 3) for h in sides for w in sides}
+    assert network().canvas_size(1024, 1024) == (1024, 1024) and network().canvas_size(1024, 1025) is None
 
 
 def test_large_images_are_never_split_into_tiles():

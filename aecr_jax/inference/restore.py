@@ -41,7 +41,8 @@ def blend(hazy: np.ndarray, restored: np.ndarray, strength: float) -> np.ndarray
 class Restorer:
     """A compiled model that maps a hazy image `[H, W, 3]` in [0, 1] to the restored image of the same shape, clipped to [0, 1].
 
-    The model is compiled for each new image size; the programs of the last few sizes are kept (see `bounded_jit`).
+    The model is compiled for each new image size, or for each new size of a canvas if the network has one (`Network.canvas_size`). The
+    programs of the last few sizes are kept (see `bounded_jit`).
 
     Args:
       model: the network; it is used in evaluation mode.
@@ -62,7 +63,11 @@ class Restorer:
         def apply(state: nnx.State, hazy: Array) -> Array:
             return nnx.merge(self._graph, state)(hazy[None])[0].clip(0, 1)
 
-        self._apply = bounded_jit(apply)
+        def apply_on_canvas(state: nnx.State, canvas: Array, height: Array, width: Array) -> Array:
+            return nnx.merge(self._graph, state).restore_on_canvas(canvas[None], height, width)[0].clip(0, 1)
+
+        self._apply, self._apply_on_canvas = bounded_jit(apply), bounded_jit(apply_on_canvas)
+        self._canvas_size = model.canvas_size
 
     def set_arrays(self, arrays: Mapping[str, Any]) -> None:
         """Replace the parameters and statistics by others of the same model, named as by `get_arrays`, without compiling again.
@@ -83,7 +88,13 @@ class Restorer:
         return self.needs_tiles and tile > 0 and height * width > tile * tile
 
     def __call__(self, hazy: np.ndarray) -> np.ndarray:
-        restored = self._apply(self._state, hazy)
+        height, width = hazy.shape[:2]
+        if size := self._canvas_size(height, width):
+            canvas = np.zeros((*size, 3), hazy.dtype)
+            canvas[:height, :width] = hazy
+            restored = self._apply_on_canvas(self._state, canvas, np.int32(height), np.int32(width))[:height, :width]
+        else:
+            restored = self._apply(self._state, hazy)
         self._check(hazy, restored)
         return restored
 

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from aecr_jax.networks.layers import Conv, ResidualBlock
 from aecr_jax.networks.network import Network, NetworkConfig, SymbolicSizes, as_images, layer_options
+from aecr_jax.ops.canvas import Corner, next_side, reflect
 from aecr_jax.ops.resize import average_cells, enlarge_bilinear
 from aecr_jax.settings import bounded
 
@@ -88,33 +89,63 @@ class CoarseNet(Network):
     def estimate_haze(self, hazy: ArrayLike) -> tuple[Array, Array]:
         hazy = as_images(hazy)
         reduction = _reduction(hazy)
-        maps = self._estimate(average_cells(self.pad(hazy, self.MULTIPLE * reduction), reduction))
-        maps = maps.astype(jnp.promote_types(hazy.dtype, jnp.float32))
-        transmission = LEAST + (1 - LEAST) * nnx.sigmoid(maps[..., :1] + SHIFT)
-        gain = 1 / transmission - 1
-        return gain, gain * nnx.sigmoid(maps[..., 1:])
+        return self._estimate(average_cells(self.pad(hazy, self.MULTIPLE * reduction), reduction))
 
     def remove_haze(self, hazy: ArrayLike, gain: Array, offset: Array) -> Array:
         hazy = as_images(hazy)
-        h, w = hazy.shape[1:3]
-        factor, subtracted = (enlarge_bilinear(x, MAP_CELL * _reduction(hazy))[:, :h, :w] for x in (1 + gain, offset))
-        return (factor * hazy - subtracted).astype(hazy.dtype)
+        return _remove(hazy, gain, offset, MAP_CELL * _reduction(hazy))
+
+    def canvas_size(self, height: int, width: int) -> tuple[int, int] | None:
+        if height * width > PIXELS:  # a canvas would take more memory, and large images have few sizes: those of cameras
+            return None
+        return next_side(height), next_side(width)
+
+    def restore_on_canvas(self, canvas: ArrayLike, height: ArrayLike, width: ArrayLike) -> Array:
+        canvas = as_images(canvas, "canvas")
+        h, w = jnp.asarray(height), jnp.asarray(width)
+        corner = Corner(
+            (canvas.shape[1] // self.MULTIPLE, canvas.shape[2] // self.MULTIPLE), (-(-h // self.MULTIPLE), -(-w // self.MULTIPLE))
+        )
+        return _remove(canvas, *self._estimate(reflect(reflect(canvas, 1, h), 2, w), corner), MAP_CELL)
 
     def symbolic_sizes(self) -> SymbolicSizes:
         return SymbolicSizes(self.MULTIPLE, pixels=PIXELS)  # above, the reduction depends on the size
 
-    def _estimate(self, images: Array) -> Array:
-        """Return the maps `[N, H / 8, W / 8, 4]`: transmission and airlight before their sigmoids."""
-        x = nnx.relu(self.stem(cell_features(images, STEM_CELL)))
+    def _estimate(self, images: Array, corner: Corner | None = None) -> tuple[Array, Array]:
+        """Return the maps of `estimate_haze` for images whose sides are multiples of `MULTIPLE`, or for the part of them in a corner."""
+        clear, extend, mean = (corner.clear, corner.extend, corner.mean) if corner else (_same, _same, _mean)
+        x = clear(nnx.relu(self.stem(cell_features(images, STEM_CELL))))
         levels = []
         for down, blocks in zip(self.downs, self.encoder):
-            x = blocks(nnx.relu(down(x)))
+            x = clear(nnx.relu(down(x)))
+            for block in blocks.layers:
+                x = block(x, clear)
             levels.append(x)
         x = levels.pop()
-        x = x + self.context(x.mean((1, 2), keepdims=True))
+        x = clear(x + self.context(mean(x)))
         for up, blocks, finer in zip(reversed(self.ups), reversed(self.decoder), reversed(levels)):
-            x = blocks(finer + enlarge_bilinear(up(x), 2))
-        return self.maps(x)
+            x = clear(finer + enlarge_bilinear(extend(up(x)), 2))
+            for block in blocks.layers:
+                x = block(x, clear)
+        maps = extend(self.maps(x))
+        maps = maps.astype(jnp.promote_types(images.dtype, jnp.float32))
+        transmission = LEAST + (1 - LEAST) * nnx.sigmoid(maps[..., :1] + SHIFT)
+        gain = 1 / transmission - 1
+        return gain, gain * nnx.sigmoid(maps[..., 1:])
+
+
+def _same(x: Array) -> Array:
+    return x
+
+
+def _mean(x: Array) -> Array:
+    return x.mean((1, 2), keepdims=True)
+
+
+def _remove(hazy: Array, gain: Array, offset: Array, cell: int) -> Array:
+    h, w = hazy.shape[1:3]
+    factor, subtracted = (enlarge_bilinear(x, cell)[:, :h, :w] for x in (1 + gain, offset))
+    return (factor * hazy - subtracted).astype(hazy.dtype)
 
 
 def _reduction(images: Array) -> int:

@@ -218,7 +218,8 @@ class FABlock(nnx.Module):
 class ResidualBlock(nnx.Module):
     """Two 3x3 convolutions, added to their input: `[N, H, W, features]` -> the same shape.
 
-    They pad with zeros, or by reflection if `reflect` is set.
+    They pad with zeros, or by reflection if `reflect` is set. The call takes a function that is applied after each of them, such as
+    `Corner.clear`.
     """
 
     def __init__(self, features: int, *, reflect: bool = False, dtype: DType, param_dtype: DType, rngs: nnx.Rngs):
@@ -226,8 +227,8 @@ class ResidualBlock(nnx.Module):
         self.conv1 = Conv(features, features, 3, **options)
         self.conv2 = Conv(features, features, 3, **options)
 
-    def __call__(self, x: Array) -> Array:
-        return x + self.conv2(nnx.relu(self.conv1(x)))
+    def __call__(self, x: Array, after: Callable[[Array], Array] = lambda x: x) -> Array:
+        return x + after(self.conv2(after(nnx.relu(self.conv1(x)))))
 
 
 class DeformConv(nnx.Module):

@@ -134,6 +134,25 @@ class Network(nnx.Module):
         gain, offset = self.estimate_haze(hazy)
         return self.remove_haze(hazy, gain, offset), gain, offset
 
+    def canvas_size(self, height: int, width: int) -> tuple[int, int] | None:
+        """Return the height and width of the canvas on which `restore_on_canvas` restores an image of this size.
+
+        Images of many sizes share a canvas, and so a compiled program. None means that each size needs a program of its own.
+        """
+        return None
+
+    def restore_on_canvas(self, canvas: ArrayLike, height: ArrayLike, width: ArrayLike) -> Array:
+        """Restore images at the top left of a canvas: the result there is that of the images alone, up to rounding.
+
+        Args:
+          canvas: `[N, H, W, 3]`, with finite values of any kind outside the images. H and W are those of `canvas_size`.
+          height, width: the size of the images, a number or an array without axes.
+
+        Raises:
+          ValueError: the network has no canvas.
+        """
+        raise ValueError(f"{type(self).__name__} restores images of each size by a program of its own")
+
     def pad(self, images: Array, multiple: int = 0) -> Array:
         """Pad images `[N, H, W, C]` by reflection at the bottom and the right, so that H and W are multiples of `multiple` (`MULTIPLE`)."""
         h, w = images.shape[1:3]
