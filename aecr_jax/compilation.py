@@ -30,7 +30,7 @@ CACHE_BYTES = 2 * 2**30
 # The number is limited because JAX examines every entry whenever it writes one.
 CACHE_ENTRIES = 2000
 # Number of programs of one function that `bounded_jit` keeps in memory; each takes about 10 MB.
-PROGRAMS = 8
+PROGRAMS = 16
 # The folder in which Linux shows a container's own limits (control groups, version 2).
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
 
