@@ -85,12 +85,14 @@ def make_train_step(config: Config, loss: Loss, mesh: Mesh, *, freeze_stats: boo
     return functools.partial(compiled, jax.device_put(loss_state, NamedSharding(mesh, PartitionSpec())))
 
 
-@functools.lru_cache(4)
+@functools.lru_cache(8)  # as many as `reproduce` has rows in a table
 def _jit_step(
     model_config: NetworkConfig, optim: OptimConfig, loss_graph: nnx.GraphDef, lagging: bool, mesh: Mesh, freeze_stats: bool, x64: bool
 ) -> Callable[..., Any]:
-    """Return the compiled step with the loss's arrays as first argument. Runs that differ by seed or data alone share it: a trace takes
-    seconds."""
+    """Return the compiled step, whose first argument is the loss's arrays.
+
+    Runs in one process that differ only by seed or data share it, because tracing it takes seconds.
+    """
     network = find_network(model_config.NAME)
     optimizer, schedule = make_optimizer(optim, network.predicts_offsets), learning_rate(optim)
     template = abstract_network(model_config)
