@@ -1,5 +1,6 @@
 """Strict JAX settings for all tests: 8 simulated CPU devices, and no silent rank promotion."""
 
+import gc
 import json
 import os
 import shutil
@@ -24,6 +25,10 @@ import pytest
 from browser import address, browser, page, site  # noqa: F401
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Traces make and keep millions of objects: looking for cycles among them often, and noting the lines that called each operation in the
+# program, would take a noticeable part of the time.
+gc.set_threshold(100_000, 50, 100)
+jax.config.update("jax_traceback_in_locations_limit", 0)
 
 
 # Test files that take minutes run first, so that no worker starts one of them when the others have finished. The first of them compiles
@@ -103,14 +108,20 @@ def forget_checksum(folder):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, config_file):
-    """Train for four steps and return the work directory; the tests of one file share it, and some of them resume it."""
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, config_file):
+    """Train for four steps and return the work directory, which no test changes."""
     from aecr_jax.__main__ import main
 
     workdir = tmp_path_factory.mktemp("runs") / "tiny"
     assert main(["train", "--config", config_file, "--run.workdir", str(workdir)]) == 0
     return workdir
+
+
+@pytest.fixture(scope="module")
+def run(trained, tmp_path_factory):
+    """Return a copy of the trained run; the tests of one file share it, and some of them resume it."""
+    return shutil.copytree(trained, tmp_path_factory.mktemp("copies") / "tiny")
 
 
 class Unchanged:

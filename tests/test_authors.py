@@ -222,7 +222,9 @@ def test_pytorch_twin(name):
     [
         ("aod_net", "aod_net_caffe.npz", "aod_net_real.npz", "y"),
         ("grid_dehaze_net", "grid_dehaze_net_indoor.pth", "grid_dehaze_net_indoor_real.npz", "y"),
-        ("grid_dehaze_net", "grid_dehaze_net_outdoor.pth", "grid_dehaze_net_indoor_real.npz", "y_outdoor"),
+        pytest.param(
+            "grid_dehaze_net", "grid_dehaze_net_outdoor.pth", "grid_dehaze_net_indoor_real.npz", "y_outdoor", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_own_weights_restore_a_crop(name, weights, reference, expected, tmp_path):

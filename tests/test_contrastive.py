@@ -7,7 +7,7 @@ from reference import load, nhwc, vgg19
 from aecr_jax import contrastive_distances, contrastive_regularization
 
 
-@pytest.mark.parametrize("negatives", [1, 0])
+@pytest.mark.parametrize("negatives", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_official_loss_and_gradient(negatives, x64):
     """Loss and gradient equal those of the official code (tests/golden; its README explains why the reference gradient is float64)."""
     d, key = load("contrastive"), "" if negatives else "_positive_only"

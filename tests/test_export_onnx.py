@@ -94,7 +94,11 @@ def test_every_network_is_tested():
     assert sorted(SMALL) == [name for name in network_names() if name != "toy"]
 
 
-@pytest.mark.parametrize("name", SMALL)
+# They take long to compile for each size of the images.
+MANY_LAYERS = ("ffa_net", "grid_dehaze_net", "msbdn", "pfdn")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in MANY_LAYERS else name for name in SMALL])
 def test_onnx_equals_the_network(name):
     model = make_model(name)
     content = to_onnx(model, {})

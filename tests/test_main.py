@@ -47,10 +47,11 @@ def test_an_empty_argument_is_refused(tmp_path, capsys, monkeypatch, command, ar
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("model", ["shipped", "of a run"])
+@pytest.mark.parametrize("model", ["shipped", pytest.param("of a run", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("platform", ["cuda", "nonsense"])
-def test_a_platform_that_is_not_there_is_one_line(tmp_path, run, model, platform):
-    command = [sys.executable, "-m", "aecr_jax", "eval", "--data", "scenes", *(["--checkpoint", run] if model == "of a run" else [])]
+def test_a_platform_that_is_not_there_is_one_line(request, model, platform):
+    checkpoint = ["--checkpoint", request.getfixturevalue("run")] if model == "of a run" else []
+    command = [sys.executable, "-m", "aecr_jax", "eval", "--data", "scenes", *checkpoint]
     environment = os.environ | {"JAX_PLATFORMS": platform}
     done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "Traceback" not in done.stderr

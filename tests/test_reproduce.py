@@ -193,11 +193,15 @@ def test_features_with_too_few_levels(tmp_path, capsys):
     assert f"--features (={tmp_path}/vgg.safetensors) has 3 levels and must have the 5 of the paper" in said
 
 
-def test_rates_of_table_4(tmp_path):
-    """The largest rate that the batch of 8 allows stands for the paper's 10; 1:1 is the last row of Table 2 and shares its run."""
+@pytest.mark.slow
+def test_a_row_of_table_4_runs(tmp_path):
     assert main(command(tmp_path, "--rows", "1:3", "--seeds", 1, "--features", "random", table="table4")) == 0
     assert json.loads((tmp_path / "runs/rate_1_3_seed0/config.json").read_text())["loss"]["negatives"] == 3
     assert "| `1:3` | 0 |" in (tmp_path / "table4/results.md").read_text()
+
+
+def test_rates_of_table_4():
+    """The largest rate that the batch of 8 allows stands for the paper's 10; 1:1 is the last row of Table 2 and shares its run."""
     table = find_table("table4", r=8, rows=["1:3"])
     assert {row.name: row.psnr for row in table.rows} == {"1:1": 37.17, "1:8": 37.41, "8:1": 35.61, "8:8": 35.65, "1:3": None}
     inputs = Inputs("scenes", "", "random")
@@ -219,10 +223,10 @@ def test_table_3_begins_with_given_weights(tmp_path, monkeypatch):
 
 
 def test_the_authors_file_is_converted_once(tmp_path):
-    np.savez(tmp_path / "authors.npz", **make_tensors("grid_dehaze_net"))
+    np.savez(tmp_path / "authors.npz", **make_tensors("ffa_net"))
     rows = find_table("table3").rows
     start, again = (settings.load_start(str(tmp_path / "authors.npz"), rows, tmp_path / "weights") for _ in range(2))
-    assert start == again and start.model.NAME == "grid_dehaze_net"
+    assert start == again and start.model.NAME == "ffa_net"
     assert [str(path) for path in (tmp_path / "weights").iterdir()] == [start.path]
 
 

@@ -51,7 +51,7 @@ def test_statistics_freeze_after_a_step(run, config_file, tmp_path):
         np.testing.assert_array_equal(again, frozen[name], err_msg=name)
 
 
-@pytest.mark.parametrize(("negatives", "after"), [("rehazed", 3), ("lagging", 2)])
+@pytest.mark.parametrize(("negatives", "after"), [pytest.param("rehazed", 3, marks=pytest.mark.slow), ("lagging", 2)])
 def test_regularization_begins_after_a_step(negatives, after, config_file, tmp_path, capsys):
     """The first steps have L1 alone. A run that is stopped after step 2, before or at the change, and resumed ends with the same bits."""
     whole = tmp_path / "whole"
@@ -102,6 +102,7 @@ def test_a_checkpoint_from_before_a_setting(run, config_file, tmp_path, capsys):
     assert "optim.optimizer is adam there and muon here" in fails(capsys, *train, "--optim.optimizer", "muon")
 
 
+@pytest.mark.slow
 def test_a_run_with_muon_continues_too(config_file, tmp_path, capsys):
     """A run with Muon resumes bit-exactly; Adam, whose state is different, is refused."""
     whole, stopped = ["--run.workdir", str(tmp_path / "whole")], ["--run.workdir", str(tmp_path / "stopped")]
@@ -141,7 +142,7 @@ def flip_one_bit(folder):
 
 # If one read fails, orbax leaves the others unfinished.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("damage", [empty_all, flip_one_bit])
+@pytest.mark.parametrize("damage", [pytest.param(empty_all, marks=pytest.mark.slow), flip_one_bit])
 def test_a_damaged_checkpoint_is_skipped(run, config_file, tmp_path, capsys, caplog, damage):
     workdir = tmp_path / "damaged"
     shutil.copytree(run, workdir)
@@ -159,7 +160,9 @@ def test_a_damaged_checkpoint_is_skipped(run, config_file, tmp_path, capsys, cap
     assert [entry["step"] for entry in lines(workdir, "train")] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("content", [b"", b"x", b"{}", b'{"psnr": "high"}', b'{"psnr": 99.5}'])
+@pytest.mark.parametrize(
+    "content", [b"", *(pytest.param(content, marks=pytest.mark.slow) for content in (b"x", b"{}", b'{"psnr": "high"}')), b'{"psnr": 99.5}']
+)
 def test_damaged_metrics_are_a_damaged_checkpoint(run, config_file, tmp_path, capsys, caplog, content):
     """orbax reads the metrics of every checkpoint first and fails at damaged ones; the last content is valid but was not written."""
     workdir = tmp_path / "damaged"

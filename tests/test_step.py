@@ -93,7 +93,7 @@ def near(a, b, rtol, atol):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), a, b)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+@pytest.mark.parametrize("optimizer", ["adam", pytest.param("muon", marks=pytest.mark.slow)])
 def test_one_device_and_eight_compute_the_same(x64, optimizer):
     config = Config(model=SMALL64, optim=OptimConfig(batch=8, steps=10, optimizer=optimizer))
     (one, one_measured), (eight, eight_measured) = (run(config, n, batches(2)) for n in (1, 8))
@@ -101,6 +101,7 @@ def test_one_device_and_eight_compute_the_same(x64, optimizer):
     near(one_measured, eight_measured, 1e-9, 0)
 
 
+@pytest.mark.slow
 def test_one_device_and_eight_compute_the_same_in_float32():
     """Adam's first step is the rate times the sign of the gradient, so parameters are compared where the gradient is not near 0."""
     config = Config(model=SMALL, optim=OptimConfig(batch=8, steps=10))
@@ -154,7 +155,7 @@ def compiled(config, devices=8):
     return step.func.lower(*step.args, state, shard_batch(batches(1, np.float32, config.optim.batch)[0], mesh)).compile()
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_compiled_step_reduces_gradients_and_gathers_no_images(accumulate):
     config = Config(model=SMALL, optim=OptimConfig(batch=16, steps=10, accumulate=accumulate))
     text = compiled(config).as_text()
@@ -278,7 +279,7 @@ def test_training_lowers_the_loss_without_regularization():
     assert {"grad_norm", "update_norm", "param_norm", "offset_max", "offset_mean", "mix1", "mix2", "learning_rate"} <= set(last)
 
 
-@pytest.mark.parametrize("rates", [{"positives": 3, "negatives": 2}, {"negatives": 0}])
+@pytest.mark.parametrize("rates", [{"positives": 3, "negatives": 2}, pytest.param({"negatives": 0}, marks=pytest.mark.slow)])
 def test_the_step_uses_the_rates(rates):
     """With the rates of Table 4 and with CR*, the step measures the regularization of the network's output in training mode."""
     config = Config(model=AECRNetConfig(width=4, blocks=1, dfe="none"), loss=LossConfig(**rates), optim=OptimConfig(batch=8, steps=10))
@@ -290,7 +291,7 @@ def test_the_step_uses_the_rates(rates):
     np.testing.assert_allclose(run(config, 1, [batch])[1]["cr"], expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_lagging_negatives_are_restored_by_the_average(accumulate):
     """The second step's regularization, with the average after the first step, in the mode of training, as negatives."""
     model = AECRNetConfig(width=4, blocks=1, fast_deconv=False, dfe="none")

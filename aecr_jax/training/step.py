@@ -20,9 +20,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from aecr_jax.losses.loss import Loss
 from aecr_jax.networks.arrays import get_arrays, replace_arrays
-from aecr_jax.networks.network import Network
+from aecr_jax.networks.network import Network, NetworkConfig
 from aecr_jax.networks.registry import abstract_network, build_network, find_network, make_network
-from aecr_jax.training.config import Config
+from aecr_jax.training.config import Config, OptimConfig
 from aecr_jax.training.optimizer import learning_rate, make_optimizer
 
 
@@ -79,14 +79,27 @@ def make_train_step(config: Config, loss: Loss, mesh: Mesh, *, freeze_stats: boo
       mesh: the devices.
       freeze_stats: use the network's running statistics as in evaluation, and do not update them.
     """
-    network = find_network(config.model.NAME)
-    optimizer, schedule = make_optimizer(config.optim, network.predicts_offsets), learning_rate(config.optim)
-    template = abstract_network(config.model)
+    loss_graph, loss_state = nnx.split(loss)
+    x64 = jax.config.jax_enable_x64  # type: ignore[attr-defined]
+    compiled = _jit_step(config.model, config.optim, loss_graph, loss.lagging, mesh, freeze_stats, x64)
+    return functools.partial(compiled, jax.device_put(loss_state, NamedSharding(mesh, PartitionSpec())))
+
+
+@functools.lru_cache(8)  # as many as `reproduce` has rows in a table
+def _jit_step(
+    model_config: NetworkConfig, optim: OptimConfig, loss_graph: nnx.GraphDef, lagging: bool, mesh: Mesh, freeze_stats: bool, x64: bool
+) -> Callable[..., Any]:
+    """Return the compiled step, whose first argument is the loss's arrays.
+
+    Runs in one process that differ only by seed or data share it, because tracing it takes seconds.
+    """
+    network = find_network(model_config.NAME)
+    optimizer, schedule = make_optimizer(optim, network.predicts_offsets), learning_rate(optim)
+    template = abstract_network(model_config)
     template.train()
     if freeze_stats:
         template.freeze_statistics()
     graph, abstract = nnx.split(template)
-    loss_graph, loss_state = nnx.split(loss)
 
     def loss_fn(params: dict[str, Array], stats: dict[str, Array], loss_state: Any, batch: Batch) -> tuple[Array, Any]:
         model = nnx.merge(graph, replace_arrays(abstract, {**params, **stats}))
@@ -99,7 +112,7 @@ def make_train_step(config: Config, loss: Loss, mesh: Mesh, *, freeze_stats: boo
     grad_fn = jax.grad(loss_fn, has_aux=True)
 
     def accumulate(params: dict[str, Array], stats: dict[str, Array], loss_state: Any, batch: Batch) -> tuple[Any, Any]:
-        count = config.optim.accumulate
+        count = optim.accumulate
         # Part i takes images i, i + count, ..., so that it has some from every device.
         parts = {key: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1) for key, x in batch.items()}
 
@@ -115,11 +128,11 @@ def make_train_step(config: Config, loss: Loss, mesh: Mesh, *, freeze_stats: boo
         return jax.tree.map(lambda gradient: gradient / count, total), (stats, merged)
 
     def train_step(loss_state: Any, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        if loss.lagging:
+        if lagging:
             # In the mode of the network that is trained, so that restorations differ by the parameters alone.
             model = nnx.merge(graph, replace_arrays(abstract, {**state.ema, **state.stats}))
             batch = {**batch, "lagging": model(batch["hazy"])}
-        compute = grad_fn if config.optim.accumulate == 1 else accumulate
+        compute = grad_fn if optim.accumulate == 1 else accumulate
         gradients, (stats, measurements) = compute(state.params, state.stats, loss_state, batch)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -130,13 +143,12 @@ def make_train_step(config: Config, loss: Loss, mesh: Mesh, *, freeze_stats: boo
             "param_norm": optax.tree.norm(params),
         }
         # In the first steps the average follows the parameters closely; otherwise the initial values would dominate it for long.
-        decay = jnp.minimum(config.optim.ema, (1 + state.step) / (10 + state.step))
+        decay = jnp.minimum(optim.ema, (1 + state.step) / (10 + state.step))
         ema = {name: decay.astype(x.dtype) * x + (1 - decay).astype(x.dtype) * params[name] for name, x in state.ema.items()}
         return TrainState(state.step + 1, params, stats, opt_state, ema), measurements
 
     replicated, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
-    compiled = jax.jit(train_step, donate_argnums=1, in_shardings=(replicated, replicated, split), out_shardings=(replicated, replicated))
-    return functools.partial(compiled, jax.device_put(loss_state, replicated))
+    return jax.jit(train_step, donate_argnums=1, in_shardings=(replicated, replicated, split), out_shardings=(replicated, replicated))
 
 
 def _predict(model: Network, loss: Loss, hazy: Array) -> Any:
