@@ -6,6 +6,7 @@ Means over the batch (the distances of the regularization, FastDeconv's statisti
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from aecr_jax.losses.loss import Loss
 from aecr_jax.networks.arrays import get_arrays, replace_arrays
+from aecr_jax.networks.macs import count_macs
 from aecr_jax.networks.network import Network
 from aecr_jax.networks.registry import abstract_network, build_network, find_network, make_network
 from aecr_jax.training.config import Config
@@ -121,8 +123,9 @@ def make_train_step(config: Config, loss: Loss, mesh: Mesh, *, freeze_stats: boo
             batch = {**batch, "lagging": model(batch["hazy"])}
         compute = grad_fn if config.optim.accumulate == 1 else accumulate
         gradients, (stats, measurements) = compute(state.params, state.stats, loss_state, batch)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         measurements |= {
             "learning_rate": jnp.asarray(schedule(state.step)),
             "grad_norm": optax.tree.norm(gradients),
@@ -141,6 +144,30 @@ def make_train_step(config: Config, loss: Loss, mesh: Mesh, *, freeze_stats: boo
 
 def _predict(model: Network, loss: Loss, hazy: Array) -> Any:
     return loss.predict(model, hazy)
+
+
+def compile_train_step(
+    config: Config, loss: Loss, mesh: Mesh, state: TrainState, batch: Batch, *, freeze_stats: bool = False
+) -> tuple[Step, int]:
+    """Return the compiled step of `make_train_step` for these shapes, and its number of multiply-adds over all devices.
+
+    The multiply-adds of all matrix products and convolutions of the step are counted, with those of the gradient, the features of the
+    loss and the optimizer. What `model.remat` computes a second time does not count, as model FLOPs utilization is defined (PaLM,
+    Chowdhery et al., 2022, appendix B).
+    """
+
+    def trace(config: Config) -> tuple[tuple[Any, ...], jax.stages.Traced]:
+        step = make_train_step(config, loss, mesh, freeze_stats=freeze_stats)
+        assert isinstance(step, functools.partial)
+        return step.args, step.func.trace(*step.args, state, batch)
+
+    constants, traced = trace(config)
+    counted = traced
+    if getattr(config.model, "remat", False):
+        model: Any = dataclasses.replace(config.model, **{"remat": False})
+        _, counted = trace(dataclasses.replace(config, model=model))
+    macs = count_macs(counted.jaxpr.jaxpr)
+    return functools.partial(traced.lower().compile(), *constants), macs
 
 
 # Returns the prediction and the values that the layers sow. It is Any because flax's annotation does not cover the use as a decorator.
