@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 
@@ -9,40 +10,34 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-# Peak of one device in TFLOP/s, for dense bfloat16 matrix products with sums in float32, by the beginning of the name that JAX gives to
-# the kind of device. NVIDIA prints most peaks for 2:4 sparsity, which are twice as high. A more special name must come first.
+# Peak of one device in TFLOP/s, for dense bfloat16 matrix products with sums in float32, by a regular expression for JAX's name of the
+# kind of device; the first that matches counts. NVIDIA prints most peaks for 2:4 sparsity, which are twice as high.
 _PEAKS = {
-    # https://docs.cloud.google.com/tpu/docs/v3, v4, v5e, v5p, v6e, tpu7x: "peak compute per chip". A v3 or 7x chip is two devices.
-    "TPU v3": 123 / 2,
-    "TPU v4 lite": None,  # v4i, whose peak is not published there
-    "TPU v4": 275,
-    "TPU v5 lite": 197,
-    "TPU v5e": 197,
-    "TPU v5p": 459,
-    "TPU v5": 459,
-    "TPU v6 lite": 918,
-    "TPU v6e": 918,
-    "TPU7x": 2307 / 2,
-    # NVIDIA A100 Tensor Core GPU data sheet
-    "NVIDIA A100": 312,
-    # NVIDIA H100 Tensor Core GPU data sheet: PCIe (1,513 with sparsity), NVL (1,671), SXM (1,979)
-    "NVIDIA H100 PCIe": 756,
-    "NVIDIA H100 NVL": 835,
-    "NVIDIA H100": 989,
-    # NVIDIA H200 Tensor Core GPU data sheet: NVL (1,671 with sparsity), SXM (1,979); NVIDIA GH200 data sheet (1,979)
-    "NVIDIA H200 NVL": 835,
-    "NVIDIA H200": 989,
-    "NVIDIA GH200": 989,
+    # "Peak compute per chip" in https://docs.cloud.google.com/tpu/docs/v3, v4, v5e, v5p, v6e, tpu7x. A chip of v3 or 7x is two devices.
+    r"TPU v3": 123 / 2,
+    r"TPU v4": 275,
+    r"TPU v5( lite|e)": 197,
+    r"TPU v5p?": 459,
+    r"TPU v6( lite|e)": 918,
+    r"TPU7x": 2307 / 2,
+    # NVIDIA A100 data sheet
+    r"NVIDIA A100\b.*": 312,
+    # NVIDIA H100 data sheet: PCIe (1,513 with sparsity), NVL (1,671), SXM (1,979)
+    r"NVIDIA H100 PCIe": 756,
+    r"NVIDIA H100 NVL": 835,
+    r"NVIDIA H100\b.*": 989,
+    # NVIDIA H200 data sheet: NVL (1,671 with sparsity), SXM (1,979); NVIDIA GH200 data sheet (1,979)
+    r"NVIDIA H200 NVL": 835,
+    r"NVIDIA G?H200\b.*": 989,
     # NVIDIA Blackwell architecture technical brief: HGX B200 (4,500 with sparsity), GB200 (5,000)
-    "NVIDIA B200": 2250,
-    "NVIDIA GB200": 2500,
-    # NVIDIA L4 (242 with sparsity), L40S and A10 data sheets
-    "NVIDIA L40S": 362,
-    "NVIDIA L4": 121,
-    "NVIDIA A10": 125,
-    # NVIDIA Ada GPU architecture and NVIDIA Ampere GA102 GPU architecture white papers, appendices
-    "NVIDIA GeForce RTX 4090": 165.2,
-    "NVIDIA GeForce RTX 3090": 71,
+    r"NVIDIA B200\b.*": 2250,
+    r"NVIDIA GB200\b.*": 2500,
+    # NVIDIA L40S, L4 (242 with sparsity) and A10 data sheets
+    r"NVIDIA L40S": 362,
+    r"NVIDIA L4": 121,
+    r"NVIDIA A10": 125,
+    # NVIDIA Ada GPU architecture white paper, appendix A
+    r"NVIDIA GeForce RTX 4090": 165.2,
 }
 
 
@@ -66,12 +61,9 @@ def peak_flops(mesh: Mesh, hosts: int, dtype: str) -> float | None:
 
 def device_peak(kind: str) -> float | None:
     """Return the peak of one device in TFLOP/s (see `_PEAKS`) by its `device_kind`, or None if it is not known."""
-
-    def is_named(name: str) -> bool:
-        # "NVIDIA A10" must not match "NVIDIA A100" or "NVIDIA A10G".
-        return kind.startswith(name) and not kind[len(name) :][:1].isalnum()
-
-    return next((peak for name, peak in _PEAKS.items() if is_named(name)), None)
+    if "MIG" in kind:  # a part of a GPU
+        return None
+    return next((peak for name, peak in _PEAKS.items() if re.fullmatch(name, kind)), None)
 
 
 def matmul_peak(dtype: str, sizes: Sequence[int]) -> float:
