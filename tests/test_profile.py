@@ -195,11 +195,11 @@ def test_versions_describe_devices_and_flags(profiled):
 def test_topology_of_devices():
     def chips(x, y, z, slice_index=0):
         places = np.ndindex(x, y, z)
-        return [types.SimpleNamespace(coords=place, slice_index=slice_index, process_index=0) for place in places]
+        return [types.SimpleNamespace(platform="tpu", coords=place, slice_index=slice_index) for place in places]
 
     assert topology(chips(4, 4, 1)) == "4x4x1"
     assert topology(chips(2, 2, 4) + chips(2, 2, 4, 1)) == "2 slices of 2x2x4"
-    assert topology([types.SimpleNamespace(process_index=i // 8) for i in range(32)]) == "4 processes of 8"
+    assert topology([types.SimpleNamespace(platform="gpu", process_index=i // 8) for i in range(32)]) == "4 processes of 8"
 
 
 # ---- steps that stall

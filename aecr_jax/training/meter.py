@@ -98,7 +98,7 @@ class Meter:
         return values
 
     def restart(self) -> None:
-        """Start measuring speed anew, for example after an evaluation, which does not count as training time."""
+        """Start measuring speed anew, for example after an evaluation or a compilation, which do not count as training time."""
         self._waited, self._since, self._since_step, self._macs = 0.0, time.perf_counter(), self._step, 0
 
     def _check(self, step: int, measurements: dict[str, jax.Array], indices: np.ndarray) -> None:

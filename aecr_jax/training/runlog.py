@@ -133,10 +133,9 @@ def topology(devices: Sequence[Any]) -> str:
     For TPUs, this is the number of chips along each axis, such as "4x4x1", with the number of slices if there are several, as in
     "2 slices of 4x4x1". For other devices, it is their number per process, such as "4 processes of 8".
     """
-    coordinates = [device.coords for device in devices if getattr(device, "coords", None) is not None]
-    if len(coordinates) < len(devices):
+    if devices[0].platform != "tpu":
         processes = len({device.process_index for device in devices})
         return f"{processes} process{'es' if processes > 1 else ''} of {len(devices) // processes}"
-    shape = "x".join(str(max(axis) - min(axis) + 1) for axis in zip(*coordinates))
+    shape = "x".join(str(max(axis) - min(axis) + 1) for axis in zip(*(device.coords for device in devices)))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     return f"{slices} slices of {shape}" if slices > 1 else shape

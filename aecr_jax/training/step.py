@@ -157,17 +157,15 @@ def compile_train_step(
     """
 
     def trace(config: Config) -> tuple[tuple[Any, ...], jax.stages.Traced]:
-        step = make_train_step(config, loss, mesh, freeze_stats=freeze_stats)
-        assert isinstance(step, functools.partial)
+        step: Any = make_train_step(config, loss, mesh, freeze_stats=freeze_stats)
         return step.args, step.func.trace(*step.args, state, batch)
 
     constants, traced = trace(config)
     counted = traced
     if getattr(config.model, "remat", False):
-        model: Any = dataclasses.replace(config.model, **{"remat": False})
-        _, counted = trace(dataclasses.replace(config, model=model))
-    macs = count_macs(counted.jaxpr.jaxpr)
-    return functools.partial(traced.lower().compile(), *constants), macs
+        change: Any = {"remat": False}
+        _, counted = trace(dataclasses.replace(config, model=dataclasses.replace(config.model, **change)))
+    return functools.partial(traced.lower().compile(), *constants), count_macs(counted.jaxpr.jaxpr)
 
 
 # Returns the prediction and the values that the layers sow. It is Any because flax's annotation does not cover the use as a decorator.

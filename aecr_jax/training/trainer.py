@@ -142,8 +142,8 @@ class _Run:
         if self.log is not None:
             self.log.close()
         try:
-            self.tracer.close()
-            self.checkpoints.close()
+            with contextlib.closing(self.checkpoints):
+                self.tracer.close()
         except UserError:
             if error is None or isinstance(error, Stopped):  # the state was not saved after all
                 raise
@@ -290,6 +290,7 @@ class _Run:
             compiled = compile_train_step(self.config, loss, self.inputs.mesh, self.state, batch, freeze_stats=frozen)
             self._compiled = (frozen, regularized), *compiled
             self.watch.lap("compile")
+            self.meter.restart()
         return self._compiled[1:]
 
     def _log_start(self) -> None:
