@@ -135,7 +135,8 @@ def test_a_second_start_of_two_processes_compiles_nothing(tmp_path):
             own = environment(tmp_path) | {"XDG_CACHE_HOME": str(tmp_path / f"home{i}")}
             command = [sys.executable, "-c", _SHARE, str(port), str(i), str(tmp_path / "run")]
             processes.append(subprocess.Popen(command, env=own, stdout=subprocess.PIPE, text=True))
-        return [json.loads(process.communicate(timeout=300)[0]) for process in processes]
+        printed = [process.communicate(timeout=300)[0] for process in processes]
+        return [json.loads(text.splitlines()[-1]) for text in printed]
 
     first = start()
     assert [advice for advice, _, _ in first] == ["", ""] and first[0][1] > 0
