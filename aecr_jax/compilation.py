@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import psutil
 from filelock import FileLock
+from jax.experimental.compilation_cache import compilation_cache
 
 from aecr_jax.errors import UserError
 
@@ -29,10 +30,14 @@ _MEASURED = ("0.10.2",)
 CACHE_BYTES = 2 * 2**30
 # The number is limited because JAX examines every entry whenever it writes one.
 CACHE_ENTRIES = 2000
+# Name of the cache's folder in the work directory of a run of several processes.
+COMPILED = "compiled"
 # Number of programs of one function that `bounded_jit` keeps in memory; each takes about 10 MB.
 PROGRAMS = 16
 # The folder in which Linux shows a container's own limits (control groups, version 2).
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
+# Whether `set_up` has been called and the user has no settings of the cache.
+_automatic = False
 
 
 def set_up() -> None:
@@ -41,7 +46,9 @@ def set_up() -> None:
     Settings of the user take precedence: the same flag in `XLA_FLAGS`, or JAX's settings of the cache (`JAX_COMPILATION_CACHE_DIR`,
     `JAX_ENABLE_COMPILATION_CACHE`). The cache is in `$XDG_CACHE_HOME/aecr_jax` (or `~/.cache/aecr_jax`). It has one folder for each
     kind of processor, limited to `CACHE_BYTES` and `CACHE_ENTRIES`. If the folder cannot be written, there is no cache.
+    A run of several processes then calls `share_cache`.
     """
+    global _automatic
     flags = os.environ.get("XLA_FLAGS", "").strip()
     on_cpu = "cpu" in os.environ.get("JAX_PLATFORMS", "cpu")
     # XLA interprets a value that does not begin with a dash as the name of a file that contains flags.
@@ -50,14 +57,48 @@ def set_up() -> None:
         os.environ["XLA_FLAGS"] = f"{flags} {_CPU_FLAG}={_CPU_VALUE}".strip()
     if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
         return
-    try:
-        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    _automatic = True
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    with contextlib.suppress(OSError, RuntimeError):  # there is no home, or the folder cannot be used
         # Machines with different processors may share a home directory, and programs compiled for one may crash on another.
-        folder = Path(home).expanduser() / "aecr_jax" / _processor()
-        folder.mkdir(parents=True, exist_ok=True)
+        _keep_programs(Path(home).expanduser() / "aecr_jax" / _processor())
+
+
+def share_cache(workdir: Path) -> str:
+    """Move the cache to the folder `compiled` of a work directory that all processes of a run share; every process must call this.
+
+    Only process 0 writes JAX's cache. In a folder of its own, each of the other processes would never find a program and would compile
+    everything at every start. On CPUs they do so all the same, because the key of a program differs between the processes there.
+    Settings of the user (see `set_up`) take precedence.
+
+    Returns:
+      What to set if the folder cannot be used, or "".
+    """
+    if not _automatic:
+        return ""
+    folder = workdir / COMPILED
+    if jax.default_backend() == "cpu":  # programs for other devices do not depend on the processor
+        folder /= _processor()
+    try:
+        _keep_programs(folder)
+    except OSError as error:
+        return (
+            f"compiled programs cannot be kept in {folder}: {error.strerror or error}; for fast restarts, set JAX_COMPILATION_CACHE_DIR to"
+            " a folder that all processes share"
+        )
+    compilation_cache.reset_cache()  # JAX opens the folder only once
+    return ""
+
+
+def _keep_programs(folder: Path) -> None:
+    """Let JAX keep its compiled programs in a folder.
+
+    Raises:
+      OSError: the folder cannot be written, the file system has no locks, or the lock is held for too long.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not jax.distributed.is_initialized() or jax.process_index() == 0:
         tidy(folder)
-    except (OSError, RuntimeError):  # no home, no write permission, no locks on this file system, or lock held too long
-        return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
     # If a program cannot be written, for example because the disk is full, the command goes on without the cache.

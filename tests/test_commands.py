@@ -348,7 +348,7 @@ def test_report_is_one_page_with_everything(run, tmp_path, capsys):
     assert "a run &amp; &lt;more&gt;" in page and "<more>" not in page
     last = lines(run, "eval")[-1]
     assert f"<td>{last['psnr']:.2f}</td><td>{last['ssim']:.4f}</td>" in page
-    assert page.count("<svg") == 14 and page.count("data:image/jpeg;base64,") == 2
+    assert page.count("<svg") == 15 and page.count("data:image/jpeg;base64,") == 2
     assert "d_ap_5" in page and "learning_rate" in page and "jaxlib" in page and "scenes:4:32x24" in page
     assert "http" not in page.replace("<meta http-equiv=", "") and "src='data:" in page  # no external resources
     assert "is not the work directory of a run" in fails(capsys, "report", tmp_path)

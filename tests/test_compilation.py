@@ -1,5 +1,6 @@
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,63 @@ def test_a_folder_that_cannot_be_written_is_no_cache(tmp_path):
     code = "import jax\nfrom aecr_jax.compilation import set_up\nset_up()\nprint(jax.config.jax_compilation_cache_dir, jax.devices())"
     done = subprocess.run([sys.executable, "-c", code], env=environment(tmp_path), capture_output=True, text=True, check=True)
     assert done.stdout.startswith("None")
+
+
+_SHARE = """
+import sys, json
+from pathlib import Path
+import jax
+events = {}
+jax.monitoring.register_event_listener(lambda event, **_: events.update({event: events.get(event, 0) + 1}))
+from aecr_jax.compilation import set_up, share_cache
+set_up()
+jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
+advice = share_cache(Path(sys.argv[3]))
+mesh = jax.make_mesh((2,), ("data",), (jax.sharding.AxisType.Auto,))
+split = jax.NamedSharding(mesh, jax.P("data"))
+x = jax.make_array_from_process_local_data(split, jax.numpy.ones(8).__array__())
+jax.jit(lambda x: (x @ x).sum())(x).block_until_ready()
+print(json.dumps([advice] + [events.get("/jax/compilation_cache/" + name, 0) for name in ("compile_requests_use_cache", "cache_hits")]))
+"""
+
+
+@pytest.mark.slow
+def test_the_programs_of_two_processes_are_in_the_work_directory(tmp_path):
+    """Each process has a home folder of its own, as on separate hosts.
+
+    On a CPU, JAX's key of a program depends on the process (its topology's fingerprint differs), so only process 0 finds programs.
+    """
+
+    def start():
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        processes = []
+        for i in range(2):
+            own = environment(tmp_path) | {"XDG_CACHE_HOME": str(tmp_path / f"home{i}")}
+            command = [sys.executable, "-c", _SHARE, str(port), str(i), str(tmp_path / "run")]
+            processes.append(subprocess.Popen(command, env=own, stdout=subprocess.PIPE, text=True))
+        printed = [process.communicate(timeout=300)[0] for process in processes]
+        return [json.loads(text.splitlines()[-1]) for text in printed]
+
+    first = start()
+    assert [advice for advice, _, _ in first] == ["", ""] and first[0][1] > 0
+    (_, requests, hits), _ = start()
+    assert hits == requests > 0
+    assert not list(tmp_path.glob("home*/**/*-cache")) and list((tmp_path / "run" / "compiled").rglob("*-cache"))
+
+
+def test_a_cache_that_cannot_be_shared_says_what_to_set(tmp_path, monkeypatch):
+    import jax
+
+    before = jax.config.jax_compilation_cache_dir
+    (tmp_path / "compiled").write_text("a file")
+    assert compilation.share_cache(tmp_path) == ""  # the user has chosen a folder, as all tests do
+    monkeypatch.setattr(compilation, "_automatic", True)
+    said = compilation.share_cache(tmp_path)
+    assert said.startswith(f"compiled programs cannot be kept in {tmp_path / 'compiled'}")
+    assert said.endswith("set JAX_COMPILATION_CACHE_DIR to a folder that all processes share")
+    assert jax.config.jax_compilation_cache_dir == before
 
 
 @pytest.mark.slow

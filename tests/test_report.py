@@ -328,10 +328,10 @@ def test_odd_versions(workdir, capsys, text, notes):
 @pytest.mark.parametrize(
     "line, fault",
     [
-        ({"step": 41, "l1": 0.1}, '`kind` is missing or neither "train" nor "eval"'),
-        ({"step": 41, "kind": None}, '`kind` is missing or neither "train" nor "eval"'),
-        ({"step": 41, "kind": ["train"]}, '`kind` is missing or neither "train" nor "eval"'),
-        ({"step": 41, "kind": "other"}, '`kind` is missing or neither "train" nor "eval"'),
+        ({"step": 41, "l1": 0.1}, '`kind` is missing or none of "start", "train" and "eval"'),
+        ({"step": 41, "kind": None}, '`kind` is missing or none of "start", "train" and "eval"'),
+        ({"step": 41, "kind": ["train"]}, '`kind` is missing or none of "start", "train" and "eval"'),
+        ({"step": 41, "kind": "other"}, '`kind` is missing or none of "start", "train" and "eval"'),
         ({"kind": "train", "l1": 0.1}, "`step` is missing or not a whole number"),
         ({"step": "41", "kind": "train"}, "`step` is missing or not a whole number"),
         ({"step": None, "kind": "eval"}, "`step` is missing or not a whole number"),

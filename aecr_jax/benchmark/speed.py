@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -22,6 +21,7 @@ from aecr_jax.benchmark.opponent import TURN_S, Opponent, check_opponent, count_
 from aecr_jax.benchmark.work import Prepared, Work, prepare
 from aecr_jax.errors import UserError
 from aecr_jax.files import make_folder
+from aecr_jax.training.flops import matmul_peak
 
 # PyTorch's threads keep spinning for a while after their work, which would slow down the next run.
 _PAUSE_S = 0.3
@@ -52,7 +52,8 @@ def benchmark(works: Sequence[Work], *, rounds: int = 15, torch_python: str | No
     figures: dict[str, Any] = {"machine": describe_machine(), "rounds": rounds, "rows": []}
     print(headline(figures["machine"]))
     with without_cache():
-        peaks = {dtype: matmul_peak(dtype) for dtype in sorted({work.dtype for work in works})}
+        sizes = (1024, 2048) if platform == "cpu" else (4096, 8192)
+        peaks = {dtype: matmul_peak(dtype, sizes) for dtype in sorted({work.dtype for work in works})}
         figures["machine"]["matmul_peak_gmacs"] = peaks
         print(", ".join(f"{peak:.0f} GMAC/s in {dtype} matrix products" for dtype, peak in peaks.items()))
         print(_HEADER, flush=True)
@@ -184,20 +185,6 @@ def without_cache() -> Iterator[None]:
     finally:
         jax.config.update("jax_enable_compilation_cache", before)
         compilation_cache.reset_cache()
-
-
-def matmul_peak(dtype: str) -> float:
-    """Return the highest speed, in GMAC/s, of several square matrix products."""
-    best = 0.0
-    multiply = jax.jit(jnp.matmul)
-    for size in (1024, 2048) if jax.devices()[0].platform == "cpu" else (4096, 8192):
-        a = jnp.ones((size, size), dtype)
-        multiply(a, a).block_until_ready()
-        for _ in range(8):
-            start = time.perf_counter()
-            multiply(a, a).block_until_ready()
-            best = max(best, size**3 / (time.perf_counter() - start) / 1e9)
-    return best
 
 
 def measure_peak(prepared: Prepared) -> int | None:

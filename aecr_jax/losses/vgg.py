@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -82,6 +83,7 @@ class VGGFeatures(nnx.Module):
         """The smallest height and width of images in pixels, at which the deepest feature map has one value."""
         return 2 ** (int(self._used[-1][4]) - 1)
 
+    @jax.named_scope("vgg")
     def __call__(self, images: ArrayLike) -> list[Array]:
         images = as_floating(images, "images", IN_0_TO_1)
         if images.ndim != 4 or images.shape[-1] != 3:

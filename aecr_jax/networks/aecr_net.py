@@ -129,26 +129,31 @@ class AECRNet(Network):
     def _decode(self, hazy: Array) -> Array:
         """Return the output of the last layer, `[N, H, W, 3 or 4]`."""
         h, w = hazy.shape[1:3]
-        x = self.pad(hazy)
-        if self.fast_deconv is not None:
-            x = self.fast_deconv(x)
-        down1 = self._apply(self.down1, x, relu=True)  # [n, h, w, width]
-        down2 = self._apply(self.down2, down1, relu=True)  # [n, h / 2, w / 2, 2 width]
-        down3 = self._apply(self.down3, down2, relu=True)  # [n, h / 4, w / 4, 4 width]
-        y = down3
-        if self.coarse is not None:
-            y = y + self._apply(self.coarse, y)
+        # The scopes name the parts of the network in a profile.
+        with jax.named_scope("encoder"):
+            x = self.pad(hazy)
+            if self.fast_deconv is not None:
+                x = self.fast_deconv(x)
+            down1 = self._apply(self.down1, x, relu=True)  # [n, h, w, width]
+            down2 = self._apply(self.down2, down1, relu=True)  # [n, h / 2, w / 2, 2 width]
+            down3 = self._apply(self.down3, down2, relu=True)  # [n, h / 4, w / 4, 4 width]
+            y = down3
+            if self.coarse is not None:
+                y = y + self._apply(self.coarse, y)
         if self.config.dfe == "before":
             y = self._enhance(y)
         # This is a Python loop, because the gradient of a convolution inside lax.scan is 30 to 50 times slower on the CPU.
-        for i in range(self.config.blocks):
-            y = self._apply(self.blocks[i % len(self.blocks)], y)
+        with jax.named_scope("fa_blocks"):
+            for i in range(self.config.blocks):
+                y = self._apply(self.blocks[i % len(self.blocks)], y)
         if self.config.dfe == "after":
             y = self._enhance(y)
-        up1 = self._apply(self.up1, self._join(down3, y, deep=True), relu=True)
-        up2 = self._apply(self.up2, self._join(down2, up1, deep=False), relu=True)
-        return self._apply(self.up3, up2)[:, :h, :w]
+        with jax.named_scope("decoder"):
+            up1 = self._apply(self.up1, self._join(down3, y, deep=True), relu=True)
+            up2 = self._apply(self.up2, self._join(down2, up1, deep=False), relu=True)
+            return self._apply(self.up3, up2)[:, :h, :w]
 
+    @jax.named_scope("dfe")
     def _enhance(self, x: Array) -> Array:
         for i in range(self.config.deform_layers):
             x = self._apply(self.deform[i % len(self.deform)], x)

@@ -216,7 +216,7 @@ def _restored(number: int) -> str:
 
 
 def training_minutes(workdir: Path, batch: int) -> float:
-    """Return the time that a run has trained, without evaluation and interruptions, from the speeds in its `metrics.jsonl`.
+    """Return the time that a run has trained, without compilation, evaluation and interruptions, from the speeds in its `metrics.jsonl`.
 
     Args:
       workdir: the run's folder.

@@ -240,6 +240,7 @@ def _items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return the settings that differ, except those that only say where a run is and how it is executed and logged."""
-    places = {"workdir", "coordinator", "processes", "process_id", "log_every", "tensorboard", "threads", "workers", "cache"}
+    places = {"workdir", "coordinator", "processes", "process_id", "threads", "workers", "cache"}
+    places |= {"log_every", "tensorboard", "profile", "profiler_port"}
     pairs = ((f"{part}.{name}", before[part][name], value) for part in now for name, value in now[part].items() if name not in places)
     return [f"{name}: {old} -> {new}" for name, old, new in pairs if old != new]

@@ -162,12 +162,30 @@ class RunConfig:
     network with a smaller `model.width` is widened: its output stays the same, and training fills the new channels."""
     tensorboard: bool = False
     """Also write scalars and panels for TensorBoard to the work directory."""
+    profile: str = ""
+    """FROM:TO, two steps: write a trace of the steps from the first to the second, for xprof, to `profile` in the work directory."""
+    profiler_port: int = bounded(0, 0, 65535)
+    """Port at which each process serves JAX's profiler, to everyone who can reach it; 0 for none."""
     coordinator: str = ""
     """For several processes: HOST:PORT of process 0, the same for all; or "auto" where the cluster provides it (TPU pods, Slurm, MPI)."""
     processes: int = bounded(1, 1, 2**31 - 1)
     """Number of processes, if the coordinator is given as HOST:PORT."""
     process_id: int = bounded(0, 0, 2**31 - 1)
     """Number of this process, from 0, if the coordinator is given as HOST:PORT."""
+
+    @property
+    def profiled(self) -> range:
+        """The steps to trace.
+
+        Raises:
+          UserError: `profile` is not FROM:TO.
+        """
+        if not self.profile:
+            return range(0)
+        steps = re.fullmatch(r"([0-9]{1,10}):([0-9]{1,10})", self.profile)
+        if not steps or not 1 <= int(steps[1]) <= int(steps[2]):
+            raise UserError(f"run.profile (={self.profile!r}) must be FROM:TO, two steps from 1 on, such as 100:103")
+        return range(int(steps[1]), int(steps[2]) + 1)
 
 
 @dataclass(frozen=True)
@@ -209,6 +227,8 @@ class Config:
             raise UserError("run.workdir (='') must name a folder")
         if "://" in run.workdir:
             raise UserError(f"run.workdir (={run.workdir}) must be a folder, not a URL: mount the bucket, or copy the run to it afterwards")
+        if run.profiled and run.profiled[-1] > optim.steps:
+            raise UserError(f"run.profile (={run.profile}) must end at optim.steps (={optim.steps}) at the latest")
         if run.process_id >= run.processes:
             raise UserError(f"run.process_id (={run.process_id}) must be less than run.processes (={run.processes})")
         address = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\s]+):(\d{1,5})", run.coordinator)

@@ -1,10 +1,13 @@
-"""Monitoring of a training run: values that are not finite, speed, and the time spent waiting for data."""
+"""Monitoring of a training run: values that are not finite, speed, the time of its start, and steps that stall."""
 
 from __future__ import annotations
 
+import faulthandler
+import statistics
+import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,10 @@ from aecr_jax.errors import UserError
 # Measurements are checked this many steps late, so that the devices do not have to wait for the check.
 _LATE = 2
 _WATCHED = ("total", "grad_norm", "param_norm")
+# A step stalls if it takes this many times the median of recent steps, and at least this many seconds.
+_STALLED, _STALLED_S = 20, 1.0
+# Least and largest number of steps of which the median is taken.
+_FEW, _MANY = 5, 101
 
 
 class Meter:
@@ -28,10 +35,11 @@ class Meter:
       samples: the training samples, for messages.
       step: number of steps taken before the run starts or resumes.
       saved: the step of the last checkpoint; 0 if there is none.
+      peak: peak of all devices in FLOP/s, or None if it is not known.
     """
 
-    def __init__(self, workdir: Path, samples: Sequence[Sample], step: int, saved: int):
-        self.saved = saved
+    def __init__(self, workdir: Path, samples: Sequence[Sample], step: int, saved: int, peak: float | None):
+        self.saved, self._peak = saved, peak
         self._workdir, self._samples = workdir, samples
         self._pending: deque[tuple[int, dict[str, jax.Array], np.ndarray]] = deque()
         self._latest: dict[str, jax.Array] = {}
@@ -46,13 +54,14 @@ class Meter:
         finally:
             self._waited += time.perf_counter() - asked
 
-    def add(self, step: int, measurements: dict[str, jax.Array], indices: np.ndarray) -> None:
-        """Record the measurements of a step and the indices of its samples.
+    def add(self, step: int, measurements: dict[str, jax.Array], indices: np.ndarray, macs: int) -> None:
+        """Record the measurements of a step, the indices of its samples, and its number of multiply-adds.
 
         Raises:
           UserError: a value of an earlier step is not finite.
         """
         self._step, self._latest = step, measurements
+        self._macs += macs
         self._pending.append((step, measurements, indices))
         if len(self._pending) > _LATE:
             self._check(*self._pending.popleft())
@@ -63,9 +72,11 @@ class Meter:
             self._check(*self._pending.popleft())
 
     def read(self, batch: int) -> dict[str, float]:
-        """Return the last step's measurements, with `images_per_second` and `waiting_for_data` (a fraction) since the last `restart`.
+        """Return the last step's measurements, with the speed since the last `restart`, and restart the measurement of speed.
 
-        This restarts the measurement of speed.
+        The speed is `images_per_second`, `seconds_per_step`, `waiting_for_data` (a fraction of the time), `tflop_per_second` of all
+        devices, and `model_flops_utilization`, the share of the devices' peak that this is, if the peak is known. A multiply-add counts
+        as two operations.
 
         Args:
           batch: number of images per step.
@@ -76,14 +87,19 @@ class Meter:
         self.check()
         values = {name: float(value) for name, value in jax.device_get(self._latest).items()}
         seconds = time.perf_counter() - self._since
-        values["images_per_second"] = (self._step - self._since_step) * batch / seconds
+        steps = self._step - self._since_step
+        values["images_per_second"] = steps * batch / seconds
+        values["seconds_per_step"] = seconds / steps
         values["waiting_for_data"] = self._waited / seconds
+        values["tflop_per_second"] = 2 * self._macs / seconds / 1e12
+        if self._peak:
+            values["model_flops_utilization"] = 2 * self._macs / seconds / self._peak
         self.restart()
         return values
 
     def restart(self) -> None:
-        """Start measuring speed anew, for example after an evaluation, which does not count as training time."""
-        self._waited, self._since, self._since_step = 0.0, time.perf_counter(), self._step
+        """Start measuring speed anew, for example after an evaluation or a compilation, which do not count as training time."""
+        self._waited, self._since, self._since_step, self._macs = 0.0, time.perf_counter(), self._step, 0
 
     def _check(self, step: int, measurements: dict[str, jax.Array], indices: np.ndarray) -> None:
         values = {name: float(value) for name, value in jax.device_get({name: measurements[name] for name in _WATCHED}).items()}
@@ -107,3 +123,71 @@ _SHOWN = ("l1", "l2", "smooth_l1", "mse", "perceptual", "distillation", "cr")
 def describe(values: dict[str, Any]) -> str:
     """Return the measurements to show as progress, such as "l1 0.1234, cr 0.9876"."""
     return ", ".join(f"{name} {values[name]:.4f}" for name in _SHOWN if name in values)
+
+
+def describe_speed(values: dict[str, float]) -> str:
+    """Return the speed to show as progress, such as "12.3 images/s, 1.3 s/step, 0.987 TFLOP/s, 45.6% of peak"."""
+    share = values.get("model_flops_utilization")
+    speed = f"{values['images_per_second']:.1f} images/s, {values['seconds_per_step']:.3g} s/step, {values['tflop_per_second']:.3g} TFLOP/s"
+    return speed if share is None else f"{speed}, {share:.1%} of peak"
+
+
+class Stopwatch:
+    """Divides the time since its creation among named parts."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, float] = {}
+        """Seconds of each part."""
+        self._since = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        """Add the time since the previous call, or since the creation, to a part."""
+        now = time.perf_counter()
+        self.parts[part] = self.parts.get(part, 0.0) + now - self._since
+        self._since = now
+
+
+class StallWatch:
+    """Writes the stacks of all threads to standard error, once, if a step takes 20 times the median of recent steps.
+
+    A thread of `faulthandler`, which does not need Python's lock, writes them while the step still hangs. They do not go to a file, because
+    the file system may be what hangs. Every process of a run watches its own steps.
+
+    Call `begin` before each step and `end` after it, or `skip` if the step also does other work, such as compilation.
+
+    Args:
+      say: called with a message when the stalled step has ended.
+    """
+
+    def __init__(self, say: Callable[[str], None]):
+        self._say = say
+        self._seconds: deque[float] = deque(maxlen=_MANY)
+        self._since: float | None = None
+        self._limit: float | None = None
+        self._told = False
+
+    def begin(self) -> None:
+        """Start to watch a step."""
+        self._since = time.perf_counter()
+        if len(self._seconds) >= _FEW and not self._told and sys.__stderr__ is not None:
+            self._limit = max(_STALLED_S, _STALLED * statistics.median(self._seconds))
+            faulthandler.dump_traceback_later(self._limit, file=sys.__stderr__)
+
+    def end(self, step: int) -> None:
+        """Stop watching, and let the step count in the median of later ones."""
+        since, limit = self._since, self._limit
+        self.skip()
+        if since is None:
+            return
+        seconds = time.perf_counter() - since
+        if limit is not None and seconds > limit:
+            self._told = True
+            median = statistics.median(self._seconds)
+            self._say(f"warning: step {step} took {seconds:.1f} s, the median {median:.2g} s; standard error has the stacks of all threads")
+        self._seconds.append(seconds)
+
+    def skip(self) -> None:
+        """Stop watching the present step."""
+        if self._limit is not None:
+            faulthandler.cancel_dump_traceback_later()
+        self._since = self._limit = None

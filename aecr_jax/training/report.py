@@ -52,6 +52,7 @@ _CURVES: list[tuple[str, str, list[str], bool]] = [
     ("learning rate", "train", ["learning_rate"], False),
     ("images per second", "train", ["images_per_second"], False),
     ("share of time waiting for data", "train", ["waiting_for_data"], False),
+    ("share of the devices' peak (model FLOPs utilization)", "train", ["model_flops_utilization"], False),
 ]
 
 _Note = Callable[[str], None]
@@ -139,8 +140,8 @@ def _read_metrics(workdir: Path, note: _Note) -> list[_Entry]:
             continue
         if not _COUNT.accepts(entry.get("step")):
             faults.setdefault(f"`step` is missing or not {_COUNT.name}", []).append(number)
-        elif entry.get("kind") not in ("train", "eval"):
-            faults.setdefault('`kind` is missing or neither "train" nor "eval"', []).append(number)
+        elif entry.get("kind") not in ("start", "train", "eval"):
+            faults.setdefault('`kind` is missing or none of "start", "train" and "eval"', []).append(number)
         else:
             for name, kind in _FIELDS.items():
                 if name in entry and not kind.accepts(entry[name]):

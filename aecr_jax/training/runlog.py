@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import time
 from collections.abc import Sequence
@@ -28,11 +29,17 @@ class RunLog:
 
     When a run resumes at step `first`, later entries of `metrics.jsonl` are removed.
 
+    Args:
+      workdir: the run's folder.
+      config: the settings.
+      first: number of steps taken before the run starts or resumes.
+      hosts: number of machines, see `versions`.
+
     Raises:
       UserError: the folder cannot be written, or its `metrics.jsonl` is damaged.
     """
 
-    def __init__(self, workdir: Path, config: Config, first: int):
+    def __init__(self, workdir: Path, config: Config, first: int, hosts: int):
         self._workdir = workdir
         self._board: Any = None
         if not is_main():
@@ -45,7 +52,7 @@ class RunLog:
             raise UserError(f"{path} is damaged: {first_line(error)}; move it away to continue without the earlier entries") from error
         _write(workdir / METRICS, "".join(line + "\n" for line in kept))
         _write(workdir / CONFIG, json.dumps(config_to_dict(config), indent=2) + "\n")
-        _write(workdir / VERSIONS, json.dumps(versions(), indent=2) + "\n")
+        _write(workdir / VERSIONS, json.dumps(versions(hosts), indent=2) + "\n")
         if config.run.tensorboard:
             import tensorboardX
 
@@ -93,8 +100,12 @@ def _write(path: Path, text: str) -> None:
         partial.write_text(text)
 
 
-def versions() -> dict[str, Any]:
-    """Return a description of the machine and the versions of the packages."""
+def versions(hosts: int) -> dict[str, Any]:
+    """Return a description of the machine, its compiler flags, and the versions of the packages.
+
+    Args:
+      hosts: number of machines, which cannot be found in one process.
+    """
     packages = {}
     for name in _PACKAGES:
         try:
@@ -106,6 +117,25 @@ def versions() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "devices": f"{len(devices)} {devices[0].device_kind}",
+        "device_kind": devices[0].device_kind,
+        "topology": topology(devices),
+        "hosts": hosts,
         "processes": jax.process_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "libtpu_init_args": os.environ.get("LIBTPU_INIT_ARGS", ""),
         "packages": packages,
     }
+
+
+def topology(devices: Sequence[Any]) -> str:
+    """Return the arrangement of the devices of all processes.
+
+    For TPUs, this is the number of chips along each axis, such as "4x4x1", with the number of slices if there are several, as in
+    "2 slices of 4x4x1". For other devices, it is their number per process, such as "4 processes of 8".
+    """
+    if devices[0].platform != "tpu":
+        processes = len({device.process_index for device in devices})
+        return f"{processes} process{'es' if processes > 1 else ''} of {len(devices) // processes}"
+    shape = "x".join(str(max(axis) - min(axis) + 1) for axis in zip(*(device.coords for device in devices)))
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    return f"{slices} slices of {shape}" if slices > 1 else shape

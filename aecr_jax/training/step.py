@@ -6,6 +6,7 @@ Means over the batch (the distances of the regularization, FastDeconv's statisti
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from aecr_jax.losses.loss import Loss
 from aecr_jax.networks.arrays import get_arrays, replace_arrays
+from aecr_jax.networks.macs import count_macs
 from aecr_jax.networks.network import Network, NetworkConfig
 from aecr_jax.networks.registry import abstract_network, build_network, find_network, make_network
 from aecr_jax.training.config import Config, OptimConfig
@@ -134,8 +136,9 @@ def _jit_step(
             batch = {**batch, "lagging": model(batch["hazy"])}
         compute = grad_fn if optim.accumulate == 1 else accumulate
         gradients, (stats, measurements) = compute(state.params, state.stats, loss_state, batch)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         measurements |= {
             "learning_rate": jnp.asarray(schedule(state.step)),
             "grad_norm": optax.tree.norm(gradients),
@@ -153,6 +156,37 @@ def _jit_step(
 
 def _predict(model: Network, loss: Loss, hazy: Array) -> Any:
     return loss.predict(model, hazy)
+
+
+def compile_train_step(
+    config: Config, loss: Loss, mesh: Mesh, state: TrainState, batch: Batch, *, freeze_stats: bool = False
+) -> tuple[Step, int]:
+    """Return the compiled step of `make_train_step` for these shapes, and its number of multiply-adds over all devices.
+
+    The multiply-adds of all matrix products and convolutions of the step are counted, with those of the gradient, the features of the
+    loss and the optimizer. What `model.remat` computes a second time does not count, as model FLOPs utilization is defined (PaLM,
+    Chowdhery et al., 2022, appendix B).
+    """
+    step: Any = make_train_step(config, loss, mesh, freeze_stats=freeze_stats)
+    counted = step.func
+    if getattr(config.model, "remat", False):
+        change: Any = {"remat": False}
+        without = dataclasses.replace(config, model=dataclasses.replace(config.model, **change))
+        other: Any = make_train_step(without, loss, mesh, freeze_stats=freeze_stats)
+        counted = other.func
+    leaves, tree = jax.tree.flatten((*step.args, state, batch))
+    compiled, macs = _compile(step.func, counted, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+    return functools.partial(compiled, *step.args), macs
+
+
+@functools.lru_cache(8)  # as `_jit_step`, whose functions these are
+def _compile(
+    function: Any, counted: Any, tree: jax.tree_util.PyTreeDef, leaves: tuple[tuple[tuple[int, ...], Any], ...]
+) -> tuple[jax.stages.Compiled, int]:
+    arguments = tree.unflatten([jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
+    traced = function.trace(*arguments)
+    macs = count_macs((traced if counted is function else counted.trace(*arguments)).jaxpr.jaxpr)
+    return traced.lower().compile(), macs
 
 
 # Returns the prediction and the values that the layers sow. It is Any because flax's annotation does not cover the use as a decorator.

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from aecr_jax.compilation import share_cache
 from aecr_jax.data.fingerprint import check_same_data, fingerprint, read_fingerprint, record_damaged
 from aecr_jax.data.pipeline import cache_bytes, check_samples, train_batches
 from aecr_jax.data.reader import DamagedSample, eval_images
@@ -29,15 +30,17 @@ from aecr_jax.inference.weights import check_folder_name
 from aecr_jax.losses.loss import Loss
 from aecr_jax.networks.network import Network
 from aecr_jax.networks.registry import abstract_network, find_network, has_parameters
-from aecr_jax.processes import STATUS, StopRequest, check_shared, initialize, is_main, no_bar
+from aecr_jax.processes import STATUS, StopRequest, check_shared, count_hosts, initialize, is_main, no_bar
 from aecr_jax.training.checkpoint import Checkpoints, Position
 from aecr_jax.training.config import Config
+from aecr_jax.training.flops import peak_flops
 from aecr_jax.training.initial import load_initial, make_loss
 from aecr_jax.training.lock import FolderLock
 from aecr_jax.training.mesh import check_batch, make_mesh, replicate, shard_batch
-from aecr_jax.training.meter import Meter, describe
+from aecr_jax.training.meter import Meter, StallWatch, Stopwatch, describe, describe_speed
+from aecr_jax.training.profile import Tracer, profiler_server
 from aecr_jax.training.runlog import CONFIG, RunLog
-from aecr_jax.training.step import Step, init_state, make_train_step, state_to_model
+from aecr_jax.training.step import Batch, Step, compile_train_step, init_state, state_to_model
 
 _PANEL_ROWS = 3
 Say = Callable[[str], None]
@@ -47,7 +50,7 @@ def train(config: Config, *, say: Say = tqdm.write) -> dict[str, Any]:
     """Train until step `optim.steps`; if the work directory already holds the run, it resumes from the last checkpoint.
 
     These are written to `run.workdir`: `config.json`, `versions.json`, `data.json`, `metrics.jsonl`, `panels/*.png` (hazy | restored |
-    clear), `checkpoints/`. A run resumes as follows:
+    clear), `checkpoints/`, with `run.profile` also `profile/`, and by several processes `compiled/`. A run resumes as follows:
 
     1. Parameters, their average, running statistics, optimizer state and step are restored bit for bit from the last intact checkpoint.
     2. The order of the images, the crops and the haze follow from `run.seed`; the checkpoint records how many images have been read.
@@ -69,16 +72,23 @@ def train(config: Config, *, say: Say = tqdm.write) -> dict[str, Any]:
     if not has_parameters(config.model):
         raise UserError(f"model.name (={config.model.NAME}) has no parameters to train; eval and dehaze take it with --checkpoint")
     check_folder_name(config.run.workdir)
+    watch = Stopwatch()
     initialize(config.run.coordinator, config.run.processes, config.run.process_id)
     if not is_main():
         say = _be_silent
-    inputs = _open_inputs(config, say)
-    workdir = make_folder(config.run.workdir)
-    # Only process 0 writes files, so only it holds the lock on the folder.
-    with FolderLock(workdir, say) if is_main() else contextlib.nullcontext() as lock, _Run(config, inputs, workdir, lock, say) as run:
-        run.restore()
-        run.loop()
-    return run.result()
+    watch.lap("devices")
+    with profiler_server(config.run.profiler_port):
+        inputs = _open_inputs(config, say)
+        watch.lap("data")
+        workdir = make_folder(config.run.workdir)
+        if jax.process_count() > 1 and (advice := share_cache(workdir)):
+            say(advice)
+        # Only process 0 writes files, so only it holds the lock on the folder.
+        holding = FolderLock(workdir, say) if is_main() else contextlib.nullcontext()
+        with holding as lock, _Run(config, inputs, workdir, lock, say, watch) as run:
+            run.restore()
+            run.loop()
+        return run.result()
 
 
 class _Inputs(NamedTuple):
@@ -113,24 +123,27 @@ def _open_inputs(config: Config, say: Say) -> _Inputs:
 class _Run:
     """A run that holds the lock on its folder: call `restore`, `loop` and `result`. Leaving the `with` block finishes all writing."""
 
-    def __init__(self, config: Config, inputs: _Inputs, workdir: Path, lock: FolderLock | None, say: Say):
-        self.config, self.inputs, self.workdir, self.lock, self.say = config, inputs, workdir, lock, say
+    def __init__(self, config: Config, inputs: _Inputs, workdir: Path, lock: FolderLock | None, say: Say, watch: Stopwatch):
+        self.config, self.inputs, self.workdir, self.lock, self.say, self.watch = config, inputs, workdir, lock, say, watch
         self.network = find_network(config.model.NAME)
         self.has_statistics = abstract_network(config.model).freeze_statistics()
         self.checkpoints = Checkpoints(workdir)
         self.log: RunLog | None = None
+        self.tracer, self.stalls = Tracer(config.run.profiled, workdir), StallWatch(say)
         self.summary: dict[str, Any] = {}
-        self._compiled: tuple[tuple[bool, bool], Step] | None = None
+        self._compiled: tuple[tuple[bool, bool], Step, int] | None = None
         self._warned = False
 
     def __enter__(self) -> _Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        self.stalls.skip()
         if self.log is not None:
             self.log.close()
         try:
-            self.checkpoints.close()
+            with contextlib.closing(self.checkpoints):
+                self.tracer.close()
         except UserError:
             if error is None or isinstance(error, Stopped):  # the state was not saved after all
                 raise
@@ -142,7 +155,9 @@ class _Run:
     def restore(self) -> None:
         """Restore the last checkpoint or take the initial values; then open the log, and the training data at the right position."""
         config, samples, workdir = self.config, self.inputs.train, self.workdir
+        self.watch.lap("restore")
         data = fingerprint(samples)
+        self.watch.lap("data")
         check_data = functools.partial(check_same_data, now=data, samples=samples, workdir=workdir)
         self.state = replicate(init_state(config, self.inputs.initial), self.inputs.mesh)
         self.position = Position(0, str(data))
@@ -157,6 +172,7 @@ class _Run:
         if is_main() and (restored is None or read_fingerprint(workdir) is None):
             data.write(workdir)
         self.first = int(self.state.step)
+        self.watch.lap("restore")
         self.batches = train_batches(
             samples,
             config.data,
@@ -168,10 +184,14 @@ class _Run:
             rehazed=config.loss.rehazed,
             **_share(),
         )
-        self.log = RunLog(workdir, config, self.first)
+        self.watch.lap("data")
+        hosts = count_hosts()
+        peak = peak_flops(self.inputs.mesh, hosts, config.model.dtype) if is_main() else None
+        self.watch.lap("devices")
+        self.log = RunLog(workdir, config, self.first, hosts)
         check_shared(workdir / CONFIG)
         self.restorer = Restorer(state_to_model(config, self.state))
-        self.meter = Meter(workdir, samples, self.first, saved=max(self.checkpoints.steps(), default=0))
+        self.meter = Meter(workdir, samples, self.first, saved=max(self.checkpoints.steps(), default=0), peak=peak)
         evaluated = f"{len(self.inputs.evaluation)} ({self.inputs.evaluated_on})"
         self.say(f"training on {len(samples)} images, evaluating on {evaluated}, {self.inputs.mesh.size} device(s)")
 
@@ -188,16 +208,28 @@ class _Run:
         progress = tqdm(total=optim.steps, initial=self.first, desc="training", unit="step", smoothing=0.1, disable=no_bar())
         with StopRequest() as stop, progress as bar:
             for step in range(self.first + 1, optim.steps + 1):
-                batch = self._next_batch(step, stop)
-                indices = batch.pop("index")
-                self.state, measurements = self._step(step)(self.state, shard_batch(batch, self.inputs.mesh))
+                self.stalls.begin()
+                arrays = self._next_batch(step, stop)
+                indices = arrays.pop("index")
+                batch = shard_batch(arrays, self.inputs.mesh)
+                take_step, macs = self._compile(step, batch)
+                if self.tracer.begin(step, self.state):
+                    self.stalls.skip()
+                with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                    self.state, measurements = take_step(self.state, batch)
                 self.position = self.position._replace(images=self.position.images + optim.batch)
-                meter.add(step, measurements, indices)
+                meter.add(step, measurements, indices, macs)
+                if step == self.first + 1:
+                    self._log_start()
                 bar.update()
                 last, stopping = step == optim.steps, stop.at(step) if step < optim.steps else None
                 evaluating = last or (step % run.eval_every == 0 and not stopping)
                 if evaluating or step % run.log_every == 0:
                     bar.set_postfix_str(self._write_log(step))
+                self.stalls.end(step)
+                if written := self.tracer.end(step, self.state):
+                    self.say(written)
+                    meter.restart()
                 if evaluating:
                     self._evaluate(step)
                 if evaluating or stopping or step % run.save_every == 0:
@@ -242,8 +274,8 @@ class _Run:
             return ""
         return f"; the state after step {step} is saved in {self.workdir}, and the same command resumes from it"
 
-    def _step(self, step: int) -> Step:
-        """Return the compiled step, which depends on `optim.freeze_stats_after` and `loss.cr_after`."""
+    def _compile(self, step: int, batch: Batch) -> tuple[Step, int]:
+        """Return the compiled step, which depends on `optim.freeze_stats_after` and `loss.cr_after`, and its number of multiply-adds."""
         frozen = self.has_statistics and 0 <= self.config.optim.freeze_stats_after < step
         regularized = not self.config.loss.cr or self.config.loss.cr_after < step
         if self._compiled is None or (frozen, regularized) != self._compiled[0]:
@@ -252,9 +284,26 @@ class _Run:
                 self.say(f"step {step}: the network's running statistics are frozen from here on")
             if regularized and not before[1]:
                 self.say(f"step {step}: contrastive regularization begins")
+            self.stalls.skip()
+            self.watch.lap("data")
             loss = self.inputs.loss if regularized else make_loss(self.config, regularize=False)
-            self._compiled = (frozen, regularized), make_train_step(self.config, loss, self.inputs.mesh, freeze_stats=frozen)
-        return self._compiled[1]
+            compiled = compile_train_step(self.config, loss, self.inputs.mesh, self.state, batch, freeze_stats=frozen)
+            self._compiled = (frozen, regularized), *compiled
+            self.watch.lap("compile")
+            self.meter.restart()
+        return self._compiled[1:]
+
+    def _log_start(self) -> None:
+        """Log how long it took from the start to the end of the first step, by part."""
+        assert self.log is not None
+        jax.block_until_ready(self.state)
+        self.watch.lap("first_step")
+        total = sum(self.watch.parts.values())
+        parts = {f"{part}_seconds": seconds for part, seconds in self.watch.parts.items()}
+        self.log.write(self.first, "start", {**parts, "total_seconds": total})
+        self.say(
+            f"first step after {total:.1f} s: " + ", ".join(f"{name.replace('_', ' ')} {s:.1f} s" for name, s in self.watch.parts.items())
+        )
 
     def _write_log(self, step: int) -> str:
         assert self.log is not None
@@ -264,7 +313,7 @@ class _Run:
             self._warned = True
             self.say(f"warning: at step {step} {warning}")
         if not sys.stderr.isatty():  # where there is no progress bar
-            self.say(f"step {step} of {self.config.optim.steps}: {describe(values)}, {values['images_per_second']:.1f} images/s")
+            self.say(f"step {step} of {self.config.optim.steps}: {describe(values)}, {describe_speed(values)}")
         return describe(values)
 
     def _evaluate(self, step: int) -> None:
