@@ -42,7 +42,7 @@ def add_options(parser: Any, model: str) -> None:
         "--smoothing",
         type=float,
         metavar="SECONDS",
-        help="average the estimated haze of a video over this time, against flicker; 0 turns it off (default: 0.25)",
+        help="average the estimated haze of a video over this time, against flicker; 0 turns it off (default: 0.1)",
     )
     parser.add_argument(
         "--tile",

@@ -28,7 +28,7 @@ EXTENSIONS = frozenset(
 # The containers that are written, by the names that FFmpeg gives them.
 CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 # Longer averages hardly reduce the flicker further, and lag more behind a moving camera: see the table in docs/dehazing.md.
-SMOOTHING, LONGEST_SMOOTHING = 0.25, 60.0
+SMOOTHING, LONGEST_SMOOTHING = 0.1, 60.0
 QUALITY = 66
 
 # Codes of ITU-T H.273, as FFmpeg numbers them: matrices, ranges, and the transfer functions of high dynamic range.

@@ -146,7 +146,8 @@ class Network(nnx.Module):
 
         Args:
           canvas: `[N, H, W, 3]`, with finite values of any kind outside the images. H and W are those of `canvas_size`.
-          height, width: the size of the images, a number or an array without axes.
+          height: height of the images, a number or an array without axes.
+          width: width of the images, as `height`.
 
         Raises:
           ValueError: the network has no canvas.
