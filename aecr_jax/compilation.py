@@ -65,7 +65,7 @@ def set_up() -> None:
 
 
 def share_cache(workdir: Path) -> str:
-    """Move the cache to the folder `compiled` of a work directory that all processes of a run share; every process must call this.
+    """Move the cache to the folder `compiled` in a run's work directory, which its processes share. Every process must call this.
 
     Only process 0 writes JAX's cache. In a folder of its own, each of the other processes would never find a program and would compile
     everything at every start. On CPUs they do so all the same, because the key of a program differs between the processes there.

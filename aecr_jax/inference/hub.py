@@ -19,7 +19,7 @@ PACKAGE = "huggingface_hub>=2.4,<3"
 """The package that addresses need; as the extra `hub` in pyproject.toml."""
 
 FILES = ("model.safetensors", "config.json", "README.md")
-"""What is downloaded; a model must have the first two."""
+"""The files that are downloaded. A model must have the first two."""
 
 _NAME = r"[A-Za-z0-9_.-]+"
 _ADDRESS = re.compile(rf"hf://?(?P<repository>{_NAME}/{_NAME})(@(?P<revision>.*))?")  # pathlib turns // into /
@@ -111,7 +111,7 @@ def check_revision(name: str) -> str:
     """Return the name of a revision.
 
     Raises:
-      UserError: git does not allow that name. The name becomes part of a path in the cache.
+      UserError: git does not allow that name, which also becomes part of a path in the cache.
     """
     if not re.fullmatch(r"\w[\w./-]*", name, re.ASCII) or re.search(r"\.\.|//|/$|/\.", name):
         raise UserError(f"revision (={name}) must be a branch, a tag or a commit, such as main, v1.0 or refs/pr/1")

@@ -1,4 +1,4 @@
-"""The command `push`: a model and its card as a repository of the Hugging Face Hub."""
+"""The command `push`, which uploads a model and its card to a repository on the Hugging Face Hub."""
 
 from __future__ import annotations
 

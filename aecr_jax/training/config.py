@@ -165,7 +165,7 @@ class RunConfig:
     profile: str = ""
     """FROM:TO, two steps: write a trace of the steps from the first to the second, for xprof, to `profile` in the work directory."""
     profiler_port: int = bounded(0, 0, 65535)
-    """Port at which each process serves JAX's profiler, to everyone who can reach it; 0 for none."""
+    """Port on which each process serves JAX's profiler, without access control; 0 turns the server off."""
     coordinator: str = ""
     """For several processes: HOST:PORT of process 0, the same for all; or "auto" where the cluster provides it (TPU pods, Slurm, MPI)."""
     processes: int = bounded(1, 1, 2**31 - 1)
