@@ -311,25 +311,6 @@ def test_dehaze_applies_a_share_of_the_change(model_dir, tmp_path):
     np.testing.assert_allclose(half, (none + full) / 2, atol=0.76)  # both pictures are rounded: half a value, and half of one half
 
 
-def test_tiles_are_near_the_whole(model_dir):
-    from aecr_jax.inference.restore import Restorer, restore_tiled
-
-    restorer = Restorer(load_checkpoint(model_dir))
-    y, x = np.mgrid[0:90, 0:130].astype(np.float32)
-    image = np.stack([y / 90, x / 130, 0.5 + 0.3 * np.sin((x + y) / 9)], -1)
-    whole, tiled = restorer(image), restore_tiled(restorer, image, tile=64, overlap=24)
-    assert tiled.shape == image.shape
-    np.testing.assert_allclose(tiled, whole, atol=0.02)
-
-
-def test_tiling_blends_to_one(model_dir):
-    """With the identity in place of the model, overlapping tiles give the image back."""
-    from aecr_jax.inference.restore import restore_tiled
-
-    image = np.random.default_rng(0).random((70, 101, 3), np.float32)
-    np.testing.assert_allclose(restore_tiled(lambda tile: tile, image, tile=32, overlap=8), image, atol=1e-6)
-
-
 def test_usage(capsys):
     assert "invalid choice: 'nonsense'" in fails(capsys, "nonsense")
     assert "COMMAND" in fails(capsys)

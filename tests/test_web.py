@@ -1,6 +1,6 @@
 """The web page without a browser: its files, its server, its copy of onnxruntime-web, and its arithmetic, which Node.js runs.
 
-Expected pixels are those of the networks in JAX and of `restore_tiled`. The slow tests of `test_web_page.py` use the page in Chromium.
+Expected pixels are those of the networks in JAX and of `blend_tiles`. The slow tests of `test_web_page.py` use the page in Chromium.
 """
 
 import json
@@ -20,7 +20,7 @@ from test_export_onnx import make_model, reference, run_onnx
 from aecr_jax import UserError
 from aecr_jax.__main__ import main
 from aecr_jax.export.to_onnx import maps_to_onnx
-from aecr_jax.inference.restore import blend, restore_tiled
+from aecr_jax.inference.restore import Side, blend, blend_tiles
 from aecr_jax.networks import coarse_net
 from aecr_jax.web import runtime
 from aecr_jax.web.server import make_server
@@ -102,16 +102,15 @@ def test_tiles_are_blended_as_by_dehaze(tmp_path, height, width):
         const output = new Uint8ClampedArray(picture.data.length);
         const reports = [];
         const run = async (image) => image.map((value) => value + 0.5 * (image.reduce((a, b) => a + b) / image.length - 0.2));
-        await restore.restoreTiles(picture, {{ tile: 16, overlap: 5 }}, run, output, (...report) => reports.push(report));
+        await restore.restoreTiles(picture, {{ tile: 16, overlap: 5, multiple: 4 }}, run, output, (...report) => reports.push(report));
         if (reports.some(([done, total], i) => done !== i + 1 || total !== reports.length)) throw new Error(reports.join(" "));
     """
     restored = np.frombuffer(run_node(tmp_path, code, rgba), np.uint8).reshape(rgba.shape)
     hazy = rgba[..., :3].astype(np.float32) / 255
 
-    def restorer(image):
-        return np.clip(image + 0.5 * (image.mean() - 0.2), 0, 1)
-
-    expected = restore_tiled(restorer, hazy, 16, 5) if height * width > 256 else restorer(hazy)
+    tile = 16 if height * width > 256 else 100
+    rows, columns = (Side.cut(size, tile, 5, 4) for size in (height, width))
+    expected = blend_tiles(lambda i, j, image: np.clip(image + 0.5 * (image.mean() - 0.2), 0, 1), hazy, rows, columns, 5)
     assert np.abs(restored[..., :3] - 255 * expected).max() < 0.51
     np.testing.assert_array_equal(restored[..., 3], rgba[..., 3])
 
@@ -171,7 +170,7 @@ def test_the_command_writes_the_page(tmp_path, capsys, package):
     listing = json.loads((output / "models/models.json").read_text())
     assert [model["name"] for model in listing["models"]] == ["photo", "aecr_net_tiny", "indoor"]  # the default model is the first one
     photo, tiny, _ = listing["models"]
-    assert photo["form"] == {"pixels": 2**20, "cell": 8, "multiple": 32} and tiny["form"] == {"tile": 768, "overlap": 128}
+    assert photo["form"] == {"pixels": 2**20, "cell": 8, "multiple": 32} and tiny["form"] == {"tile": 768, "overlap": 128, "multiple": 4}
     assert photo["parameters"] == 920_756 and photo["license"] == "apache-2.0" and photo["purpose"].startswith("photographs")
     for model in listing["models"]:
         assert (output / model["file"]).stat().st_size == model["bytes"]

@@ -49,7 +49,8 @@ def add_options(parser: Any, model: str) -> None:
         type=int,
         default=1536,
         metavar="N",
-        help="restore images of more than N x N pixels in overlapping tiles; 0 turns tiling off (default: 1536)",
+        help="restore images of more than N x N pixels in overlapping tiles, which need less memory: the result is nearly that of the"
+        " whole image, and only the overlaps, of 128 pixels, take more time; 0 turns tiling off (default: 1536)",
     )
 
 

@@ -153,7 +153,7 @@ def restore_any_size(restorer: Restorer, image: np.ndarray, tile: int, name: str
     try:
         return restore_tiled(restorer, image, tile, OVERLAP) if large else restorer(image)
     except NotEnoughMemory as error:
-        pixels = min(h, tile) * min(w, tile) if large else h * w
+        pixels = math.prod(side.length for side in restorer.cut(h, w, tile, OVERLAP)) if large else h * w
         share = 0.5 if error.available is None else 0.8 * error.available / error.needed
         side = int(math.sqrt(pixels * share)) // OVERLAP * OVERLAP
         side = max(LEAST_TILE, min(side, USUAL_TILE))

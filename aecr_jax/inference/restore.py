@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from aecr_jax.compilation import bounded_jit
 from aecr_jax.errors import UserError
 from aecr_jax.networks.arrays import get_arrays, replace_arrays
 from aecr_jax.networks.network import Network
+from aecr_jax.networks.tiles import Tile, looking_at
 from aecr_jax.validation import check_weight
 
 # Neighbouring tiles overlap by this many pixels and are blended there.
@@ -54,7 +57,7 @@ class Restorer:
 
     def __init__(self, model: Network):
         arrays = get_arrays(model)
-        self.needs_tiles = model.NEEDS_TILES
+        self.needs_tiles, self.finds_airlight = model.NEEDS_TILES, model.FINDS_AIRLIGHT
         model = nnx.clone(model)  # leave the mode of the caller's network unchanged
         model.eval()
         self._graph, self._state = nnx.split(model)
@@ -66,7 +69,26 @@ class Restorer:
         def apply_on_canvas(state: nnx.State, canvas: Array, height: Array, width: Array) -> Array:
             return nnx.merge(self._graph, state).restore_on_canvas(canvas[None], height, width)[0].clip(0, 1)
 
+        def restore_tile(state: nnx.State, hazy: Array, *known: Any) -> Array:
+            with looking_at(Tile(self._padded_sides(hazy), *known)):
+                return apply(state, hazy)
+
+        def measure_tile(state: nnx.State, hazy: Array, *known: Any) -> tuple[list[Array], tuple[Array, ...]]:
+            tile = Tile(self._padded_sides(hazy), *known, measuring=True)
+            with looking_at(tile):
+                apply(state, hazy)
+            return tile.measured[len(tile.given) :], tile.features  # XLA leaves out what they do not depend on
+
+        def airlight_clues(state: nnx.State, hazy: Array) -> Array:
+            return nnx.merge(self._graph, state).airlight_clues(hazy[None])[0]
+
+        def airlight(state: nnx.State, hazy: Array, clues: Array) -> Array:
+            return nnx.merge(self._graph, state).airlight(hazy[None], clues[None])
+
         self._apply, self._apply_on_canvas = bounded_jit(apply), bounded_jit(apply_on_canvas)
+        self._restore_tile, self._measure_tile = bounded_jit(restore_tile), bounded_jit(measure_tile)
+        self._airlight_clues, self._airlight = bounded_jit(airlight_clues), bounded_jit(airlight)
+        self._padding, self._multiple = model.MULTIPLE, model.symbolic_sizes().multiple
         self._canvas_size = model.canvas_size
 
     def set_arrays(self, arrays: Mapping[str, Any]) -> None:
@@ -98,45 +120,188 @@ class Restorer:
         self._check(hazy, restored)
         return restored
 
+    def restore_tile(
+        self, hazy: np.ndarray, place: np.ndarray, given: Sequence[np.ndarray], carried: Sequence[np.ndarray] = ()
+    ) -> np.ndarray:
+        """Restore one tile `[h, w, 3]` of an image; the other arguments are the fields of `Tile`."""
+        restored = self._restore_tile(self._state, hazy, place, tuple(given), tuple(carried))
+        self._check(hazy, restored)
+        return restored
+
+    def measure_tile(
+        self, hazy: np.ndarray, place: np.ndarray, given: Sequence[np.ndarray], carried: Sequence[np.ndarray]
+    ) -> tuple[list[np.ndarray], tuple[np.ndarray, ...]]:
+        """Return the means over a tile's own part that follow the given ones, and `Tile.features`.
+
+        There is one mean if the network has cuts, and otherwise all. There is none if all are given.
+        """
+        return self._measure_tile(self._state, hazy, place, tuple(given), tuple(carried))
+
+    def airlight_clues(self, hazy: np.ndarray) -> np.ndarray:
+        """Return the map `[h, w, 1]` of `Network.airlight_clues` for an image or one tile of it."""
+        return self._airlight_clues(self._state, hazy)
+
+    def airlight(self, hazy: np.ndarray, clues: np.ndarray) -> np.ndarray:
+        """Return the airlight of an image, `[1, 3]`, by its map of `airlight_clues`."""
+        return self._airlight(self._state, hazy, clues)
+
+    def cut(self, height: int, width: int, tile: int, overlap: int) -> tuple[Side, Side]:
+        """Return how an image of this size is cut into tiles of at most `tile` pixels per side."""
+        return Side.cut(height, tile, overlap, self._multiple), Side.cut(width, tile, overlap, self._multiple)
+
+    def places(self, rows: Side, columns: Side) -> list[list[np.ndarray]]:
+        """Return the place of each tile, as in `Tile.place`."""
+        across, down = (side.places(self._padding, self._padded(side.size)) for side in (columns, rows))
+        return [[np.array([row, column], np.int32) for column in across] for row in down]
+
+    def _padded_sides(self, hazy: Array) -> tuple[int, int]:
+        return self._padded(hazy.shape[0]), self._padded(hazy.shape[1])
+
+    def _padded(self, size: int) -> int:
+        return -(-size // self._padding) * self._padding
+
     def _check(self, hazy: np.ndarray, restored: np.ndarray) -> None:
         if not np.isfinite(restored).all():
             whose = "restored image" if np.isfinite(hazy).all() else "hazy image"
             raise UserError(f"the {whose} has values that are not finite")
 
 
-def restore_tiled(restorer: Restorer, hazy: np.ndarray, tile: int, overlap: int) -> np.ndarray:
-    """Restore a large image in overlapping square tiles of one size, which are blended linearly where they overlap.
+class Side(NamedTuple):
+    """How a side of an image is cut into overlapping tiles of equal length."""
 
-    The memory needed grows with the tile and not with the image. The network's channel attention averages over a tile instead of the
-    whole image, so the result differs slightly from that of restoring the whole image at once.
+    size: int
+    length: int
+    starts: tuple[int, ...]
+
+    @classmethod
+    def cut(cls, size: int, tile: int, overlap: int, multiple: int = 1) -> Side:
+        """Cut `size` pixels into as few tiles as possible, of at most `tile` pixels, which overlap by at least `overlap`.
+
+        The tiles begin at multiples of a divisor of `multiple`, or of `multiple` itself if that is small. A network that halves the
+        resolution then sees the same pixels together as in the whole image.
+        """
+        if size <= tile:
+            return cls(size, size, (0,))
+        unit = math.gcd(multiple, max(1, overlap // 2))
+        rest = -size % unit
+        total, most, shared = -(-size // unit), tile // unit, -(-(overlap + rest) // unit)
+        count = -(-(total - shared) // (most - shared))
+        length = -(-(total + (count - 1) * shared) // count)
+        return cls(size, unit * length - rest, tuple(unit * (i * (total - length) // (count - 1)) for i in range(count)))
+
+    def part(self, index: int) -> slice:
+        """Return the pixels of a tile."""
+        return slice(self.starts[index], self.starts[index] + self.length)
+
+    def weights(self, overlap: int, margin: int = 0) -> list[np.ndarray]:
+        """Return each tile's weights, which add up to 1 at each pixel; `overlap` and `margin` are those of `blend_tiles`."""
+        ramp, total = _ramp(self.length, overlap, margin), np.zeros(self.size)
+        tiles = [self.part(index) for index in range(len(self.starts))]
+        for tile in tiles:
+            total[tile] += ramp
+        return [(ramp / total[tile]).astype(np.float32) for tile in tiles]
+
+    def places(self, multiple: int, padded: int) -> list[tuple[int, int, int, int]]:
+        """Return what `Tile.place` contains for each tile: its start, the padded size, and its own part, which ends amid the overlaps.
+
+        Args:
+          multiple: own parts begin and end at multiples of this number in the image; features have at least one row for so many pixels.
+          padded: the image's size with the network's padding.
+        """
+        middles = (start + before + self.length for before, start in zip(self.starts, self.starts[1:]))  # twice the middle
+        bounds = [0, *(middle // (2 * multiple) * multiple for middle in middles), padded]
+        return [(start, padded, first - start, end - start) for start, first, end in zip(self.starts, bounds, bounds[1:])]
+
+
+Restore = Callable[[int, int, np.ndarray], np.ndarray]
+
+
+def restore_tiled(restorer: Restorer, hazy: np.ndarray, tile: int, overlap: int) -> np.ndarray:
+    """Restore a large image in overlapping tiles of one size, which are blended linearly where they overlap.
+
+    What networks take from the whole image, the means of channel attention or the airlight, is measured on all tiles first, so the result is
+    nearly that of restoring the whole image. The memory grows with the tile; with the image grow the image itself, its result, and the
+    features that a network with channel attention keeps of each tile, for AECR-Net those of two layers at a quarter of the resolution.
 
     Args:
       restorer: the model.
       hazy: `[H, W, 3]` in [0, 1].
-      tile: side length of a tile, more than twice `overlap`; if a side of the image is shorter, so is that side of the tiles.
+      tile: largest side length of a tile, at least twice `overlap`; if a side of the image is shorter, so is that side of the tiles.
       overlap: minimum number of pixels by which neighbouring tiles overlap.
 
     Returns:
       The restored image, `[H, W, 3]`.
     """
-    h, w = hazy.shape[:2]
-    rows, columns = min(tile, h), min(tile, w)
-    weight = np.outer(_ramp(rows, overlap), _ramp(columns, overlap))[..., None].astype(np.float32)
-    total, weights = np.zeros(hazy.shape, np.float32), np.zeros((h, w, 1), np.float32)
-    for top in _starts(h, rows, overlap):
-        for left in _starts(w, columns, overlap):
-            here = np.s_[top : top + rows, left : left + columns]
-            total[here] += weight * restorer(hazy[here])
-            weights[here] += weight
-    return total / weights
+    rows, columns = restorer.cut(*hazy.shape[:2], tile, overlap)
+    places = restorer.places(rows, columns)
+    carried: dict[tuple[int, int], tuple[np.ndarray, ...]] = {}
+    # Zeros that layers see beyond the ends of a tile change the result there, so tiles are blended in the middle of the overlap only.
+    margin = 3 * overlap // 8
+    if restorer.finds_airlight:
+        clues = blend_tiles(lambda i, j, pixels: restorer.airlight_clues(pixels), hazy, rows, columns, overlap, margin=margin, channels=1)
+        given = [restorer.airlight(hazy, clues)]
+    else:
+        given = _measure_means(restorer, hazy, rows, columns, places, carried)
+
+    def restore(i: int, j: int, pixels: np.ndarray) -> np.ndarray:
+        return restorer.restore_tile(pixels, places[i][j], given, carried.pop((i, j), ()))
+
+    return blend_tiles(restore, hazy, rows, columns, overlap, margin=margin)
 
 
-def _starts(size: int, tile: int, overlap: int) -> list[int]:
-    count = 1 if size <= tile else -(-(size - overlap) // (tile - overlap))
-    return [round(i * (size - tile) / max(1, count - 1)) for i in range(count)]
+def blend_tiles(
+    restore: Restore, hazy: np.ndarray, rows: Side, columns: Side, overlap: int, *, margin: int = 0, channels: int = 3
+) -> np.ndarray:
+    """Apply `restore` to the tiles of an image and blend the results linearly where they overlap.
+
+    Args:
+      restore: takes the indices of a tile's row and column and its pixels `[h, w, 3]`, and returns `[h, w, channels]`.
+      hazy: the image, `[H, W, 3]`.
+      rows, columns: how its sides are cut.
+      overlap: minimum number of pixels by which neighbouring tiles overlap.
+      margin: number of pixels at the ends of tiles that do not count where there is another tile, less than half of `overlap`.
+      channels: of the result.
+
+    Returns:
+      `[H, W, channels]`, float32.
+    """
+    result = np.zeros((*hazy.shape[:2], channels), np.float32)
+    for i, down in enumerate(rows.weights(overlap, margin)):
+        for j, across in enumerate(columns.weights(overlap, margin)):
+            here = rows.part(i), columns.part(j)
+            result[here] += np.outer(down, across)[..., None] * restore(i, j, hazy[here])
+    return result
 
 
-def _ramp(tile: int, overlap: int) -> np.ndarray:
-    """Return weights that decrease over `overlap` pixels towards both ends without reaching 0."""
+def _measure_means(
+    restorer: Restorer,
+    hazy: np.ndarray,
+    rows: Side,
+    columns: Side,
+    places: list[list[np.ndarray]],
+    carried: dict[tuple[int, int], tuple[np.ndarray, ...]],
+) -> list[np.ndarray]:
+    """Return the means over the image for each layer that takes means; `carried` receives the features of each tile at the last cut.
+
+    A mean depends on those of earlier layers. In a network with cuts, all tiles are passed from one cut to the next, so means are exact. In
+    a network without cuts, all means are measured at once, while the layers of a tile use those of its own part.
+    """
+    means: list[np.ndarray] = []
+    while True:
+        totals: list[np.ndarray] = []
+        for i, j in itertools.product(range(len(rows.starts)), range(len(columns.starts))):
+            pixels, place = hazy[rows.part(i), columns.part(j)], places[i][j]
+            measured, features = restorer.measure_tile(pixels, place, means, carried.get((i, j), ()))
+            if not measured:
+                return means
+            carried[i, j] = features
+            area = np.diff(place[:, 2:]).prod() / place[:, 1].prod(dtype=np.float64)
+            parts = [area * mean for mean in measured]
+            totals = [total + part for total, part in zip(totals, parts)] if totals else parts
+        means += [total.astype(np.float32) for total in totals]
+
+
+def _ramp(tile: int, overlap: int, margin: int) -> np.ndarray:
+    """Return weights that decrease towards both ends without reaching 0: at the border of the image, there is no other tile."""
     distance = np.minimum(np.arange(tile), np.arange(tile)[::-1]) + 1
-    return np.minimum(distance / overlap, 1)
+    return ((distance - margin) / (overlap - 2 * margin)).clip(1e-6, 1)

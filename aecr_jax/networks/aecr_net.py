@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 
 from aecr_jax.networks.layers import Conv, ConvTranspose, DeformConv, FABlock, FastDeconv, Mixup, ResidualBlock
 from aecr_jax.networks.network import Network, NetworkConfig, SymbolicSizes, as_images, layer_options
+from aecr_jax.networks.tiles import sees_whole
 from aecr_jax.ops.conv import conv_few_inputs, conv_few_outputs
 from aecr_jax.ops.resize import enlarge_bilinear
 from aecr_jax.settings import bounded
@@ -163,7 +164,8 @@ class AECRNet(Network):
         def apply(layer: Any, x: Array) -> Array:
             return nnx.relu(layer(x)) if relu else layer(x)
 
-        return nnx.remat(apply)(layer, x) if self.config.remat else apply(layer, x)
+        # A tile has no backward pass, and its means could not leave the rematerialized function.
+        return nnx.remat(apply)(layer, x) if self.config.remat and sees_whole() else apply(layer, x)
 
     def _join(self, down: Array, up: Array, *, deep: bool) -> Array:
         if self.config.mixup == "adaptive":

@@ -10,6 +10,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from aecr_jax.networks.network import Network, NetworkConfig, SymbolicSizes, as_images
+from aecr_jax.networks.tiles import given_airlight
 from aecr_jax.ops.guided_filter import guided_filter
 from aecr_jax.ops.windows import window_min
 from aecr_jax.settings import bounded
@@ -66,27 +67,38 @@ class DCP(Network):
     """
 
     Config = DCPConfig
+    FINDS_AIRLIGHT = True
 
     def __init__(self, config: DCPConfig = DCPConfig(), *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
 
     def __call__(self, hazy: ArrayLike) -> Array:
         images = self._convert(hazy)
-        airlight = self.airlight(images)
+        airlight = given_airlight()
+        if airlight is None:
+            airlight = self.airlight(images)
         transmission = self.refine(images, self._transmission(images, airlight))
         airlight = airlight[:, None, None]
         restored = (images - airlight) / jnp.maximum(transmission, self.config.least_transmission) + airlight
         return restored.astype(as_images(hazy).dtype)
 
-    def airlight(self, hazy: ArrayLike) -> Array:
+    def airlight_clues(self, hazy: ArrayLike) -> Array:
+        return dark_channel(self._convert(hazy), self.config.patch)[..., None]
+
+    def airlight(self, hazy: ArrayLike, clues: Array | None = None) -> Array:
         """Return the colour of the airlight of each image, `[N, 3]`.
 
         It is that of the brightest pixel among the 0.1% with the largest dark channel. Ties are decided in row-major order.
+
+        Args:
+          hazy: `[N, H, W, 3]` in [0, 1].
+          clues: the dark channel, `[N, H, W, 1]`; by default it is computed.
         """
         images = self._convert(hazy)
         n, h, w, _ = images.shape
+        clues = self.airlight_clues(images) if clues is None else clues
         # top_k puts the first of equal values first.
-        _, candidates = lax.top_k(dark_channel(images, self.config.patch).reshape(n, h * w), max(h * w // PIXELS_PER_CANDIDATE, 1))
+        _, candidates = lax.top_k(clues.reshape(n, h * w), max(h * w // PIXELS_PER_CANDIDATE, 1))
         colours = jnp.take_along_axis(images.reshape(n, h * w, 3), candidates[..., None], 1)  # [N, candidates, 3]
         brightest = colours.sum(-1).argmax(1)
         return jnp.take_along_axis(colours, brightest[:, None, None], 1)[:, 0]

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from aecr_jax.networks.layers import DType, uniform_within
 from aecr_jax.networks.network import Network, NetworkConfig, SymbolicSizes, as_images, layer_options
+from aecr_jax.networks.tiles import given_airlight
 from aecr_jax.ops.conv import conv_few_inputs, conv_one_output
 from aecr_jax.ops.guided_filter import guided_filter
 from aecr_jax.ops.windows import window_max
@@ -68,6 +69,7 @@ class DehazeNet(Network):
     """
 
     Config = DehazeNetConfig
+    FINDS_AIRLIGHT = True
 
     def __init__(self, config: DehazeNetConfig = DehazeNetConfig(), *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
@@ -83,7 +85,8 @@ class DehazeNet(Network):
         given = as_images(hazy)
         images = self._convert(given)
         transmission = self._estimate(images)
-        airlight = self.airlight(given, transmission)[:, None, None]
+        airlight = given_airlight()
+        airlight = (self.airlight(given, transmission) if airlight is None else airlight)[:, None, None]
         transmission = self.refine(given, transmission)
         least = self.config.least_transmission
         if not self.deterministic:
@@ -98,7 +101,10 @@ class DehazeNet(Network):
         """Return the transmission that the layers estimate, before its refinement: `[N, H, W, 1]` in [0, 1]."""
         return self._estimate(self._convert(hazy)).astype(as_images(hazy).dtype)
 
-    def airlight(self, hazy: ArrayLike, transmission: Array) -> Array:
+    def airlight_clues(self, hazy: ArrayLike) -> Array:
+        return self.transmission(hazy)
+
+    def airlight(self, hazy: ArrayLike, clues: Array) -> Array:
         """Return the colour of the airlight of each image, `[N, 3]`: that of the brightest pixel among those with little transmission.
 
         Candidates are the pixels whose transmission is at most that of rank `round(N / 100)` from below, N their number. If several of
@@ -106,12 +112,12 @@ class DehazeNet(Network):
 
         Args:
           hazy: `[N, H, W, 3]` in [0, 1].
-          transmission: the transmission before its refinement, `[N, H, W, 1]`.
+          clues: the transmission before its refinement, `[N, H, W, 1]`.
         """
         images = self._convert(hazy)
         n, h, w, _ = images.shape
         # The airlight is a colour of the image; which one is not differentiable.
-        negated = -lax.stop_gradient(transmission).reshape(n, h * w)
+        negated = -lax.stop_gradient(clues).reshape(n, h * w)
         least, _ = lax.top_k(negated, max((h * w + 50) // 100, 1))
         # By their minimum: XLA would merge the slice of the last one with top_k into the sort of all pixels.
         grey = jnp.where(negated >= least.min(1, keepdims=True), lax.stop_gradient(self._grey(images)).reshape(n, h * w), -jnp.inf)

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from aecr_jax.networks.layers import Conv, FABlock, gate
 from aecr_jax.networks.network import Network, NetworkConfig, as_images, layer_options
+from aecr_jax.networks.tiles import keep, picture_mean
 from aecr_jax.ops.conv import conv_few_inputs, conv_few_outputs
 from aecr_jax.settings import bounded
 
@@ -45,10 +46,13 @@ class Group(nnx.Module):
         self.layers = nnx.List([*(FABlock(features, **types) for _ in range(blocks)), Conv(features, features, 3, **types)])
 
     def __call__(self, x: Array) -> Array:
-        y = x
-        for layer in self.layers:
-            y = layer(y)
+        x, y = keep(x, self._apply_layers)
         return y + x
+
+    def _apply_layers(self, x: Array) -> Array:
+        for layer in self.layers:
+            x = layer(x)
+        return x
 
 
 class GroupAttention(nnx.Module):
@@ -62,7 +66,7 @@ class GroupAttention(nnx.Module):
         self.up = Conv(hidden, groups * features, 1, **types)
 
     def __call__(self, groups: Sequence[Array]) -> Array:
-        means = jnp.concatenate([group.mean((1, 2), keepdims=True) for group in groups], -1)
+        means = jnp.concatenate([picture_mean(group) for group in groups], -1)
         return gate(means, self.down, self.up)
 
 

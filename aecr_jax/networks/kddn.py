@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 
 from aecr_jax.networks.layers import Conv, ResidualBlock, uniform_within
 from aecr_jax.networks.network import Network, NetworkConfig, as_images, layer_options
+from aecr_jax.networks.tiles import cut, keep, picture_mean, places
 from aecr_jax.ops.conv import concatenate_channels, conv_few_inputs, conv_few_outputs
 from aecr_jax.ops.resize import upsample_bilinear, upsample_nearest
 from aecr_jax.settings import bounded
@@ -99,11 +100,16 @@ class KDDN(Network):
         y = nnx.relu(self.down2(half))
         features = []
         for group in self.groups:
-            y = y + group(y)
+            y, change = keep(y, group)
+            y = y + change
             features.append(y)
-        y = nnx.relu(self.up1(concatenate_channels(upsample_bilinear(y), half)))
-        y = nnx.relu(self.up2(concatenate_channels(upsample_bilinear(y), full)))
+        y = nnx.relu(self.up1(concatenate_channels(_double(y), half)))
+        y = nnx.relu(self.up2(concatenate_channels(_double(y), full)))
         return jnp.tanh(self.last(y))[:, :h, :w].astype(hazy.dtype), features
+
+
+def _double(x: Array) -> Array:
+    return upsample_bilinear(x, *places(*x.shape[1:3]))
 
 
 class AttentionBlock(nnx.Module):
@@ -125,9 +131,8 @@ class AttentionBlock(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         y = self.conv2(nnx.relu(self.conv1(x)))
-        y = y * nnx.sigmoid(self.spatial2(nnx.relu(self.spatial1(y))))
-        factors = nnx.sigmoid(self.channel2(nnx.relu(self.channel1(y.mean((1, 2))))))
-        return x + y * factors[:, None, None]
+        y, x = cut(y * nnx.sigmoid(self.spatial2(nnx.relu(self.spatial1(y)))), x)
+        return x + y * nnx.sigmoid(self.channel2(nnx.relu(self.channel1(picture_mean(y)))))
 
 
 class KDDNTeacher(Network):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
+from aecr_jax.networks.tiles import cut, picture_mean
 from aecr_jax.ops.conv import conv_1x1, conv_transpose
 from aecr_jax.ops.deform_conv import deform_conv2d
 
@@ -208,9 +209,8 @@ class FABlock(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         y = nnx.relu(self.conv1(x)) + x
-        y = self.conv2(y)
-        mean = y.mean((1, 2), keepdims=True)
-        y = y * gate(mean, self.channel_down, self.channel_up)
+        y, x = cut(self.conv2(y), x)
+        y = y * gate(picture_mean(y), self.channel_down, self.channel_up)
         y = y * gate(y, self.pixel_down, self.pixel_up)
         return y + x
 

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from aecr_jax.networks.layers import Conv, ConvTranspose, DType, PReLU
 from aecr_jax.networks.network import Network, NetworkConfig, as_images, layer_options
+from aecr_jax.networks.tiles import places
 from aecr_jax.ops.conv import conv_few_inputs, conv_few_outputs
 from aecr_jax.settings import bounded
 
@@ -180,12 +181,15 @@ class MSBDN(Network):
 def _resize_by_one(x: Array) -> Array:
     """Resize bilinearly, with half-pixel centres: `[N, H + 1, W + 1, C] -> [N, H, W, C]`.
 
-    Output i lies at (i + 1/2) (H + 1) / H - 1/2 = i + (i + 1/2) / H, between the inputs i and i + 1.
+    Output i lies at (i + 1/2) (H + 1) / H - 1/2 = i + (i + 1/2) / H, between the inputs i and i + 1. If the
+    input is one tile of a picture, the share (i + 1/2) / H is that of the whole picture.
     """
     h, w = x.shape[1] - 1, x.shape[2] - 1
     # Not NumPy's arange, because an exported program has symbols for sizes; in float32 at least, as bfloat16 has too few digits.
     exact = jnp.promote_types(x.dtype, jnp.float32)
-    below, right = (((jnp.arange(size, dtype=exact) + 0.5) / size).astype(x.dtype) for size in (h, w))
+    below, right = (
+        ((start + jnp.arange(size, dtype=exact) + 0.5) / whole).astype(x.dtype) for size, (start, whole) in zip((h, w), places(h, w))
+    )
     below, right = below[None, :, None, None], right[None, None, :, None]
     x = (1 - below) * x[:, :-1] + below * x[:, 1:]
     return (1 - right) * x[:, :, :-1] + right * x[:, :, 1:]

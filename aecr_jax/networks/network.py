@@ -91,6 +91,8 @@ class Network(nnx.Module):
     """The network pads height and width to multiples of this number."""
     NEEDS_TILES: ClassVar[bool] = True
     """Whether large images are restored in tiles, because a whole one would need too much memory."""
+    FINDS_AIRLIGHT: ClassVar[bool] = False
+    """Whether the network takes the airlight from a few pixels of the whole image; see `airlight_clues`."""
     config: Any
     name: str = ""
     """The name of a loaded model: the name under which it was published, or that of its run's folder."""
@@ -133,6 +135,24 @@ class Network(nnx.Module):
         """
         gain, offset = self.estimate_haze(hazy)
         return self.remove_haze(hazy, gain, offset), gain, offset
+
+    def airlight_clues(self, hazy: ArrayLike) -> Array:
+        """Return maps `[N, H, W, 1]` from which `airlight` finds the airlight.
+
+        A pixel's value depends on its surroundings only, so the map of a large image can be put together from those of its tiles.
+
+        Raises:
+          ValueError: the network does not estimate it.
+        """
+        raise ValueError(f"{type(self).__name__} does not estimate the airlight")
+
+    def airlight(self, hazy: ArrayLike, clues: Array) -> Array:
+        """Return the colour of the airlight of each image, `[N, 3]`, found by the maps of `airlight_clues`.
+
+        Raises:
+          ValueError: the network does not estimate it.
+        """
+        raise ValueError(f"{type(self).__name__} does not estimate the airlight")
 
     def canvas_size(self, height: int, width: int) -> tuple[int, int] | None:
         """Return the height and width of the canvas on which `restore_on_canvas` restores an image of this size.

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from aecr_jax.networks.layers import Conv, ConvTranspose, gate, uniform_within
 from aecr_jax.networks.network import Network, NetworkConfig, as_images, layer_options
+from aecr_jax.networks.tiles import cut, picture_mean
 from aecr_jax.ops.conv import conv_few_inputs, conv_few_outputs
 from aecr_jax.settings import bounded
 
@@ -48,7 +49,7 @@ class FeatureDehazingUnit(nnx.Module):
         self.up = nnx.Linear(hidden, 2 * features, kernel_init=uniform_within(hidden), **types)
 
     def __call__(self, x: Array) -> Array:
-        factor, summand = jnp.split(gate(x.mean((1, 2), keepdims=True), self.down, self.up), 2, -1)
+        factor, summand = jnp.split(gate(picture_mean(x), self.down, self.up), 2, -1)
         return x * factor + summand
 
 
@@ -61,7 +62,8 @@ class FeatureDehazingBlock(nnx.Module):
         self.dehazing = FeatureDehazingUnit(features, **types)
 
     def __call__(self, x: Array) -> Array:
-        return self.dehazing(self.conv2(nnx.relu(self.conv1(x)))) + x
+        y, x = cut(self.conv2(nnx.relu(self.conv1(x))), x)
+        return self.dehazing(y) + x
 
 
 class PFDN(Network):

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import ArrayLike
+
+# Where a part of an array is along an axis: its first index, and the size of the whole.
+Place = tuple[ArrayLike, ArrayLike]
 
 
-def upsample_bilinear(x: Array) -> Array:
+def upsample_bilinear(x: Array, rows: Place | None = None, columns: Place | None = None) -> Array:
     """Double height and width by bilinear interpolation with aligned corners: `[N, H, W, C] -> [N, 2H, 2W, C]`.
 
     Row p of the output is the input at row p (H - 1) / (2H - 1), so the first and last rows of both coincide; columns likewise. This is
     PyTorch's `interpolate(..., mode="bilinear", align_corners=True)`; `jax.image.resize` aligns the outer edges of the pixels instead.
     The sum is computed in at least float32.
+
+    Args:
+      x: the input.
+      rows: if `x` is part of a larger array that is to be enlarged, its first row in that array, and the number of the array's rows. The
+        border within the array is then extended by zeros.
+      columns: likewise for columns.
     """
     exact = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return _double(_double(exact, 1), 2).astype(x.dtype)
+    return _double(_double(exact, 1, rows), 2, columns).astype(x.dtype)
 
 
 def enlarge_bilinear(x: Array, factor: int) -> Array:
@@ -51,15 +61,17 @@ def upsample_nearest(x: Array) -> Array:
     return jnp.broadcast_to(x[:, :, None, :, None], (n, h, 2, w, 2, c)).reshape(n, 2 * h, 2 * w, c)
 
 
-def _double(x: Array, axis: int) -> Array:
+def _double(x: Array, axis: int, place: Place | None) -> Array:
     # Output 2k is at the input's position k - k / (2n - 1), and output 2k + 1 at k + (n - 1 - k) / (2n - 1). Therefore two shifted copies
     # of the input suffice, and nothing is gathered, which would make the gradient slow.
     n = x.shape[axis]
-    share = (jnp.arange(n, dtype=x.dtype) / (2 * n - 1)).reshape([n if i == axis else 1 for i in range(x.ndim)])
+    start, whole = place or (0, n)
+    index = (start + jnp.arange(n, dtype=x.dtype)).reshape([n if i == axis else 1 for i in range(x.ndim)])
+    before, after = index / (2 * whole - 1), (whole - 1 - index) / (2 * whole - 1)
     previous, following = (
         jnp.pad(lax.slice_in_dim(x, start, start + n - 1, axis=axis), [pads if i == axis else (0, 0) for i in range(x.ndim)])
         for start, pads in ((0, (1, 0)), (1, (0, 1)))  # zeros where the share is 0
     )
-    even = (1 - share) * x + share * previous
-    odd = (1 - jnp.flip(share, axis)) * x + jnp.flip(share, axis) * following
+    even = (1 - before) * x + before * previous
+    odd = (1 - after) * x + after * following
     return jnp.stack([even, odd], axis + 1).reshape(*x.shape[:axis], 2 * n, *x.shape[axis + 1 :])

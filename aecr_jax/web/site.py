@@ -84,6 +84,7 @@ def _export(name: str) -> tuple[bytes, dict[str, Any]]:
         form = {"pixels": coarse_net.PIXELS, "cell": coarse_net.MAP_CELL, "multiple": network.MULTIPLE}
     else:
         content = to_onnx(network, about)
-        form = {"tile": TILE if network.NEEDS_TILES else 0, "overlap": int(about["overlap"])}
+        multiple = network.symbolic_sizes().multiple
+        form = {"tile": TILE if network.NEEDS_TILES else 0, "overlap": int(about["overlap"]), "multiple": multiple}
     entry = {"name": name, "file": f"models/{name}.onnx", "bytes": len(content), "purpose": card.purpose, "license": card.license}
     return content, entry | {"parameters": card.parameters, "form": form}

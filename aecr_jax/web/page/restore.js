@@ -79,15 +79,17 @@ export function applyMaps({ width, data }, maps, factor, output, from, to) {
   }
 }
 
-/** Return the first pixels of the tiles along a side of the image. */
-export function tileStarts(size, tile, overlap) {
-  const count = size <= tile ? 1 : Math.ceil((size - overlap) / (tile - overlap));
-  return Array.from({ length: count }, (_, i) => roundHalfEven((i * (size - tile)) / Math.max(1, count - 1)));
-}
-
-function roundHalfEven(value) {
-  const floor = Math.floor(value);
-  return value - floor === 0.5 ? floor + (floor % 2) : Math.round(value);
+/** Return how a side of `size` pixels is cut: the length of the tiles and their first pixels, as by `Side.cut` in restore.py. */
+export function cutSide(size, tile, overlap, multiple) {
+  if (size <= tile) return [size, [0]];
+  const divisor = (a, b) => (b ? divisor(b, a % b) : a);
+  const unit = divisor(multiple, Math.max(1, Math.floor(overlap / 2)));
+  const [total, most] = [Math.ceil(size / unit), Math.floor(tile / unit)];
+  const rest = unit * total - size;
+  const shared = Math.ceil((overlap + rest) / unit);
+  const count = Math.ceil((total - shared) / (most - shared));
+  const length = Math.ceil((total + (count - 1) * shared) / count);
+  return [unit * length - rest, Array.from({ length: count }, (_, i) => unit * Math.floor((i * (total - length)) / (count - 1)))];
 }
 
 /** Return the weights of each tile along a side, which decrease over `overlap` pixels towards its ends; those of one pixel add up to 1. */
@@ -99,15 +101,14 @@ function tileWeights(size, tile, overlap, starts) {
 }
 
 /**
- * Restore a picture in overlapping square tiles, which are blended linearly where they overlap.
+ * Restore a picture in overlapping tiles of one size, which are blended linearly where they overlap.
  *
  * run(image, width, height) returns the promise of the restored tile; progress(done, total) is called after each tile. Pictures of at most
  * tile * tile pixels are restored as a whole, and so are all pictures if tile is 0. The memory grows with the width, not with the height.
  */
-export async function restoreTiles({ width, height, data }, { tile, overlap }, run, output, progress) {
+export async function restoreTiles({ width, height, data }, { tile, overlap, multiple }, run, output, progress) {
   const whole = !tile || width * height <= tile * tile;
-  const [columns, rows] = whole ? [width, height] : [Math.min(tile, width), Math.min(tile, height)];
-  const [lefts, tops] = [tileStarts(width, columns, overlap), tileStarts(height, rows, overlap)];
+  const [[columns, lefts], [rows, tops]] = [width, height].map((size) => cutSide(size, whole ? size : tile, overlap, multiple));
   const across = tileWeights(width, columns, overlap, lefts);
   const down = tileWeights(height, rows, overlap, tops);
   const band = new Float32Array(3 * width * rows); // the sums of the rows from `top` on
