@@ -28,6 +28,7 @@ from aecr_jax.inference.command import run_dehaze
 from aecr_jax.inference.push import add_options as add_push_options
 from aecr_jax.inference.push import run_push
 from aecr_jax.reproduce.command import add_options, run_reproduce
+from aecr_jax.storage import explain, has_scheme
 from aecr_jax.streams import discard, explain_output, flush, has_no_reader
 from aecr_jax.web.command import add_options as add_web_options
 from aecr_jax.web.command import run_web
@@ -81,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             options, rest = parser.parse_known_args(argv)
             if rest and not (options.command in ("train", "benchmark") or (options.command == "check-data" and options.config)):
                 parser.error(f"unrecognized arguments: {' '.join(rest)}")
+            if options.command != "eval" and has_scheme(getattr(options, "output", None) or ""):
+                parser.error(f"--output (={options.output}) must be on this machine")
             if not {"-h", "--help"} & set(rest):
                 from aecr_jax.compilation import set_up
 
@@ -111,8 +114,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for stream in closed:
             discard(stream)
         return 141
-    except OSError as error:
-        if (explanation := explain_output(error)) is None:
+    except Exception as error:
+        explanation = explain_output(error) if isinstance(error, OSError) else None
+        if explanation is None and (reason := explain(error)) is not None:
+            explanation = f"object storage cannot be used: {reason}"
+        if explanation is None:
             raise
         print(complaint(explanation), file=sys.stderr)
         return 2

@@ -20,6 +20,7 @@ from filelock import FileLock
 from jax.experimental.compilation_cache import compilation_cache
 
 from aecr_jax.errors import UserError
+from aecr_jax.storage import is_remote
 
 # For single convolutions, XLA's CPU backend uses a library that is slow for many of this network's convolutions; without it, a
 # training step takes 0.6 of the time (see docs/speed.md). XLA ends the process if it does not know a flag, so the flag is set only
@@ -96,11 +97,13 @@ def _keep_programs(folder: Path) -> None:
     Raises:
       OSError: the folder cannot be written, the file system has no locks, or the lock is held for too long.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if not jax.distributed.is_initialized() or jax.process_index() == 0:
-        tidy(folder)
+    remote = is_remote(folder)  # an object store has no locks, without which JAX cannot limit the size
+    if not remote:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not jax.distributed.is_initialized() or jax.process_index() == 0:
+            tidy(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+    jax.config.update("jax_compilation_cache_max_size", -1 if remote else CACHE_BYTES)
     # If a program cannot be written, for example because the disk is full, the command goes on without the cache.
     warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry")
     # Together, the many small programs around the large one take seconds to compile, so they are cached too.

@@ -80,7 +80,9 @@ def check_shared(path: Path) -> None:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(str(path))
         if not path.is_file():
-            raise UserError(f"process {jax.process_index()} cannot find {path}: run.workdir must be a folder that all processes share")
+            raise UserError(
+                f"process {jax.process_index()} cannot find {path}: run.workdir must be a folder that all processes share, or gs://BUCKET/NAME"
+            )
 
 
 class StopRequest:

@@ -60,7 +60,7 @@ def test_overrides_are_typed():
         (["--train.steps", "5"], r"unknown setting --train.steps; use --optim.steps"),
         (["--train.workdir=x"], r"unknown setting --train.workdir; use --run.workdir"),
         (["--model.name", "aecr"], r"model.name \(='aecr'\) must be one of the networks, such as aecr_net"),
-        (["--run.workdir", "gs://bucket/run"], r"run.workdir \(=gs://bucket/run\) must be a folder"),
+        (["--run.workdir", "s3://bucket/run"], r"run.workdir: s3://bucket/run cannot hold a run"),
         (["--run.processes", "2"], r"run.coordinator \(=''\) must be HOST:PORT"),
         (["--optim.freeze_stats_after", "-2"], r"optim.freeze_stats_after \(=-2\) must be at least -1"),
         (["--optim.freeze_stats_after", "0"], r"optim.freeze_stats_after \(=0\) requires run.init_from"),

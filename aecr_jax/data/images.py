@@ -18,6 +18,7 @@ from aecr_jax.data.decode import Picture, decode, load, open_picture, srgb_profi
 from aecr_jax.data.haze import depth_problem
 from aecr_jax.errors import UserError, first_line
 from aecr_jax.files import replacing
+from aecr_jax.storage import as_path
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"})
 _MISSING = "it does not exist"
@@ -167,7 +168,7 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
     Raises:
       UserError: the image has NaN or infinite values, or the file cannot be written.
     """
-    path, image = Path(path), np.asarray(image, np.float32)
+    path, image = as_path(path), np.asarray(image, np.float32)
     if not np.isfinite(image).all():
         raise UserError(f"{path} was not written: the image contains NaN or infinite values")
     pixels = np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)

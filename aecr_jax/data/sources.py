@@ -107,6 +107,12 @@ def open_samples(spec: str, *, data_dir: str = "", training: bool = False, probl
     Raises:
       UserError: the data do not exist, or the split does not match them.
     """
+    for name, value in (("data", spec), ("data_dir", data_dir)):
+        if address := re.search(r"gs://[^\s,@]*", value):
+            raise UserError(
+                f"{name} (={value}) must be on this machine: copy them to each host, as with"
+                f" `gcloud storage rsync --recursive {address[0]} DIR`, and name DIR"
+            )
     mixed = _split_sum(spec)
     if len(mixed) > 1 or mixed[0][0] > 1:
         return _mix(_open_parts(spec, data_dir, training, problems))

@@ -21,6 +21,7 @@ from aecr_jax.inference.scores import DEFAULT_METRICS, METRICS, Measure, Score, 
 from aecr_jax.inference.weights import DEFAULT_MODEL, load_with_info
 from aecr_jax.losses.lpips import LPIPS
 from aecr_jax.processes import no_bar
+from aecr_jax.storage import resolve
 
 _PANEL_ROWS = 4
 _FOLDERS = ("hazy", "restored", "clear")
@@ -132,5 +133,5 @@ def add_row(rows: list[list[np.ndarray]], image: EvalImage, restored: np.ndarray
 def _check_folders(output: Path, samples: list[Sample]) -> None:
     inputs = {path.parent.resolve() for sample in samples for path in sample.files.values()}
     for kind in _FOLDERS:
-        if (folder := output / kind).resolve() in inputs:
+        if resolve(folder := output / kind) in inputs:
             raise UserError(f"{folder} contains images to evaluate on and would be overwritten: choose another --output")

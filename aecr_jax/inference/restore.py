@@ -219,8 +219,8 @@ Restore = Callable[[int, int, np.ndarray], np.ndarray]
 def restore_tiled(restorer: Restorer, hazy: np.ndarray, tile: int, overlap: int) -> np.ndarray:
     """Restore a large image in overlapping tiles of one size, which are blended linearly where they overlap.
 
-    What networks take from the whole image, the means of channel attention or the airlight, is measured on all tiles first, so the result is
-    nearly that of restoring the whole image. The memory grows with the tile; with the image grow the image itself, its result, and the
+    What networks take from the whole image, the means of channel attention or the airlight, is measured on all tiles first, so the result
+    is nearly that of restoring the whole image. The memory grows with the tile; with the image grow the image itself, its result, and the
     features that a network with channel attention keeps of each tile, for AECR-Net those of two layers at a quarter of the resolution.
 
     Args:

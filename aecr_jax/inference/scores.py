@@ -22,6 +22,7 @@ from aecr_jax.errors import UserError
 from aecr_jax.files import replacing
 from aecr_jax.losses.lpips import LPIPS, VERSION
 from aecr_jax.processes import gather
+from aecr_jax.storage import as_path
 
 
 class Metric(NamedTuple):
@@ -143,7 +144,7 @@ def write_results(folder: str | Path, scores: Sequence[Score], summary: dict[str
     Raises:
       UserError: a file cannot be written.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     rows = [_without_nan({"image": score.image, **score.values()}) for score in scores]
     with (
         replacing(folder / "per_image.csv") as partial,

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, load_file, save
 
 from aecr_jax.errors import MissingFileError, UserError, first_line
 from aecr_jax.files import refuse_existing, replacing
@@ -37,6 +37,7 @@ from aecr_jax.networks.registry import (
     network_names,
 )
 from aecr_jax.renamed import migrate
+from aecr_jax.storage import as_path, check_readable, is_remote, resolve
 from aecr_jax.validation import check_weight
 
 # The models that are shipped with the package, one folder for each, and the folder of the one that is used by default.
@@ -46,6 +47,7 @@ CHECKPOINTS = "checkpoints"
 # The item of a training checkpoint that holds the checksums of its JSON items.
 SEAL = "json_checksums"
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+_COMPLETE = "commit_success.txt"
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +60,8 @@ def load_checkpoint(path: str | Path = DEFAULT_MODEL) -> Network:
 
     Args:
       path: the work directory of a training run or its `checkpoints` folder (the checkpoint with the best validation PSNR is loaded),
-        a single checkpoint in that folder, or an exported model; the address of an exported model on the Hugging Face Hub,
+        a single checkpoint in that folder, or an exported model; any of these in object storage, `gs://BUCKET/NAME` (this needs the extra
+        `gcs`); the address of an exported model on the Hugging Face Hub,
         `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION`, which is downloaded (this needs the extra `hub`); or, if there is no folder of
         that name, the name of a model that is shipped with the package, such as "aecr_net_tiny", or of a network without parameters,
         such as "dcp", which gets its default settings. By default, the default one of the shipped models.
@@ -72,6 +75,7 @@ def load_checkpoint(path: str | Path = DEFAULT_MODEL) -> Network:
 def load_with_info(path: str | Path) -> tuple[Network, dict[str, Any]]:
     """Load a model as `load_checkpoint` does, and the JSON saved with it: the config of a run, or `config.json` of an exported model."""
     name, path = str(path), model_folder(path)
+    check_readable(path)
     if not path.is_dir():
         if name in network_names() and not has_parameters(model_config := find_network(name).Config()):
             model = build_network(model_config, {})
@@ -83,7 +87,7 @@ def load_with_info(path: str | Path) -> tuple[Network, dict[str, Any]]:
         if is_address(name) and "name" not in info.get("about", {}):
             model.name = name.partition("@")[0].rpartition("/")[2]  # the folder in the cache is named after the commit
         return model, info
-    path = path.resolve()
+    path = resolve(path)
     if (path / CHECKPOINTS).is_dir():
         workdir, step = path, None
     elif path.name == CHECKPOINTS:
@@ -123,7 +127,7 @@ def model_folder(path: str | Path) -> Path:
     Raises:
       UserError: the model cannot be downloaded.
     """
-    return hub_folder(path) if is_address(path) else shipped_folder(path) or Path(path)
+    return hub_folder(path) if is_address(path) else shipped_folder(path) or as_path(path)
 
 
 def save_checkpoint(model: Network, path: str | Path, about: dict[str, Any] | None = None) -> None:
@@ -136,7 +140,7 @@ def save_checkpoint(model: Network, path: str | Path, about: dict[str, Any] | No
     Raises:
       UserError: the folder cannot be written, or holds a training run, or a weight is not finite.
     """
-    path = Path(path)
+    path = as_path(path)
     refuse_model(path, overwrite=True)
     arrays = {name: np.asarray(array, order="C") for name, array in get_arrays(model).items()}
     try:
@@ -157,12 +161,13 @@ def refuse_model(path: str | Path, *, overwrite: bool = False) -> None:
     Raises:
       UserError: `path` is a file, holds a training run, or holds the files of a model and `overwrite` is not set.
     """
-    if Path(path).exists() and not Path(path).is_dir():
+    path = as_path(path)
+    if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file: choose a folder for the model")
-    if (Path(path) / CHECKPOINTS).exists():
+    if (path / CHECKPOINTS).exists():
         raise UserError(f"{path} holds a training run: choose another folder for the model")
     for name in (_WEIGHTS, _CONFIG):
-        refuse_existing(Path(path) / name, overwrite=overwrite)
+        refuse_existing(path / name, overwrite=overwrite)
 
 
 def check_folder_name(folder: str | Path) -> None:
@@ -172,20 +177,26 @@ def check_folder_name(folder: str | Path) -> None:
       UserError: the path is not valid UTF-8.
     """
     try:
-        str(Path(folder).resolve()).encode()
+        str(resolve(as_path(folder))).encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{folder} cannot hold checkpoints: its full path must be valid UTF-8") from error
 
 
 def list_steps(folder: str | Path) -> list[int]:
     """Return the steps that have a complete checkpoint in the `checkpoints` folder of a run, in ascending order."""
-    folder = Path(folder)
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit() and path.is_dir()) if folder.is_dir() else []
+    folder = as_path(folder)
+    check_readable(folder)
+    if not folder.is_dir():
+        return []
+    steps = [path for path in folder.iterdir() if path.name.isdigit() and path.is_dir()]
+    if is_remote(folder):  # orbax writes objects under their final names, and this one last; on a disk, it renames the complete folder
+        steps = [path for path in steps if (path / _COMPLETE).exists()]
+    return sorted(int(path.name) for path in steps)
 
 
 def has_checkpoint(workdir: str | Path) -> bool:
     """Return whether a run has saved a checkpoint."""
-    return bool(list_steps(Path(workdir) / CHECKPOINTS))
+    return bool(list_steps(as_path(workdir) / CHECKPOINTS))
 
 
 def _best_step(folder: Path) -> int | None:
@@ -232,7 +243,7 @@ def _load_exported(path: Path) -> tuple[Network, dict[str, Any]]:
             raise ValueError(f"{_CONFIG} has no settings under 'model'")
         if not isinstance(about := config.get("about", {}), dict):
             raise ValueError(f"{_CONFIG} has {about!r} under 'about', which must be an object")
-        arrays = load_file(path / _WEIGHTS)
+        arrays = load((path / _WEIGHTS).read_bytes()) if is_remote(path) else load_file(path / _WEIGHTS)
         # Models that were exported before checksums were introduced have none.
         if config.get("sha256", expected := _sha256(arrays, config["model"])) != expected:
             raise ValueError("its weights or settings differ from what was written")
@@ -243,7 +254,7 @@ def _load_exported(path: Path) -> tuple[Network, dict[str, Any]]:
             raise UserError(f"model {path} cannot be used: {error}") from error
         dtype = jnp.dtype(model_config.param_dtype)
         model = build_network(model_config, {name: array.astype(dtype) for name, array in arrays.items()})
-        model.name, model.step = str(about.get("name", path.resolve().name)), about.get("step")
+        model.name, model.step = str(about.get("name", resolve(path).name)), about.get("step")
         return model, config
     except UserError:
         raise

@@ -25,6 +25,7 @@ from aecr_jax.errors import UserError, first_line
 from aecr_jax.inference.weights import CHECKPOINTS, SEAL, checksums, get_psnr, json_checksum, list_steps, read_json, read_psnr, verify
 from aecr_jax.networks import registry
 from aecr_jax.renamed import migrate
+from aecr_jax.storage import as_path, is_remote, resolve
 from aecr_jax.training.config import Config, config_to_dict
 from aecr_jax.training.step import TrainState
 
@@ -56,7 +57,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str | Path):
-        self.folder = Path(workdir).resolve() / CHECKPOINTS
+        self.folder = resolve(as_path(workdir)) / CHECKPOINTS
         # Check this first: orbax reads the metrics of every checkpoint and raises at the first that is damaged.
         failed, steps = [], list_steps(self.folder)
         for step in steps:
@@ -85,12 +86,7 @@ class Checkpoints:
           UserError: this checkpoint or the previous one cannot be written.
         """
         model, optimizer = _items(state)
-        # A tenth and a megabyte are added for orbax's own files, the log and the pictures.
-        needed = 1.1 * sum(x.nbytes for x in jax.tree.leaves(state)) + 1e6
-        if (free := shutil.disk_usage(self.folder).free) < needed:
-            raise UserError(
-                f"no checkpoint can be written to {self.folder}: {needed / 1e6:.1f} MB must be free, but the disk has {free / 1e6:.1f} MB"
-            )
+        self._check_space(state)
         metrics = {"psnr": psnr}
         facts: dict[str, Any] = {
             "input": position._asdict(),
@@ -109,6 +105,16 @@ class Checkpoints:
             raise UserError(f"no checkpoint can be written to {self.folder}: {first_line(error)}") from error
         if not saved:
             raise UserError(f"{self.folder} has a checkpoint after step {int(state.step)}: choose another run.workdir")
+
+    def _check_space(self, state: TrainState) -> None:
+        if is_remote(self.folder):
+            return
+        # A tenth and a megabyte are added for orbax's own files, the log and the pictures.
+        needed = 1.1 * sum(x.nbytes for x in jax.tree.leaves(state)) + 1e6
+        if (free := shutil.disk_usage(self.folder).free) < needed:
+            raise UserError(
+                f"no checkpoint can be written to {self.folder}: {needed / 1e6:.1f} MB must be free, but the disk has {free / 1e6:.1f} MB"
+            )
 
     def restore(self, config: Config, state: TrainState, mesh: Mesh, check_data: Callable[[str], str]) -> Restored | None:
         """Load the last intact checkpoint onto `mesh`, whatever the number of devices that wrote it; return None if there is none.

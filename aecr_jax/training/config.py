@@ -26,6 +26,7 @@ from aecr_jax.networks.aecr_net import AECRNetConfig
 from aecr_jax.networks.network import NetworkConfig
 from aecr_jax.renamed import RENAMED
 from aecr_jax.settings import bounded, check_settings, parse_value
+from aecr_jax.storage import as_path
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class RunConfig:
     """What a run writes and how often, its initial values, and its processes."""
 
     workdir: str = "runs/its"
-    """Folder for config, metrics, pictures and checkpoints; if it already holds a run, that run resumes."""
+    """Folder for config, metrics, pictures and checkpoints, or an address gs://BUCKET/NAME; if it already holds a run, that run resumes."""
     seed: int = bounded(0, 0, 2**63 - 1)
     """Seed of the initial values, the order of the images, the crops and the haze."""
     log_every: int = bounded(100, 1)
@@ -225,8 +226,10 @@ class Config:
             raise UserError(f"optim.ema (={optim.ema}) must be less than 1")
         if not run.workdir:
             raise UserError("run.workdir (='') must name a folder")
-        if "://" in run.workdir:
-            raise UserError(f"run.workdir (={run.workdir}) must be a folder, not a URL: mount the bucket, or copy the run to it afterwards")
+        try:
+            as_path(run.workdir)
+        except UserError as error:
+            raise UserError(f"run.workdir: {error}") from error
         if run.profiled and run.profiled[-1] > optim.steps:
             raise UserError(f"run.profile (={run.profile}) must end at optim.steps (={optim.steps}) at the latest")
         if run.process_id >= run.processes:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
 from aecr_jax.errors import UserError, first_line
-from aecr_jax.files import make_folder
+from aecr_jax.files import make_folder, replacing
 from aecr_jax.processes import is_main
+from aecr_jax.storage import is_remote
 
 PROFILE = "profile"
 
@@ -40,8 +43,9 @@ class Tracer:
         if step not in self._steps or self._running:
             return False
         jax.block_until_ready(state)
-        make_folder(self._folder)
-        jax.profiler.start_trace(self._folder)
+        # The profiler writes to the disk only, so a trace for object storage is uploaded at the end.
+        self._local = Path(tempfile.mkdtemp(prefix="aecr_jax-profile-")) if is_remote(self._folder) else make_folder(self._folder)
+        jax.profiler.start_trace(self._local)
         self._running = True
         return True
 
@@ -69,6 +73,11 @@ class Tracer:
             jax.profiler.stop_trace()
         except (OSError, RuntimeError) as error:
             raise UserError(f"no profile can be written to {self._folder}: {first_line(error)}") from error
+        if is_remote(self._folder):
+            for path in sorted(path for path in self._local.rglob("*") if path.is_file()):
+                with replacing(self._folder / path.relative_to(self._local)) as partial:
+                    shutil.move(path, partial)
+            shutil.rmtree(self._local)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from PIL import Image, UnidentifiedImageError
 
 from aecr_jax.errors import UserError, first_line
 from aecr_jax.files import replacing
+from aecr_jax.storage import as_path, check_readable, is_remote, resolve
 from aecr_jax.training.runlog import CONFIG, METRICS, PANELS, VERSIONS
 
 _POINTS, _SHOWN_PANELS, _PANEL_WIDTH = 400, 4, 1200
@@ -87,7 +88,8 @@ def write_report(workdir: str | Path) -> Path:
     Raises:
       UserError: the folder is not the work directory of a run, nothing in it can be shown, or the page cannot be written.
     """
-    workdir = Path(workdir)
+    workdir = as_path(workdir)
+    check_readable(workdir)
     notes: list[str] = []
     entries = _read_metrics(workdir, notes.append)
     config, versions = (_read_object(workdir, name, notes.append) for name in (CONFIG, VERSIONS))
@@ -104,7 +106,7 @@ def write_report(workdir: str | Path) -> Path:
     environment.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     figures = [_figure(title, _series(entries, kind, names, log=log), log=log) for title, kind, names, log in _CURVES]
     context = {
-        "name": workdir.resolve().name,
+        "name": resolve(workdir).name,
         "about": _about(entries, config, versions, notes.append),
         "scores": _scores([entry for entry in entries if entry["kind"] == "eval"]),
         "figures": [figure for figure in figures if figure],
@@ -232,7 +234,8 @@ def _read_panel(path: Path) -> bytes:
     if not path.is_file():
         raise OSError("it is not a file")
     # Accept only PNG, the format that runs write: some of Pillow's other decoders start programs.
-    with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning), Image.open(path, formats=["PNG"]) as image:
+    file = io.BytesIO(path.read_bytes()) if is_remote(path) else path
+    with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning), Image.open(file, formats=["PNG"]) as image:
         image.thumbnail((_PANEL_WIDTH, 10**6))
         buffer = io.BytesIO()
         image.convert("RGB").save(buffer, "JPEG", quality=85)

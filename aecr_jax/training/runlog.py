@@ -18,6 +18,7 @@ from aecr_jax.data.images import panel, write_image
 from aecr_jax.errors import UserError, first_line
 from aecr_jax.files import make_folder, replacing
 from aecr_jax.processes import is_main
+from aecr_jax.storage import is_remote
 from aecr_jax.training.config import Config, config_to_dict
 
 CONFIG, METRICS, VERSIONS, PANELS = "config.json", "metrics.jsonl", "versions.json", "panels"
@@ -27,7 +28,8 @@ _PACKAGES = ("aecr-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "
 class RunLog:
     """Writes `config.json`, `versions.json`, `metrics.jsonl`, `panels/*.png` and, if set, `tensorboard/`.
 
-    When a run resumes at step `first`, later entries of `metrics.jsonl` are removed.
+    When a run resumes at step `first`, later entries of `metrics.jsonl` are removed. In object storage, which cannot append, each entry
+    uploads the whole file.
 
     Args:
       workdir: the run's folder.
@@ -42,6 +44,7 @@ class RunLog:
     def __init__(self, workdir: Path, config: Config, first: int, hosts: int):
         self._workdir = workdir
         self._board: Any = None
+        self._lines: list[str] = []
         if not is_main():
             return
         path = workdir / METRICS
@@ -50,7 +53,8 @@ class RunLog:
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged: {first_line(error)}; move it away to continue without the earlier entries") from error
-        _write(workdir / METRICS, "".join(line + "\n" for line in kept))
+        self._lines = [line + "\n" for line in kept]
+        _write(path, "".join(self._lines))
         _write(workdir / CONFIG, json.dumps(config_to_dict(config), indent=2) + "\n")
         _write(workdir / VERSIONS, json.dumps(versions(hosts), indent=2) + "\n")
         if config.run.tensorboard:
@@ -68,11 +72,11 @@ class RunLog:
             return
         path = self._workdir / METRICS
         line = json.dumps({"step": step, "kind": kind, "time": round(time.time(), 3), **values})
-        try:
-            with open(path, "a") as file:
-                file.write(line + "\n")
-        except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+        if is_remote(path):
+            self._lines.append(line + "\n")
+            _write(path, "".join(self._lines))
+        else:
+            _append(path, line + "\n")
         if self._board is not None:
             for name, value in values.items():
                 if isinstance(value, int | float):
@@ -98,6 +102,14 @@ class RunLog:
 def _write(path: Path, text: str) -> None:
     with replacing(path) as partial:
         partial.write_text(text)
+
+
+def _append(path: Path, text: str) -> None:
+    try:
+        with open(path, "a") as file:
+            file.write(text)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def versions(hosts: int) -> dict[str, Any]:
