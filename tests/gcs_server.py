@@ -123,6 +123,11 @@ class _Handler(BaseHTTPRequestHandler):
             resource = self._write(target, new, self._get(source, name).data)
             done = {"kind": "storage#rewriteResponse", "done": True, "resource": resource}
             return self._answer(done if "/rewriteTo/" in path else resource)
+        if match := re.fullmatch(r"(?:/download)?/storage/v1/b/([^/]+)/o/([^/]+)/moveTo/o/([^/]+)", path):
+            bucket, name, new = map(unquote, match.groups())
+            resource = self._write(bucket, new, self._get(bucket, name).data)
+            del self.server.buckets[bucket][name]
+            return self._answer(resource)
         if match := re.fullmatch(r"(?:/download)?/storage/v1/b/([^/]+)/o/([^/]+)", path):
             return self._object(match[1], unquote(match[2]))
         if match := re.fullmatch(r"/storage/v1/b/([^/]+)/o", path):

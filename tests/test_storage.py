@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -28,6 +29,8 @@ from aecr_jax.training import lock
 from aecr_jax.training.lock import FolderLock
 
 ROOT = Path(__file__).parents[1]
+# gcsfs sends objects of more than a megabyte, such as profiles, in this way.
+pytestmark = pytest.mark.filterwarnings("ignore:Sending a large body directly:ResourceWarning")
 needs_gcsfs = pytest.mark.skipif(importlib.util.find_spec("gcsfs") is None, reason="the extra gcs is not installed")
 # The smallest run that logs, evaluates, and saves twice.
 OPTIONS = ("--loss.cr", "0", "--model.width", "2", "--model.dfe", "none", "--run.save_every", "1")
@@ -92,17 +95,18 @@ def equal(one, other):
 
 @pytest.fixture(scope="module")
 def remote_run(storage, killed, config_file):
-    """Resume the killed run to its end, and return the address."""
-    assert train(config_file, killed) == 0
+    """Resume the killed run to its end, with a profile of its last step, and return the address."""
+    assert train(config_file, killed, "--run.profile", "4:4") == 0
     return killed
 
 
 @needs_gcsfs
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_parameters_and_the_log_of_an_uninterrupted_one_on_disk(storage, remote_run, local_run):
     assert list_steps(remote_run + "/checkpoints") == list_steps(local_run / "checkpoints")
     assert equal(weights(f"{remote_run}/checkpoints/4"), weights(local_run / "checkpoints" / "4"))
     names = {name.removeprefix("run/") for name in storage.names("bucket", "run/")} - {"report.html"}
-    assert {name for name in names if not name.startswith(("checkpoints/", "eval/"))} == {
+    assert {name for name in names if not name.startswith(("checkpoints/", "eval/", "profile/"))} == {
         "config.json",
         "data.json",
         "metrics.jsonl",
@@ -112,12 +116,14 @@ def test_a_killed_run_resumes_to_the_parameters_and_the_log_of_an_uninterrupted_
     }
 
     def log(content):
-        return [(entry["step"], entry["kind"], entry.get("l1"), entry.get("psnr")) for entry in map(json.loads, content.splitlines())]
+        entries = [json.loads(line) for line in content.splitlines()]
+        return [(entry["step"], entry["kind"], entry.get("l1"), entry.get("psnr")) for entry in entries if entry["kind"] != "start"]
 
     assert log(text(storage, "run/metrics.jsonl")) == log((local_run / "metrics.jsonl").read_text())
 
 
 @needs_gcsfs
+@pytest.mark.slow
 def test_the_commands_that_read_a_run_take_an_address(storage, remote_run, tmp_path, capsys):
     assert main(["eval", "--checkpoint", remote_run, "--data", "scenes:2:32x24", "--output", remote_run + "/eval"]) == 0
     summary = json.loads(text(storage, "run/eval/summary.json"))
@@ -133,6 +139,17 @@ def test_the_commands_that_read_a_run_take_an_address(storage, remote_run, tmp_p
 
 
 @needs_gcsfs
+@pytest.mark.slow
+def test_a_profile_is_uploaded(storage, remote_run, tmp_path):
+    (name,) = (name for name in storage.names("bucket", "run/profile/") if name.endswith(".xplane.pb"))
+    (tmp_path / "trace.xplane.pb").write_bytes(storage.buckets["bucket"][name].data)
+    planes = jax.profiler.ProfileData.from_file(str(tmp_path / "trace.xplane.pb")).planes
+    events = [event for plane in planes for line in plane.lines for event in line.events]
+    assert [dict(event.stats)["step_num"] for event in events if event.name == "train"] == [4]
+
+
+@needs_gcsfs
+@pytest.mark.slow
 def test_an_unfinished_checkpoint_does_not_count_and_a_damaged_one_is_moved_aside(storage, remote_run, config_file, capsys):
     storage.put("bucket", "run/checkpoints/9/metrics/metrics", b'{"psnr": 99.0}')  # without orbax's last object
     assert 9 not in list_steps(remote_run + "/checkpoints") and load_checkpoint(remote_run).step != 9

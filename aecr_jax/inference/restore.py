@@ -69,12 +69,14 @@ class Restorer:
         def apply_on_canvas(state: nnx.State, canvas: Array, height: Array, width: Array) -> Array:
             return nnx.merge(self._graph, state).restore_on_canvas(canvas[None], height, width)[0].clip(0, 1)
 
-        def restore_tile(state: nnx.State, hazy: Array, *known: Any) -> Array:
-            with looking_at(Tile(self._padded_sides(hazy), *known)):
+        def restore_tile(state: nnx.State, hazy: Array, place: Array, given: tuple[Array, ...], carried: tuple[Array, ...]) -> Array:
+            with looking_at(Tile(self._padded_sides(hazy), place, given, carried)):
                 return apply(state, hazy)
 
-        def measure_tile(state: nnx.State, hazy: Array, *known: Any) -> tuple[list[Array], tuple[Array, ...]]:
-            tile = Tile(self._padded_sides(hazy), *known, measuring=True)
+        def measure_tile(
+            state: nnx.State, hazy: Array, place: Array, given: tuple[Array, ...], carried: tuple[Array, ...]
+        ) -> tuple[list[Array], tuple[Array, ...]]:
+            tile = Tile(self._padded_sides(hazy), place, given, carried, measuring=True)
             with looking_at(tile):
                 apply(state, hazy)
             return tile.measured[len(tile.given) :], tile.features  # XLA leaves out what they do not depend on
@@ -232,7 +234,8 @@ def restore_tiled(restorer: Restorer, hazy: np.ndarray, tile: int, overlap: int)
     Returns:
       The restored image, `[H, W, 3]`.
     """
-    rows, columns = restorer.cut(*hazy.shape[:2], tile, overlap)
+    height, width = hazy.shape[:2]
+    rows, columns = restorer.cut(height, width, tile, overlap)
     places = restorer.places(rows, columns)
     carried: dict[tuple[int, int], tuple[np.ndarray, ...]] = {}
     # Zeros that layers see beyond the ends of a tile change the result there, so tiles are blended in the middle of the overlap only.
