@@ -141,7 +141,7 @@ def run(name, model, x, dtype):
     return case.output(case.call(model, images)).transpose(0, 3, 1, 2)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", THOROUGH)
 def test_parameters_are_the_authors(name):
     config = find_network(name).Config(**CASES[name].settings)
     assert count_parameters(abstract_network(config)) == CASES[name].parameters

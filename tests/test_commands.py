@@ -108,6 +108,7 @@ def test_a_full_disk_is_one_line(config_file, tmp_path, capsys, monkeypatch):
     assert "no checkpoint can be written to" in said and "1.2 MB must be free, but the disk has 0.0 MB" in said
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_scalars_and_panels(config_file, tmp_path):
     workdir = tmp_path / "w"
     assert main(["train", "--config", config_file, "--run.workdir", str(workdir), "--loss.cr", "0", "--run.tensorboard", "True"]) == 0

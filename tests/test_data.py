@@ -154,6 +154,7 @@ def test_two_files_of_one_name_are_refused(tmp_path):
         find_pairs(tmp_path / "h", tmp_path / "c")
 
 
+@pytest.mark.slow
 def test_worker_processes_give_the_same_batches(tmp_path):
     samples = pair_samples(tmp_path)
     expected = batches_of(samples, small_config())

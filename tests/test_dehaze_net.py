@@ -115,6 +115,7 @@ def test_loss_by_hand():
         TransmissionLoss(AECRNet)
 
 
+@pytest.mark.slow
 def test_training_by_the_transmission(config_file, tmp_path, capsys):
     for i in range(3):
         picture(tmp_path / "photographs" / f"{i}.png", (20, 18), seed=i)

@@ -29,7 +29,7 @@ def mean_distance(a, b):
     return np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)).mean()
 
 
-@pytest.mark.parametrize("groups", [(2, 4, 6), (1, 2, 3, 4, 5, 6)])
+@pytest.mark.parametrize("groups", [(2, 4, 6), pytest.param((1, 2, 3, 4, 5, 6), marks=pytest.mark.slow)])
 def test_the_sum_of_three_distances(student, teacher, groups):
     """Expected: computed with NumPy from the features of the two networks and of VGG-19."""
     vgg = VGG19Features.random(width=2)
@@ -88,6 +88,7 @@ def test_no_optimizer_finds_the_teachers_weights(teacher):
         np.testing.assert_array_equal(frozen[name], array)
 
 
+@pytest.mark.slow
 def test_bfloat16_features_are_compared_in_float32(teacher):
     student = KDDN(KDDNConfig(width=3, blocks=1, dtype="bfloat16"), rngs=nnx.Rngs(0))
     loss = DistillationLoss(teacher, VGG19Features.random(width=1), dtype=jnp.bfloat16)

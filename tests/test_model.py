@@ -191,7 +191,7 @@ def drawn(config):
 
 
 # From width 3 to 5, the hidden channels of the attention layers are 12 // 8 and 20 // 8.
-@pytest.mark.parametrize(("width", "wider", "switches"), [(4, 6, {}), (3, 5, {"shared": False})])
+@pytest.mark.parametrize(("width", "wider", "switches"), [(4, 6, {}), pytest.param(3, 5, {"shared": False}, marks=pytest.mark.slow)])
 def test_a_wider_network_has_the_same_output(width, wider, switches):
     """Widening preserves the output up to rounding (Net2Net, Chen et al., 2016), and gradients reach the new weights."""
     narrow = drawn(AECRNetConfig(width=width, blocks=2, **switches))

@@ -32,7 +32,7 @@ def scores(samples, count, model):
 @pytest.mark.parametrize(
     ("model", "psnr", "ssim"),
     [
-        ("aecr_net_tiny", [20.9336, 18.6832, 16.4216, 18.0624], [0.8398, 0.7785, 0.6133, 0.8465]),
+        pytest.param("aecr_net_tiny", [20.9336, 18.6832, 16.4216, 18.0624], [0.8398, 0.7785, 0.6133, 0.8465], marks=pytest.mark.slow),
         pytest.param("indoor", [20.8645, 20.1537, 18.5615, 18.4784], [0.8527, 0.8723, 0.7537, 0.8648], marks=pytest.mark.slow),
         ("photo", [21.7218, 17.4836, 16.8412, 19.9883], [0.8897, 0.8973, 0.8598, 0.9083]),
     ],

@@ -213,6 +213,7 @@ def test_rates_of_table_4():
     assert configs[0] == configs[1] and {row.run for _, row in shared} == {"cr"}
 
 
+@pytest.mark.slow
 def test_table_3_begins_with_given_weights(tmp_path, monkeypatch):
     save_checkpoint(FFANet(FFANetConfig(width=8, blocks=1), rngs=nnx.Rngs(0)), tmp_path / "weights")
     options = ["--rows", "ffa_net", "--seeds", 1, "--weights", tmp_path / "weights"]

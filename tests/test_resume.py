@@ -51,7 +51,8 @@ def test_statistics_freeze_after_a_step(run, config_file, tmp_path):
         np.testing.assert_array_equal(again, frozen[name], err_msg=name)
 
 
-@pytest.mark.parametrize(("negatives", "after"), [pytest.param("rehazed", 3, marks=pytest.mark.slow), ("lagging", 2)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("negatives", "after"), [("rehazed", 3), ("lagging", 2)])
 def test_regularization_begins_after_a_step(negatives, after, config_file, tmp_path, capsys):
     """The first steps have L1 alone. A run that is stopped after step 2, before or at the change, and resumed ends with the same bits."""
     whole = tmp_path / "whole"

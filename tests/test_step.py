@@ -117,6 +117,7 @@ def test_one_device_and_eight_compute_the_same_in_float32():
         np.testing.assert_allclose(one.params[name][clear], eight.params[name][clear], rtol=1e-5, atol=1e-7, err_msg=name)
 
 
+@pytest.mark.slow
 def test_the_step_is_the_pmap_of_a_step_per_device(x64, monkeypatch):
     """The per-device step needs collectives for FastDeconv's patches, the distances of the ratio, the gradient and L1."""
     config = Config(model=SMALL64, optim=OptimConfig(batch=8, steps=10))
@@ -212,6 +213,7 @@ def kept_for_the_gradient(config, capsys):
     return 4 * sum(int(np.prod([int(n) for n in shape.split(",")])) for shape in shapes)
 
 
+@pytest.mark.slow
 def test_rematerialization_keeps_less_and_changes_no_number(capsys):
     """The residuals are counted, because XLA's CPU backend does not recompute and the compiled program's memory shows no difference."""
     model = AECRNetConfig(width=4, blocks=2, shared=False)
@@ -226,6 +228,7 @@ def test_rematerialization_keeps_less_and_changes_no_number(capsys):
     assert less < 0.6 * everything
 
 
+@pytest.mark.slow
 def test_bfloat16_compute():
     """Parameters stay float32, and the losses agree with those in float32 to about the three digits of bfloat16."""
     losses = {}

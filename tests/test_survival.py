@@ -207,6 +207,7 @@ def test_sigterm_to_one_process_stops_both(config, tmp_path):
     assert last(tmp_path / "w") >= 3
 
 
+@pytest.mark.slow
 def test_an_image_that_one_process_cannot_read_ends_both(config, tmp_path):
     """Process 1 has a copy of the data with one damaged image. It names the image, and neither process waits for the other."""
     for folder in ("whole", "broken"):
@@ -222,6 +223,7 @@ def test_an_image_that_one_process_cannot_read_ends_both(config, tmp_path):
     assert other.count("aecr_jax: ") == 1 and "another one of this run has ended" in other
 
 
+@pytest.mark.slow
 def test_ctrl_c_with_worker_processes_saves(config, tmp_path):
     """A terminal sends SIGINT to the whole process group; the workers ignore it, and the training process handles it."""
     workdir = tmp_path / "w"
