@@ -23,8 +23,8 @@ from aecr_jax.convert.command import add_conversions, run_convert, run_convert_l
 from aecr_jax.errors import Stopped, UserError, complaint, first_line
 from aecr_jax.export.command import add_options as add_export_options
 from aecr_jax.export.command import run_export
+from aecr_jax.inference.command import MODEL_OR_DEFAULT, run_dehaze
 from aecr_jax.inference.command import add_options as add_dehaze_options
-from aecr_jax.inference.command import run_dehaze
 from aecr_jax.inference.push import add_options as add_push_options
 from aecr_jax.inference.push import run_push
 from aecr_jax.reproduce.command import add_options, run_reproduce
@@ -32,11 +32,6 @@ from aecr_jax.storage import explain, has_scheme
 from aecr_jax.streams import discard, explain_output, flush, has_no_reader
 from aecr_jax.web.command import add_options as add_web_options
 from aecr_jax.web.command import run_web
-
-_MODEL = (
-    "a shipped model (see the command models), the work directory of a run, an exported or converted model, one on the Hugging Face Hub"
-    " (hf://OWNER/NAME@REVISION), or a network without parameters: dcp (default: the default shipped model)"
-)
 
 
 class _StoreOnce(argparse.Action):
@@ -160,7 +155,7 @@ def _make_parser() -> argparse.ArgumentParser:
     train.add_argument("--config", metavar="FILE", help="Python file that sets `config`, such as configs/its.py")
 
     evaluate = commands.add_parser("eval", help="score a checkpoint", allow_abbrev=False)
-    evaluate.add_argument("--model", "--checkpoint", dest="checkpoint", metavar="NAME_OR_DIR", help=_MODEL)
+    evaluate.add_argument("--model", "--checkpoint", dest="checkpoint", metavar="NAME_OR_DIR", help=MODEL_OR_DEFAULT)
     evaluate.add_argument(
         "--data",
         required=True,
@@ -179,7 +174,7 @@ def _make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--lpips", metavar="FILE", help="weights that convert-lpips wrote, for the metric lpips")
     evaluate.add_argument("--save-images", action="store_true", help="also write hazy/, restored/ and clear/ to --output")
 
-    add_dehaze_options(commands.add_parser("dehaze", help="dehaze photographs and videos", allow_abbrev=False), _MODEL)
+    add_dehaze_options(commands.add_parser("dehaze", help="dehaze photographs and videos", allow_abbrev=False))
 
     compare = commands.add_parser("compare", help="one sheet of pictures by several models", allow_abbrev=False)
     compare.add_argument("image", nargs="+", metavar="IMAGE", help="image files, one row each")

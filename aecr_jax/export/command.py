@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from aecr_jax.errors import UserError
+from aecr_jax.inference.command import MODEL
 
 PACKAGES = ("onnx>=1.23.2", "onnxruntime>=1.25")
 """What ONNX needs; onnxruntime has DeformConv from 1.25 on."""
@@ -19,12 +20,7 @@ Deform = Literal["native", "grid-sample"]
 
 def add_options(parser: Any) -> None:
     """Add the options of `export` to its parser."""
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="a shipped model (see the command models), the work directory of a run, an exported or converted model, one on the Hugging"
-        " Face Hub (hf://OWNER/NAME@REVISION), or a network without parameters: dcp",
-    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
     parser.add_argument("--format", choices=("onnx", "stablehlo"), required=True, help="ONNX, or a program for jax.export")
     parser.add_argument("--output", required=True, metavar="FILE", help="the file to write, such as photo.onnx")
     parser.add_argument("--overwrite", action="store_true", help="replace --output if it exists")

@@ -8,9 +8,16 @@ from typing import Any
 
 from aecr_jax.errors import UserError
 
+# What the commands that take a model say of it.
+MODEL = (
+    "a shipped model (see the command models), the work directory of a run, an exported or converted model, one on the Hugging Face Hub"
+    " (hf://OWNER/NAME@REVISION), or a network without parameters: dcp"
+)
+MODEL_OR_DEFAULT = f"{MODEL} (default: the default shipped model)"
 
-def add_options(parser: Any, model: str) -> None:
-    """Add the options of `dehaze` to its parser; `model` is the help of `--model`."""
+
+def add_options(parser: Any) -> None:
+    """Add the options of `dehaze` to its parser."""
     parser.add_argument("input", nargs="+", metavar="INPUT", help="image files and folders, or one video")
     parser.add_argument(
         "--output",
@@ -34,7 +41,7 @@ def add_options(parser: Any, model: str) -> None:
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace existing results")
     existing.add_argument("--skip-existing", action="store_true", help="skip inputs whose results exist")
-    parser.add_argument("--model", "--checkpoint", dest="checkpoint", metavar="NAME_OR_DIR", help=model)
+    parser.add_argument("--model", "--checkpoint", dest="checkpoint", metavar="NAME_OR_DIR", help=MODEL_OR_DEFAULT)
     parser.add_argument(
         "--strength", type=float, default=1.0, metavar="S", help="how much of the change to apply, from 0 (none) to 1 (default: 1)"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
@@ -134,12 +134,14 @@ def _one_ahead(
     reader: Executor, read: Callable[[Path, Path], Picture], todo: Sequence[tuple[Path, Path]]
 ) -> Iterator[tuple[tuple[Path, Path], Future[Picture]]]:
     """Yield each pair of files with what `read` returns for it; that of the next pair is read while the caller uses the current one."""
-    waiting: deque[tuple[tuple[Path, Path], Future[Picture]]] = deque()
+    current = None
     for pair in todo:
-        waiting.append((pair, reader.submit(read, *pair)))
-        if len(waiting) > 1:
-            yield waiting.popleft()
-    yield from waiting
+        following = pair, reader.submit(read, *pair)
+        if current is not None:
+            yield current
+        current = following
+    if current is not None:
+        yield current
 
 
 def restore_any_size(restorer: Restorer, image: np.ndarray, tile: int, name: str) -> np.ndarray:

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from aecr_jax.errors import UserError, first_line
+from aecr_jax.inference.command import MODEL
 
 _CARD, _PIPELINE, _LIBRARY = "README.md", "image-to-image", "aecr-jax"
 # The names under which model cards mention the test sets of `Card.scores`.
@@ -33,11 +34,7 @@ class Evaluation:
 
 def add_options(parser: Any) -> None:
     """Add the options of `push` to its parser."""
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="a shipped model (see the command models), the work directory of a run, or an exported or converted model",
-    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
     parser.add_argument("repository", metavar="OWNER/NAME", help="the repository; it is created if it does not exist")
     parser.add_argument("--license", metavar="ID", help="licence of the weights, such as apache-2.0 (default: that of the model's card)")
     parser.add_argument(

@@ -162,7 +162,7 @@ class Network(nnx.Module):
         return None
 
     def restore_on_canvas(self, canvas: ArrayLike, height: ArrayLike, width: ArrayLike) -> Array:
-        """Restore images at the top left of a canvas: the result there is that of the images alone, up to rounding.
+        """Restore images at the top left of a canvas; there, the result is the same as without a canvas, up to rounding.
 
         Args:
           canvas: `[N, H, W, 3]`, with finite values of any kind outside the images. H and W are those of `canvas_size`.

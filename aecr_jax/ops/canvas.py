@@ -1,4 +1,7 @@
-"""Images at the top left of a larger canvas, so that one compiled program serves many sizes and gives what it gives for the image alone."""
+"""Images at the top left of a larger canvas, so that one compiled program serves images of many sizes.
+
+The result does not depend on the canvas: it is that of the image without a canvas, up to rounding.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ def reflect(x: Array, axis: int, size: Array) -> Array:
 class Corner(NamedTuple):
     """The part of a canvas that is the image, for maps `[N, H, W, C]` of any resolution.
 
-    A layer that pads with zeros gives for a canvas what it gives for the image alone if its input is 0 outside the image.
+    If the input of a layer that pads with zeros is 0 outside the image, the image's part of the output is the same as without a canvas.
     """
 
     squares: tuple[int, int]
