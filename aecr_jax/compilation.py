@@ -18,6 +18,7 @@ import numpy as np
 import psutil
 from filelock import FileLock
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from aecr_jax.errors import UserError
 from aecr_jax.storage import is_remote
@@ -146,15 +147,21 @@ class NotEnoughMemory(UserError):
         self.needed, self.available = needed, available
 
 
-def bounded_jit(function: Callable[..., Any]) -> Callable[..., Any]:
+def bounded_jit(function: Callable[..., Any], find_mesh: Callable[[], Mesh] | None = None) -> Callable[..., Any]:
     """Compile a function of arrays like `jax.jit`, for inputs of many different sizes.
 
     Only the programs for the `PROGRAMS` most recently used combinations of shapes are kept, whereas `jax.jit` keeps all of them. On a
     CPU, the memory that XLA has planned is compared with the available memory before a program runs; without this check, the operating
     system would end the process.
 
+    Args:
+      function: takes and returns pytrees of arrays.
+      find_mesh: for a program of several devices, returns a mesh with the axis `data`. The first argument of `function` is then replicated
+        over it, and the first axes of the others are divided among its devices.
+
     Returns:
-      A function that takes pytrees of arrays on one device, or of NumPy arrays, and returns the function's result with NumPy arrays.
+      A function that takes pytrees of arrays on one device, or of NumPy arrays, and returns the function's result with NumPy arrays. With a
+      mesh, arrays of the first argument are on all its devices.
 
     Raises:
       NotEnoughMemory: raised by the returned function if the program does not fit into memory.
@@ -169,9 +176,15 @@ def bounded_jit(function: Callable[..., Any]) -> Callable[..., Any]:
         def traced(*arrays: Any) -> Any:
             return function(*arrays)
 
-        program = jax.jit(traced).lower(*arguments).compile()
-        memory = program.memory_analysis()
-        return program, memory.temp_size_in_bytes + memory.output_size_in_bytes if memory else 0
+        if find_mesh is None:
+            devices, jitted = 1, jax.jit(traced)
+        else:
+            devices = (mesh := find_mesh()).size
+            whole, split = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("data")))
+            jitted = jax.jit(traced, in_shardings=(whole, *[split] * (len(arguments) - 1)))
+        program = jitted.lower(*arguments).compile()
+        memory = program.memory_analysis()  # of one device; simulated ones share the memory of the machine
+        return program, devices * (memory.temp_size_in_bytes + memory.output_size_in_bytes) if memory else 0
 
     def call(*arguments: Any) -> Any:
         leaves, tree = jax.tree.flatten(arguments)

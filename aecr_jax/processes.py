@@ -88,7 +88,8 @@ def check_shared(path: Path) -> None:
 class StopRequest:
     """A context manager that records SIGTERM (preemption) and the first Ctrl-C; only a second Ctrl-C interrupts the program.
 
-    In a run of several processes, SIGTERM to any of them is recorded by all; Ctrl-C ends the process.
+    In a run of several processes, all stop after the same step if one of them receives a signal: those that received Ctrl-C report SIGINT,
+    and the others SIGTERM.
     """
 
     def __init__(self) -> None:
@@ -96,9 +97,8 @@ class StopRequest:
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopRequest:
-        if jax.process_count() > 1:  # JAX itself handles SIGTERM then, so that all processes stop after the same step
-            return self
-        for number in STATUS:
+        # In a run of several processes, JAX itself handles SIGTERM, so that all processes stop after the same step.
+        for number in STATUS if jax.process_count() == 1 else [signal.SIGINT]:
             try:
                 self._before[number] = signal.signal(number, self._note)
             except ValueError:  # only the main thread can set signal handlers
@@ -113,9 +113,11 @@ class StopRequest:
         if self._signal == signal.SIGINT == number:
             raise KeyboardInterrupt
         self._signal = signal.Signals(number)
+        if jax.process_count() > 1:
+            signal.raise_signal(signal.SIGTERM)  # JAX tells the other processes
 
     def at(self, step: int) -> signal.Signals | None:
         """Return the signal that asks the run to stop after `step`, or None; all processes of a run get the same answer."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-            return signal.SIGTERM
-        return self._signal
+        if jax.process_count() == 1:
+            return self._signal
+        return (self._signal or signal.SIGTERM) if multihost_utils.reached_preemption_sync_point(step) else None

@@ -38,7 +38,7 @@ def lines(workdir, kind):
 def test_train_writes_its_work_directory(run):
     assert json.loads((run / "config.json").read_text())["model"]["width"] == 4
     assert [entry["step"] for entry in lines(run, "train")] == [1, 2, 3, 4]
-    assert {"l1", "cr", "total", "images_per_second", "waiting_for_data", "d_ap_5", "d_an_1"} <= set(lines(run, "train")[0])
+    assert {"l1", "cr", "total", "images_per_second", "waiting_for_data", "saving", "d_ap_5", "d_an_1"} <= set(lines(run, "train")[0])
     assert [entry["step"] for entry in lines(run, "eval")] == [2, 4]
     assert read_image(run / "panels" / "step_0000004.png").shape == (3 * 24 + 2 * 4, 3 * 32 + 2 * 4, 3)
     assert sorted(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit()) == [2, 4]

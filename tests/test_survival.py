@@ -208,6 +208,27 @@ def test_sigterm_to_one_process_stops_both(config, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("receivers", [[0], [1], [0, 1]])
+def test_ctrl_c_with_two_processes_saves(config, tmp_path, receivers):
+    """A launcher forwards Ctrl-C to one or all of its processes. All save after the same step, and the run resumes with the same bits."""
+    workdir = tmp_path / "stopped"
+    processes = start_two(config, workdir, "--run.save_every", 1000)
+    wait_for(processes[0], workdir, 3)
+    for i in receivers:
+        processes[i].send_signal(signal.SIGINT)
+    said = [finish(process, 130 if i in receivers else 75) for i, process in enumerate(processes)]
+    step = last(workdir)
+    for i, text in enumerate(said):
+        assert f"stopped by {'SIGINT' if i in receivers else 'SIGTERM'} after step {step}" in text and "Traceback" not in text
+    if receivers == [1]:
+        options = ["--optim.steps", step + 2, "--run.save_every", 1000]
+        for folder in (workdir, tmp_path / "alone"):
+            for process in start_two(config, folder, *options):
+                finish(process)
+        assert checksums(workdir, step + 2) == checksums(tmp_path / "alone", step + 2)
+
+
+@pytest.mark.slow
 def test_an_image_that_one_process_cannot_read_ends_both(config, tmp_path):
     """Process 1 has a copy of the data with one damaged image. It names the image, and neither process waits for the other."""
     for folder in ("whole", "broken"):

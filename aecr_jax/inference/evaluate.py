@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -32,6 +34,8 @@ def score_images(
 ) -> Iterator[tuple[Score, EvalImage, np.ndarray]]:
     """Restore each image and yield its score, the image and the restored image.
 
+    Successive images of one size are restored and measured at the same time, one on each device of this process.
+
     Args:
       restorer: the model.
       images: the images.
@@ -43,15 +47,42 @@ def score_images(
         metric; the message begins with the name of the image.
     """
     measure = measure or Measure()
-    for image in tqdm(images, "evaluating", total, leave=False, disable=no_bar()):
-        try:
-            restored = restorer(image.hazy)
-            score = Score(image.name, measure(restored, image.clear), measure(image.hazy, image.clear))
-            if not all(map(math.isfinite, score.values().values())):
-                raise UserError("the score is not finite: check the values of the clear image")
-        except UserError as error:
-            raise UserError(f"{image.name}: {error}") from error
-        yield score, image, restored
+    for batch in _batches(tqdm(images, "evaluating", total, leave=False, disable=no_bar())):
+        hazy, clear = [image.hazy for image in batch], [image.clear for image in batch]
+        with _naming(batch[0]):  # what can fail here depends on the size, which the images have in common
+            restored = restorer.restore_each(hazy)
+            measured = measure.each(restored, clear), measure.each(hazy, clear)
+        for image, result, *values in zip(batch, restored, *measured):
+            score = Score(image.name, *values)
+            with _naming(image):
+                restorer.check(image.hazy, result)
+                if not all(map(math.isfinite, score.values().values())):
+                    raise UserError("the score is not finite: check the values of the clear image")
+            yield score, image, result
+
+
+def _batches(images: Iterable[EvalImage]) -> Iterator[list[EvalImage]]:
+    """Group successive images of one size, as many as this process has devices."""
+    batch: list[EvalImage] = []
+    for image in images:
+        if batch and image.hazy.shape != batch[0].hazy.shape:
+            yield batch
+            batch = []
+        batch.append(image)
+        if len(batch) == jax.local_device_count():
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+@contextlib.contextmanager
+def _naming(image: EvalImage) -> Iterator[None]:
+    """Begin the message of an error with the name of the image."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{image.name}: {error}") from error
 
 
 def evaluate(

@@ -13,6 +13,7 @@ from flax import nnx
 from jax import Array
 
 from aecr_jax.compilation import bounded_jit
+from aecr_jax.devices import ImageProgram, Shared
 from aecr_jax.errors import UserError
 from aecr_jax.networks.arrays import get_arrays, replace_arrays
 from aecr_jax.networks.network import Network
@@ -87,7 +88,7 @@ class Restorer:
         def airlight(state: nnx.State, hazy: Array, clues: Array) -> Array:
             return nnx.merge(self._graph, state).airlight(hazy[None], clues[None])
 
-        self._apply, self._apply_on_canvas = bounded_jit(apply), bounded_jit(apply_on_canvas)
+        self._apply, self._apply_on_canvas = ImageProgram(apply), ImageProgram(apply_on_canvas)
         self._restore_tile, self._measure_tile = bounded_jit(restore_tile), bounded_jit(measure_tile)
         self._airlight_clues, self._airlight = bounded_jit(airlight_clues), bounded_jit(airlight)
         self._padding, self._multiple = model.MULTIPLE, model.symbolic_sizes().multiple
@@ -106,28 +107,43 @@ class Restorer:
                 raise UserError(f"the model cannot be used: {error}") from error
         local = {name: jnp.asarray(np.asarray(array)) for name, array in arrays.items()}  # move them from the mesh to one device
         self._state = replace_arrays(self._state, local)
+        self._shared = Shared(self._state)
 
     def splits(self, height: int, width: int, tile: int) -> bool:
         """Return whether an image of this size is to be restored in tiles of side `tile`; 0 means no tiles."""
         return self.needs_tiles and tile > 0 and height * width > tile * tile
 
     def __call__(self, hazy: np.ndarray) -> np.ndarray:
-        height, width = hazy.shape[:2]
-        if size := self._canvas_size(height, width):
-            canvas = np.zeros((*size, 3), hazy.dtype)
-            canvas[:height, :width] = hazy
-            restored = self._apply_on_canvas(self._state, canvas, np.int32(height), np.int32(width))[:height, :width]
-        else:
-            restored = self._apply(self._state, hazy)
-        self._check(hazy, restored)
+        (restored,) = self.restore_each([hazy])
+        self.check(hazy, restored)
         return restored
+
+    def restore_each(self, images: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+        """Restore images of one size at the same time, one on each device of this process; the results are not checked.
+
+        Args:
+          images: hazy images `[H, W, 3]`, no more than there are devices (`jax.local_device_count`).
+
+        Returns:
+          The restored images, `[H, W, 3]`.
+
+        Raises:
+          NotEnoughMemory: the images are too large.
+        """
+        height, width = images[0].shape[:2]
+        if not (size := self._canvas_size(height, width)):
+            return self._apply(self._shared, images)
+        canvases = np.zeros((len(images), *size, 3), images[0].dtype)
+        canvases[:, :height, :width] = images
+        sides = ([np.int32(side)] * len(images) for side in (height, width))
+        return [restored[:height, :width] for restored in self._apply_on_canvas(self._shared, list(canvases), *sides)]
 
     def restore_tile(
         self, hazy: np.ndarray, place: np.ndarray, given: Sequence[np.ndarray], carried: Sequence[np.ndarray] = ()
     ) -> np.ndarray:
         """Restore one tile `[h, w, 3]` of an image; the other arguments are the fields of `Tile`."""
         restored = self._restore_tile(self._state, hazy, place, tuple(given), tuple(carried))
-        self._check(hazy, restored)
+        self.check(hazy, restored)
         return restored
 
     def measure_tile(
@@ -162,7 +178,8 @@ class Restorer:
     def _padded(self, size: int) -> int:
         return -(-size // self._padding) * self._padding
 
-    def _check(self, hazy: np.ndarray, restored: np.ndarray) -> None:
+    def check(self, hazy: np.ndarray, restored: np.ndarray) -> None:
+        """Raise UserError if an image or the restored image is not finite."""
         if not np.isfinite(restored).all():
             whose = "restored image" if np.isfinite(hazy).all() else "hazy image"
             raise UserError(f"the {whose} has values that are not finite")

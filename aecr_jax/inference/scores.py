@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from aecr_jax import metrics
-from aecr_jax.compilation import bounded_jit
+from aecr_jax.devices import ImageProgram, Shared
 from aecr_jax.errors import UserError
 from aecr_jax.files import replacing
 from aecr_jax.losses.lpips import LPIPS, VERSION
@@ -72,7 +72,9 @@ def definitions(names: Sequence[str], lpips: LPIPS | None = None) -> dict[str, d
 
 
 class Measure:
-    """Computes metrics of an image `[H, W, 3]` against its clear image; when called, returns them by name.
+    """Computes metrics of images `[H, W, 3]` against their clear images; when called, returns them by name.
+
+    `each` measures images of one size at the same time, one on each device of this process, which must be no fewer.
 
     Args:
       names: names of `METRICS`.
@@ -86,29 +88,33 @@ class Measure:
         check_metrics(names, lpips)
         self.names = tuple(names)
         graph, weights = (None, None) if lpips is None else nnx.split(lpips)
-        self._weights: nnx.State | None = weights
+        self._weights = Shared(weights)
         self._apply = _program(self.names, graph)
 
     def __call__(self, prediction: np.ndarray, target: np.ndarray) -> dict[str, float]:
+        (values,) = self.each([prediction], [target])
+        return values
+
+    def each(self, predictions: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> list[dict[str, float]]:
         try:
-            values = self._apply(self._weights, prediction, target)
+            values = self._apply(self._weights, predictions, targets)
         except UserError:
             raise
         except ValueError as error:
             raise UserError(str(error)) from error
-        return dict(zip(self.names, map(float, values)))
+        return [dict(zip(self.names, map(float, row))) for row in values]
 
 
 @functools.lru_cache(8)
-def _program(names: tuple[str, ...], graph: Any) -> Callable[..., np.ndarray]:
-    """Return a function of the weights of LPIPS and two images; it is kept, because its compiled programs are of use to later callers."""
+def _program(names: tuple[str, ...], graph: Any) -> ImageProgram:
+    """Return a program of the weights of LPIPS and two images; it is kept, because its compiled programs are of use to later callers."""
 
     def scores(weights: Any, prediction: jax.Array, target: jax.Array) -> jax.Array:
         pair = prediction[None], target[None]
         functions = (METRICS[name].function or nnx.merge(graph, weights) for name in names)
         return jnp.concatenate([function(*pair) for function in functions])
 
-    return bounded_jit(scores)
+    return ImageProgram(scores)
 
 
 @dataclass(frozen=True)

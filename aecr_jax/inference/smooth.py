@@ -75,7 +75,7 @@ class SmoothRestorer(Restorer):
             maps = jax.tree.map(lambda new, old: new + np.float32(kept) * (old - new), maps, self._maps)
         self._maps, self._histogram = maps, histogram
         restored = self._remove(self._state, hazy, maps)
-        self._check(hazy, restored)
+        self.check(hazy, restored)
         return restored
 
 

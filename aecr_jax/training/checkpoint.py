@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,12 +53,16 @@ class Checkpoints:
 
     On construction, checkpoints whose metrics cannot be read are moved aside with a warning.
 
+    Args:
+      workdir: the folder of the run.
+      check: called immediately before a checkpoint is written; raises UserError if this run must not write.
+
     Raises:
       UserError: there are checkpoints, but the metrics of none can be read.
     """
 
-    def __init__(self, workdir: str | Path):
-        self.folder = resolve(as_path(workdir)) / CHECKPOINTS
+    def __init__(self, workdir: str | Path, check: Callable[[], None] = lambda: None):
+        self._check, self.folder = check, resolve(as_path(workdir)) / CHECKPOINTS
         # Check this first: orbax reads the metrics of every checkpoint and raises at the first that is damaged.
         failed, steps = [], list_steps(self.folder)
         for step in steps:
@@ -78,15 +83,42 @@ class Checkpoints:
             best_fn=get_psnr, best_mode="max", preservation_policy=keep, create=True, cleanup_tmp_directories=True
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._saving: Future[None] | None = None
 
     def save(self, state: TrainState, config: Config, position: Position, psnr: float = -np.inf) -> None:
         """Save a checkpoint in the background; it is written completely or not at all. Every process of a run must call this.
 
+        The caller may donate the arrays of `state` at once, because a copy is saved. Only one checkpoint is written at a time: if the
+        previous one is not finished, this waits for it.
+
         Raises:
-          UserError: this checkpoint or the previous one cannot be written.
+          UserError: there is not enough space, or the previous checkpoint could not be written. `check_written`, `wait` or `close` raises
+            it if this one cannot be written.
         """
-        model, optimizer = _items(state)
+        self._join()
         self._check_space(state)
+        if jax.process_count() > 1:
+            # Orbax synchronizes the processes by collectives. From another thread, these could run in another order than those of the
+            # step, which differs between processes, and all would wait forever. Orbax itself writes the files in the background.
+            self._write(state, config, position, psnr)
+            return
+        copy = jax.tree.map(np.array, jax.device_get(state))  # on a CPU, `device_get` returns views
+        self._saving = self._thread.submit(self._write, copy, config, position, psnr, wait=True)
+
+    def check_written(self) -> None:
+        """Raise UserError if the checkpoint that was written in the background has failed; do not wait for it."""
+        if self._saving is not None and self._saving.done():
+            self._join()
+
+    def _join(self) -> None:
+        """Wait until the background thread has written its checkpoint, and raise its error."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
+    def _write(self, state: TrainState, config: Config, position: Position, psnr: float, *, wait: bool = False) -> None:
+        model, optimizer = _items(state)
         metrics = {"psnr": psnr}
         facts: dict[str, Any] = {
             "input": position._asdict(),
@@ -99,8 +131,11 @@ class Checkpoints:
             "optimizer": ocp.args.StandardSave(optimizer),
             **{name: ocp.args.JsonSave(value) for name, value in facts.items()},
         }
+        self._check()
         try:
             saved = self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=metrics)
+            if wait:
+                self._manager.wait_until_finished()
         except Exception as error:  # disk errors, of this save or the previous one, have many types
             raise UserError(f"no checkpoint can be written to {self.folder}: {first_line(error)}") from error
         if not saved:
@@ -206,12 +241,17 @@ class Checkpoints:
             raise UserError(f"{other}: {error}; choose another run.workdir") from error
 
     def wait(self) -> None:
-        """Wait until all checkpoints are written."""
+        """Wait until all checkpoints are written; raise UserError if one cannot be."""
+        self._join()
         self._finish(self._manager.wait_until_finished)
 
     def close(self) -> None:
-        """Wait until all checkpoints are written, and end the background threads."""
-        self._finish(self._manager.close)
+        """Wait until all checkpoints are written, and end the background threads; raise UserError if a checkpoint cannot be written."""
+        try:
+            self._join()
+        finally:
+            self._thread.shutdown()
+            self._finish(self._manager.close)
 
     def _finish(self, wait: Callable[[], None]) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import statistics
 import sys
@@ -54,6 +55,19 @@ class Meter:
         finally:
             self._waited += time.perf_counter() - asked
 
+    @contextlib.contextmanager
+    def saving(self, step: int) -> Iterator[None]:
+        """Check all values, and count the time in the `with` block, which saves the state after `step`, as saving.
+
+        Raises:
+          UserError: a value is not finite.
+        """
+        self.check()
+        began = time.perf_counter()
+        yield
+        self._saved += time.perf_counter() - began
+        self.saved = step
+
     def add(self, step: int, measurements: dict[str, jax.Array], indices: np.ndarray, macs: int) -> None:
         """Record the measurements of a step, the indices of its samples, and its number of multiply-adds.
 
@@ -74,9 +88,9 @@ class Meter:
     def read(self, batch: int) -> dict[str, float]:
         """Return the last step's measurements, with the speed since the last `restart`, and restart the measurement of speed.
 
-        The speed is `images_per_second`, `seconds_per_step`, `waiting_for_data` (a fraction of the time), `tflop_per_second` of all
-        devices, and `model_flops_utilization`, the share of the devices' peak that this is, if the peak is known. A multiply-add counts
-        as two operations.
+        The speed is `images_per_second`, `seconds_per_step`, `waiting_for_data` and `saving` (fractions of the time),
+        `tflop_per_second` of all devices, and `model_flops_utilization`, the share of the devices' peak that this is, if the peak is known.
+        A multiply-add counts as two operations.
 
         Args:
           batch: number of images per step.
@@ -91,6 +105,7 @@ class Meter:
         values["images_per_second"] = steps * batch / seconds
         values["seconds_per_step"] = seconds / steps
         values["waiting_for_data"] = self._waited / seconds
+        values["saving"] = self._saved / seconds
         values["tflop_per_second"] = 2 * self._macs / seconds / 1e12
         if self._peak:
             values["model_flops_utilization"] = 2 * self._macs / seconds / self._peak
@@ -99,7 +114,8 @@ class Meter:
 
     def restart(self) -> None:
         """Start measuring speed anew, for example after an evaluation or a compilation, which do not count as training time."""
-        self._waited, self._since, self._since_step, self._macs = 0.0, time.perf_counter(), self._step, 0
+        self._waited = self._saved = 0.0
+        self._since, self._since_step, self._macs = time.perf_counter(), self._step, 0
 
     def _check(self, step: int, measurements: dict[str, jax.Array], indices: np.ndarray) -> None:
         values = {name: float(value) for name, value in jax.device_get({name: measurements[name] for name in _WATCHED}).items()}

@@ -52,7 +52,7 @@ _CURVES: list[tuple[str, str, list[str], bool]] = [
     ("offsets of the deformable layers (pixels)", "train", ["offset_mean", "offset_max"], True),
     ("learning rate", "train", ["learning_rate"], False),
     ("images per second", "train", ["images_per_second"], False),
-    ("share of time waiting for data", "train", ["waiting_for_data"], False),
+    ("shares of time spent waiting for data and saving", "train", ["waiting_for_data", "saving"], False),
     ("share of the devices' peak (model FLOPs utilization)", "train", ["model_flops_utilization"], False),
 ]
 

@@ -127,7 +127,7 @@ class _Run:
         self.config, self.inputs, self.workdir, self.lock, self.say, self.watch = config, inputs, workdir, lock, say, watch
         self.network = find_network(config.model.NAME)
         self.has_statistics = abstract_network(config.model).freeze_statistics()
-        self.checkpoints = Checkpoints(workdir)
+        self.checkpoints = Checkpoints(workdir, *([lock.check] if lock is not None else []))
         self.log: RunLog | None = None
         self.tracer, self.stalls = Tracer(config.run.profiled, workdir), StallWatch(say)
         self.summary: dict[str, Any] = {}
@@ -219,6 +219,7 @@ class _Run:
                     self.state, measurements = take_step(self.state, batch)
                 self.position = self.position._replace(images=self.position.images + optim.batch)
                 meter.add(step, measurements, indices, macs)
+                self.checkpoints.check_written()
                 if step == self.first + 1:
                     self._log_start()
                 bar.update()
@@ -267,6 +268,7 @@ class _Run:
         """Save the state after `step`, unless it is already saved or several processes would be needed; return the end of a message."""
         if jax.process_count() > 1:
             return ""
+        self.checkpoints.wait()
         if step not in (self.first, *self.checkpoints.steps()):
             self.checkpoints.save(self.state, self.config, self.position)
             self.checkpoints.wait()
@@ -343,11 +345,8 @@ class _Run:
         return summarize(scores, count) | about, rows
 
     def _save(self, step: int, psnr: float) -> None:
-        self.meter.check()
-        if self.lock is not None:
-            self.lock.check()
-        self.checkpoints.save(self.state, self.config, self.position, psnr)
-        self.meter.saved = step
+        with self.meter.saving(step):
+            self.checkpoints.save(self.state, self.config, self.position, psnr)
 
 
 def _share() -> dict[str, int]:
