@@ -1,9 +1,9 @@
 """The command line, `python -m aecr_jax COMMAND`.
 
 A command exits with status 0, or with status 2 and one line on standard error if its usage or input is invalid. `check-data` exits with 1
-if the data should not be used for training, and `train` with 75 if SIGTERM stopped it and its state has been saved. `dehaze` exits with 2
-if any image or any frame of a video was not restored, even if others were. A command whose output goes to a closed pipe exits with 141,
-the status of a process that SIGPIPE ends.
+if the data should not be used for training, `benchmark accelerator` with 1 if a part failed or a result is wrong, and `train` with 75 if
+SIGTERM stopped it and its state has been saved. `dehaze` exits with 2 if any image or any frame of a video was not restored, even if
+others were. A command whose output goes to a closed pipe exits with 141, the status of a process that SIGPIPE ends.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from aecr_jax import __version__
-from aecr_jax.benchmark.command import add_kinds, run_benchmark
+from aecr_jax.benchmark.command import add_kinds, add_plan_options, run_benchmark, run_plan
 from aecr_jax.convert.command import add_conversions, run_convert, run_convert_lpips, run_convert_vgg
 from aecr_jax.errors import Stopped, UserError, complaint, first_line
 from aecr_jax.export.command import add_options as add_export_options
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             parser = _make_parser()
             options, rest = parser.parse_known_args(argv)
-            if rest and not (options.command in ("train", "benchmark") or (options.command == "check-data" and options.config)):
+            if rest and not (options.command in ("train", "benchmark", "plan") or (options.command == "check-data" and options.config)):
                 parser.error(f"unrecognized arguments: {' '.join(rest)}")
             if options.command != "eval" and has_scheme(getattr(options, "output", None) or ""):
                 parser.error(f"--output (={options.output}) must be on this machine")
@@ -210,6 +210,8 @@ def _make_parser() -> argparse.ArgumentParser:
     benchmark = commands.add_parser("benchmark", help="measure speed", allow_abbrev=False)
     add_kinds(benchmark.add_subparsers(dest="what", required=True, metavar="WHAT", parser_class=_Parser))
 
+    add_plan_options(commands.add_parser("plan", help="the schedule of a run that must end within a time", allow_abbrev=False))
+
     report = commands.add_parser("report", help="write an HTML report of a training run", allow_abbrev=False)
     report.add_argument("workdir", metavar="WORKDIR", help="work directory of the run; report.html is written there")
 
@@ -333,6 +335,7 @@ _RUN = {
     "prepare-data": _prepare_data,
     "check-data": _check_data,
     "benchmark": run_benchmark,
+    "plan": run_plan,
     "report": _report,
     "reproduce": run_reproduce,
     "compare": _compare,

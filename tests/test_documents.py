@@ -177,6 +177,11 @@ def tiny(arguments):
             if option in rest:
                 del rest[rest.index(option) : rest.index(option) + 2]
             rest += [option, value]
+    elif command == "plan":  # test_plan reads the figures of a benchmark
+        if "--benchmark" in rest:
+            where = rest.index("--benchmark")
+            rest[where : where + 2] = ["--step-ms", "100"]
+        rest += TINY
     elif command == "check-data" and "--config" in rest:
         rest += ["--data.crop", "16"]
     elif command == "benchmark":
@@ -186,8 +191,9 @@ def tiny(arguments):
             "model": "--size 8 --width 4 --rounds 1",
             "train": "--size 16 --width 4 --rounds 1 --batch 1",
             "growth": "--sizes 8 16 --batches 1 2 --width 4 --rounds 1",
+            "accelerator": "--minutes 0.1",  # test_accelerator runs all of it
         }
-        for option in ("--size", "--columns", "--rounds"):
+        for option in ("--size", "--columns", "--rounds", "--minutes"):
             if option in rest:
                 del rest[rest.index(option) : rest.index(option) + 2]
         rest += sizes[rest[0]].split()

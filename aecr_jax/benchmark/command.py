@@ -1,4 +1,4 @@
-"""The command `benchmark`: its options and their execution."""
+"""The commands `benchmark` and `plan`: their options and their execution."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from aecr_jax.errors import UserError
 
 
 def add_kinds(kinds: Any) -> None:
-    """Add the parsers of `benchmark data`, `op`, `model`, `train` and `growth`."""
+    """Add the parsers of `benchmark data`, `op`, `model`, `train`, `growth` and `accelerator`."""
     data = kinds.add_parser("data", help="the input pipeline: images per second by stage and in all", allow_abbrev=False)
     data.add_argument("--config", required=True, metavar="FILE", help="takes its settings too, such as --data.cache True")
     data.add_argument("--seconds", type=float, default=5.0, metavar="S", help="how long to measure each row; default 5")
@@ -54,6 +54,30 @@ def _add_speed(kinds: Any) -> None:
     growth.add_argument("--rounds", type=int, default=3, metavar="N", help="measured runs of each; default 3")
     growth.add_argument("--output", default="benchmark-growth.json", metavar="FILE", help="default benchmark-growth.json")
     growth.add_argument("--plot", metavar="FILE", help="picture to draw; needs matplotlib")
+    accelerator = kinds.add_parser("accelerator", help="all there is to know of a new GPU or TPU, unattended", allow_abbrev=False)
+    accelerator.add_argument("--minutes", type=float, default=8.0, metavar="M", help="the time to use; default 8")
+    accelerator.add_argument(
+        "--torch-python", default=sys.executable, metavar="FILE", help="Python that may have torch and torchvision; default this one"
+    )
+    accelerator.add_argument("--output", default="benchmark-accelerator.json", metavar="FILE", help="default benchmark-accelerator.json")
+
+
+def add_plan_options(plan: argparse.ArgumentParser) -> None:
+    """Add the options of `plan`."""
+    plan.add_argument("--minutes", type=float, required=True, metavar="M", help="the time that the run has, from its start to its end")
+    plan.add_argument("--config", required=True, metavar="FILE", help="config of the run; takes its settings too, such as --optim.batch 32")
+    plan.add_argument("--benchmark", metavar="FILE", help="figures of benchmark accelerator, for the time of a step")
+    plan.add_argument("--step-ms", type=float, metavar="MS", help="the time of a step in milliseconds, instead of --benchmark")
+
+
+def run_plan(options: argparse.Namespace, rest: list[str]) -> int:
+    """Print the plan of a run and return the exit status; `rest` holds the settings of the config."""
+    from aecr_jax.benchmark.plan import plan_run
+    from aecr_jax.training.config import load_config
+
+    config = load_config(options.config, rest)
+    print(plan_run(options.config, rest, config, minutes=options.minutes, benchmark=options.benchmark, step_ms=options.step_ms))
+    return 0
 
 
 def run_benchmark(options: argparse.Namespace, rest: list[str]) -> int:
@@ -89,6 +113,8 @@ def _benchmark_speed(options: argparse.Namespace, rest: list[str]) -> int:
         least = {"op": 1, "train": 16}.get(options.what, 4) if name in ("size", "columns", "sizes") else 1
         if min(given if isinstance(given, Sequence) else [given]) < least:
             raise UserError(f"--{name} (={given}) must be at least {least}")
+    if options.what == "accelerator":
+        return _benchmark_accelerator(options)
     if options.what == "growth":
         from aecr_jax.benchmark.growth import benchmark_growth
 
@@ -112,6 +138,17 @@ def _benchmark_speed(options: argparse.Namespace, rest: list[str]) -> int:
     torch_python = options.torch_python if options.against else None
     benchmark(works, rounds=options.rounds, torch_python=torch_python, output=options.output)
     return 0
+
+
+def _benchmark_accelerator(options: argparse.Namespace) -> int:
+    """Return 1 if a part failed or a result differs from its reference."""
+    if not 0 < options.minutes < math.inf:
+        raise UserError(f"--minutes (={options.minutes:g}) must be positive and finite")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves memory for PyTorch
+    from aecr_jax.benchmark.accelerator import benchmark_accelerator
+
+    _, good = benchmark_accelerator(minutes=options.minutes, torch_python=options.torch_python, output=options.output)
+    return int(not good)
 
 
 def _check_twin(network: str, size: int, columns: int) -> None:

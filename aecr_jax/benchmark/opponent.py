@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import tempfile
+import threading
+import time
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -28,13 +30,16 @@ class Opponent:
     Args:
       python: a Python interpreter with torch and torchvision.
       request: the fields of the work, and the variant.
+      seconds: end the process after this time, even while it is working; None for no limit.
 
     Raises:
       UserError: the process ended; the message contains the last line of its standard error.
     """
 
-    def __init__(self, python: str, request: dict[str, Any]):
+    def __init__(self, python: str, request: dict[str, Any], seconds: float | None = None):
         self.how, self.python = request, python
+        self._timer: threading.Timer | None = None
+        self._late = False
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
         # PyTorch's cache of compiled programs would hide the compile time.
         environment = os.environ | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
@@ -44,6 +49,7 @@ class Opponent:
         except OSError as error:
             self._errors.close()
             raise UserError(f"--torch-python (={python}) cannot be run: {error.strerror}") from error
+        self.limit(seconds)
         answer = self._ask(request)
         self.first_s: float = answer["first_s"]
         self.version: str = answer["torch"]
@@ -53,6 +59,20 @@ class Opponent:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def limit(self, seconds: float | None) -> None:
+        """End the process after `seconds` from now, instead of at the earlier limit; None removes the limit."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None
+        if seconds is not None:
+            self._timer = threading.Timer(max(0.0, seconds), self._end)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _end(self) -> None:
+        self._late = True
+        self._process.kill()
 
     def run(self) -> float:
         """Repeat the work for at least `TURN_S` seconds and return the median time of a run, in seconds."""
@@ -64,6 +84,7 @@ class Opponent:
 
     def close(self) -> None:
         """Kill the process, even while it is working."""
+        self.limit(None)
         self._process.kill()
         self._process.communicate()
         self._errors.close()
@@ -83,7 +104,8 @@ class Opponent:
             self._errors.seek(0)
             said = self._errors.read().strip().splitlines()
             self.close()
-            raise UserError(f"PyTorch, run by --torch-python (={self.python}), ended: {said[-1] if said else 'without a word'}")
+            reason = "its time was over" if self._late else said[-1] if said else "without a word"
+            raise UserError(f"PyTorch, run by --torch-python (={self.python}), ended: {reason}")
         return json.loads(line)
 
 
@@ -100,29 +122,32 @@ def has_twin(network: str) -> bool:
     return (WORKER.parent / "twins" / f"{network}.py").exists()
 
 
-def fastest(python: str, work: Work, platform: str) -> tuple[Opponent, list[dict[str, Any]]]:
+def fastest(python: str, work: Work, platform: str, seconds: float | None = None) -> tuple[Opponent, list[dict[str, Any]]]:
     """Run every combination of channels-last or not and compiled or not; return the fastest process, still running, and all times.
 
-    With bfloat16, PyTorch uses autocast; its deformable convolution then runs in float32.
+    With bfloat16, PyTorch uses autocast; its deformable convolution then runs in float32. With `seconds`, a combination that works
+    when this time is over is ended and counts as failed.
     """
+    end = None if seconds is None else time.perf_counter() + seconds
     best: Opponent | None = None
     best_s, tried = float("inf"), []
     error: UserError | None = None
-    for channels_last, compile_ in product((False, True), (False, True)):
+    for compile_, channels_last in product((False, True), (False, True)):  # compilation last, because it takes minutes
         how = {"channels_last": channels_last, "compile": compile_, "autocast": work.dtype == "bfloat16"}
         settings = asdict(work.model_config())
         request = {**asdict(work), **how, "work": work.kind, "settings": settings, "device": _DEVICES[platform], "threads": count_cores()}
         try:
-            opponent = Opponent(python, request)
-            seconds = min(opponent.run() for _ in range(3))
+            opponent = Opponent(python, request, None if end is None else end - time.perf_counter())
+            taken = min(opponent.run() for _ in range(3))
+            opponent.limit(None)
         except UserError as failed:
             error = failed
             tried.append({**how, "error": str(failed)})
             continue
-        tried.append({**how, "seconds": seconds})
+        tried.append({**how, "seconds": taken})
         slower: Opponent | None = opponent
-        if seconds < best_s:
-            slower, best, best_s = best, opponent, seconds
+        if taken < best_s:
+            slower, best, best_s = best, opponent, taken
         if slower is not None:
             slower.close()
     if best is None:

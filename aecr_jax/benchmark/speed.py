@@ -69,25 +69,10 @@ def benchmark(works: Sequence[Work], *, rounds: int = 15, torch_python: str | No
                     stack.enter_context(opponent)
                     runs.append(opponent.run)
                 times = take_turns(runs, rounds)
-                row["jax"] = {
-                    **summary(times[0]),
-                    "first_s": first_s,
-                    "compile_s": prepared.compile_s,
-                    "peak_bytes": peak,
-                    "temporary_bytes": prepared.temporaries,
-                    "macs": prepared.macs,
-                    "share_of_peak": prepared.macs / (np.median(times[0]) * peaks[work.dtype] * 1e9),
-                }
+                row["jax"] = jax_row(prepared, first_s, peak, times[0], peaks[work.dtype])
                 print(_line(str(work), row["jax"]), flush=True)
                 if torch_python is not None:
-                    row["torch"] = {
-                        **summary(times[1]),
-                        "first_s": opponent.first_s,
-                        "peak_bytes": opponent.peak(),
-                        "version": opponent.version,
-                        "how": describe(opponent),
-                        "tried": tried,
-                    }
+                    row["torch"] = torch_row(opponent, tried, times[1])
                     row["ratio"] = float(np.median(times[0]) / np.median(times[1]))
                     name = f"  PyTorch {opponent.version}, {describe(opponent)}"
                     print(f"{_line(name, row['torch'])}   ratio {row['ratio']:.3f}", flush=True)
@@ -95,6 +80,31 @@ def benchmark(works: Sequence[Work], *, rounds: int = 15, torch_python: str | No
             write_json(output, figures)
     print(f"figures: {output}")
     return figures
+
+
+def jax_row(prepared: Prepared, first_s: float, peak_bytes: int | None, times: Sequence[float], peak_gmacs: float | None) -> dict[str, Any]:
+    """Return the figures of one piece of work: times in seconds, memory in bytes, MACs, and the share of matrix products' speed."""
+    return {
+        **summary(times),
+        "first_s": first_s,
+        "compile_s": prepared.compile_s,
+        "peak_bytes": peak_bytes,
+        "temporary_bytes": prepared.temporaries,
+        "macs": prepared.macs,
+        "share_of_peak": prepared.macs / (np.median(times) * peak_gmacs * 1e9) if peak_gmacs else None,
+    }
+
+
+def torch_row(opponent: Opponent, tried: list[dict[str, Any]], times: Sequence[float]) -> dict[str, Any]:
+    """Return the figures of the same work in PyTorch, with the times of all ways that were tried."""
+    return {
+        **summary(times),
+        "first_s": opponent.first_s,
+        "peak_bytes": opponent.peak(),
+        "version": opponent.version,
+        "how": describe(opponent),
+        "tried": tried,
+    }
 
 
 _HEADER = f"{'':60}{'median ms':>10}{'min':>9}{'spread':>8}{'first s':>9}{'peak MB':>9}{'temp MB':>9}{'GMAC':>8}{'of peak':>9}"

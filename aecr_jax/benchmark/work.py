@@ -15,13 +15,13 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from aecr_jax.benchmark.forms import FORMS
 from aecr_jax.errors import UserError
 from aecr_jax.losses.restoration import RestorationLoss
 from aecr_jax.losses.vgg import VGG19Features
 from aecr_jax.networks.macs import count_macs
 from aecr_jax.networks.network import NetworkConfig
 from aecr_jax.networks.registry import config_from_dict, has_parameters, make_network
-from aecr_jax.ops.deform_conv import deform_conv2d
 from aecr_jax.training.config import Config, DataConfig, LossConfig, OptimConfig
 from aecr_jax.training.mesh import make_mesh, replicate, shard_batch
 from aecr_jax.training.step import init_state, make_train_step
@@ -50,6 +50,10 @@ class Work:
     """Use contrastive regularization with a full VGG-19 in the train step, instead of only L1."""
     dtype: str = "float32"
     """Data type of the arithmetic."""
+    form: str = "loop"
+    """Form of the operator, a name in `FORMS`."""
+    remat: bool = False
+    """Set `model.remat` of a network that has it in the train step."""
 
     def __str__(self) -> str:
         if self.kind == "op":
@@ -57,6 +61,7 @@ class Work:
         else:
             what = "forward" if self.kind == "model" else f"train step, {'L1 + CR' if self.cr else 'L1'}"
             what = what if self.network == "aecr_net" else f"{self.network} {what}"
+        what += ", remat" if self.remat else "" if self.form == "loop" else f", {self.form}"
         return f"{what}, {self.batch} x {self.size}x{self.columns or self.size}"
 
     def model_config(self) -> NetworkConfig:
@@ -65,7 +70,8 @@ class Work:
         Raises:
           UserError: the network does not exist, or `width` is set and it has no width.
         """
-        settings = {"name": self.network, "dtype": self.dtype} | ({} if self.width is None else {"width": self.width})
+        settings: dict[str, Any] = {"name": self.network, "dtype": self.dtype} | ({} if self.width is None else {"width": self.width})
+        settings |= {"remat": True} if self.remat else {}
         try:
             return config_from_dict(settings)
         except ValueError as error:
@@ -114,8 +120,7 @@ def _op(work: Work) -> tuple[Any, tuple[Any, ...], int | None]:
     kernel = jnp.asarray(rng.standard_normal((3, 3, c, c)) / (3 * math.sqrt(c)), dtype)
     cotangent = jnp.asarray(rng.standard_normal((n, s, s, c)), dtype)
 
-    def forward(x: Array, offset: Array, mask: Array, kernel: Array) -> Array:
-        return deform_conv2d(x, offset, kernel, mask=mask, padding=1)
+    forward = FORMS[work.form]
 
     def both(cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
         return jax.vjp(forward, *inputs)[1](cotangent)

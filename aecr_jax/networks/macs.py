@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -31,6 +32,7 @@ def count_macs(jaxpr: Any) -> int:
     return total
 
 
+@functools.lru_cache(16)  # tracing a network takes a second
 def network_macs(config: NetworkConfig, height: int = 256, width: int = 256) -> int:
     """Return the multiply-adds of a network for one image of `height` x `width` pixels, in evaluation."""
     model = abstract_network(config)
