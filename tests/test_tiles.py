@@ -1,8 +1,9 @@
 """Large images in tiles: the result is that of restoring the whole image at once.
 
-The expected values are the results for the whole image. The slow test prints the table of docs/dehazing.md.
+The expected values are the results for the whole image. `test_large_pictures` prints the table of docs/dehazing.md.
 """
 
+import os
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -127,6 +128,7 @@ def load(name):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("LARGE_PICTURES" not in os.environ, reason="takes hours: set LARGE_PICTURES=1")
 @pytest.mark.parametrize("name", ["aecr_net_tiny", *CASES, "dcp"])
 def test_large_pictures(name, capsys):
     """Prints the rows of the table: decibels and the process's peak of resident memory for a drawn scene of 2048x1536."""
