@@ -190,6 +190,6 @@ def _resize_by_one(x: Array) -> Array:
     below, right = (
         ((start + jnp.arange(size, dtype=exact) + 0.5) / whole).astype(x.dtype) for size, (start, whole) in zip((h, w), places(h, w))
     )
-    below, right = jnp.reshape(below, (-1, 1, 1)), jnp.reshape(right, (-1, 1))
+    below, right = jnp.reshape(below, (1, -1, 1, 1)), jnp.reshape(right, (1, 1, -1, 1))
     x = (1 - below) * x[:, :-1] + below * x[:, 1:]
     return (1 - right) * x[:, :, :-1] + right * x[:, :, 1:]
