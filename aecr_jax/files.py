@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from aecr_jax.errors import UserError
-from aecr_jax.storage import as_path, explain, is_remote
+from aecr_jax.storage import as_path, is_remote, writing
 
 
 def make_folder(folder: str | Path) -> Path:
@@ -62,17 +62,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _uploading(path: Path) -> Iterator[Path]:
-    try:
-        with tempfile.TemporaryDirectory(prefix="aecr_jax-") as folder:
-            partial = Path(folder) / path.name
-            yield partial
-            path.write_bytes(partial.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
-    except Exception as error:
-        if (reason := explain(error)) is None:
-            raise
-        raise UserError(f"{path} cannot be written: {reason}") from error
+    with writing(path), tempfile.TemporaryDirectory(prefix="aecr_jax-") as folder:
+        partial = Path(folder) / path.name
+        yield partial
+        path.write_bytes(partial.read_bytes())
 
 
 def refuse_existing(path: str | Path, *, overwrite: bool = False) -> None:

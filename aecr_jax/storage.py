@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
@@ -79,6 +80,18 @@ def explain(error: BaseException) -> str | None:
     if type(error).__module__.partition(".")[0] in _CLIENTS:
         return first_line(error)
     return None
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within a `with` statement, raise UserError, which names the file or object, in place of an error of the disk or of object storage."""
+    try:
+        yield
+    except Exception as error:
+        reason = error.strerror or str(error) if isinstance(error, OSError) else explain(error)
+        if reason is None:
+            raise
+        raise UserError(f"{path} cannot be written: {reason}") from error
 
 
 class GuardedObject:

@@ -125,8 +125,8 @@ def has_twin(network: str) -> bool:
 def fastest(python: str, work: Work, platform: str, seconds: float | None = None) -> tuple[Opponent, list[dict[str, Any]]]:
     """Run every combination of channels-last or not and compiled or not; return the fastest process, still running, and all times.
 
-    With bfloat16, PyTorch uses autocast; its deformable convolution then runs in float32. With `seconds`, a combination that works
-    when this time is over is ended and counts as failed.
+    With bfloat16, PyTorch uses autocast; its deformable convolution then runs in float32. With `seconds`, a combination that is
+    still running when this time is over is ended and counts as failed.
     """
     end = None if seconds is None else time.perf_counter() + seconds
     best: Opponent | None = None

@@ -160,7 +160,7 @@ class Restorer:
         return self._airlight_clues(self._state, hazy)
 
     def airlight(self, hazy: np.ndarray, clues: np.ndarray) -> np.ndarray:
-        """Return the airlight of an image, `[1, 3]`, by its map of `airlight_clues`."""
+        """Return the airlight of an image, `[1, 3]`, found from its map of `airlight_clues`."""
         return self._airlight(self._state, hazy, clues)
 
     def cut(self, height: int, width: int, tile: int, overlap: int) -> tuple[Side, Side]:

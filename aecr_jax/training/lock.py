@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from aecr_jax.errors import UserError
-from aecr_jax.storage import GuardedObject, as_path, explain, is_remote
+from aecr_jax.storage import GuardedObject, as_path, explain, is_remote, writing
 
 NAME = "lock.json"
 # The owner touches the lock file this often. If another machine sees no touch for three periods, it treats the owner as dead.
@@ -49,7 +49,7 @@ class FolderLock:
         self._lost = False
 
     def __enter__(self) -> FolderLock:
-        try:
+        with writing(self._path):
             content = json.dumps(_this_process() | {"token": self._token}, indent=2) + "\n"
             self._file: _File | _Object = (_Object if is_remote(self._path) else _File)(self._path, self._token, content)
             while not self._file.create():
@@ -63,12 +63,6 @@ class FolderLock:
                         f" {self._path}"
                     )
                 self._file.take_away(owner)
-        except OSError as error:
-            raise UserError(f"{self._path} cannot be written: {error.strerror or error}") from error
-        except Exception as error:
-            if (reason := explain(error)) is None:
-                raise
-            raise UserError(f"{self._path} cannot be written: {reason}") from error
         self._beats = threading.Thread(target=self._beat, daemon=True)
         self._beats.start()
         return self
