@@ -24,6 +24,11 @@ import jax
 import pytest
 from browser import address, browser, page, site  # noqa: F401
 
+from aecr_jax import compilation
+
+# Every command sets one more flag of XLA unless JAX has already started. Set here, it is the same in this process, whichever test comes
+# first, and in the processes that tests start, so that their results can be compared bit by bit.
+compilation.set_up()
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Traces make and keep millions of objects: looking for cycles among them often, and noting the lines that called each operation in the
 # program, would take a noticeable part of the time.
