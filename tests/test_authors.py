@@ -154,7 +154,8 @@ def test_output_in_float32(name):
     np.testing.assert_allclose(y, file["y64"], rtol=0, atol=2e-5 * np.abs(file["y64"]).max())
 
 
-@pytest.mark.parametrize("name", THOROUGH)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_output_and_gradients_in_float64(name, x64):
     file = np.load(GOLDEN / f"{name}.npz")
     model = reference_model(name, file, "float64")
@@ -217,14 +218,13 @@ def test_pytorch_twin(name):
     np.testing.assert_allclose(y, file["y64"], rtol=0, atol=1e-9 * np.abs(file["y64"]).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "weights", "reference", "expected"),
     [
         ("aod_net", "aod_net_caffe.npz", "aod_net_real.npz", "y"),
         ("grid_dehaze_net", "grid_dehaze_net_indoor.pth", "grid_dehaze_net_indoor_real.npz", "y"),
-        pytest.param(
-            "grid_dehaze_net", "grid_dehaze_net_outdoor.pth", "grid_dehaze_net_indoor_real.npz", "y_outdoor", marks=pytest.mark.slow
-        ),
+        ("grid_dehaze_net", "grid_dehaze_net_outdoor.pth", "grid_dehaze_net_indoor_real.npz", "y_outdoor"),
     ],
 )
 def test_own_weights_restore_a_crop(name, weights, reference, expected, tmp_path):

@@ -128,6 +128,7 @@ def test_benchmark_writes_table_and_json(tmp_path, capsys, what, options, works)
         assert row["work"] in table
 
 
+@pytest.mark.slow
 def test_compile_times_are_not_those_of_the_cache(tmp_path):
     hits = []
     jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if event.endswith("/cache_hits") else None)
@@ -154,6 +155,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.slow
 def test_the_fastest_opponent_is_measured(tmp_path, capsys, monkeypatch):
     """With a fake worker, one of the four ways fails and channels-last is the fastest."""
     worker = tmp_path / "worker.py"

@@ -44,6 +44,7 @@ def test_train_writes_its_work_directory(run):
     assert sorted(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit()) == [2, 4]
 
 
+@pytest.mark.slow
 def test_fine_tuning_begins_with_the_parameters_of_a_checkpoint(run, config_file, tmp_path, capsys):
     options = ["--run.init_from", run / "checkpoints" / "4", "--optim.learning_rate", "1e-12", "--optim.steps", "1", "--loss.cr", "0"]
     arguments = ["train", "--config", config_file, "--run.workdir", tmp_path / "w", *options]
@@ -117,6 +118,7 @@ def test_tensorboard_gets_scalars_and_panels(config_file, tmp_path):
     assert all(tag in data for tag in (b"train/l1", b"train/offset_max", b"eval/psnr", b"hazy_restored_clear"))
 
 
+@pytest.mark.slow
 def test_offsets_that_run_away_are_told(config_file, tmp_path, capsys):
     options = ["--optim.learning_rate", "300", "--optim.steps", "3", "--loss.cr", "0", "--run.eval_every", "9"]
     main(["train", "--config", config_file, "--run.workdir", str(tmp_path / "w"), *options])

@@ -314,6 +314,7 @@ def test_check_data_of_a_config(tmp_path, capsys):
     assert "--limit (=0) must be at least 1" in fails(capsys, "check-data", "--data", root, "--limit", "0")
 
 
+@pytest.mark.slow
 @needs_shared
 def test_genuine_data_pass_the_check():
     its, sots = (open_samples(str(SHARED / name))[0] for name in ("its_samples", "sots_indoor_subset"))

@@ -55,6 +55,7 @@ def test_official_forward():
     np.testing.assert_allclose(up1[:1, :, :, ::8], nhwc(d["at_up1"]), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_float64_is_float64_throughout(x64):
     d = load("official_forward")
     config = AECRNetConfig(width=64, dtype="float64", param_dtype="float64")
@@ -148,7 +149,7 @@ def test_takes_arrays_of_numpy_and_lists():
         model(np.zeros((1, 0, 8, 3), "f4"))
 
 
-@pytest.mark.parametrize("switches", [{}, {"dfe": "none", "mixup": "sum", "fast_deconv": False}])
+@pytest.mark.parametrize("switches", [{"dfe": "none", "mixup": "sum", "fast_deconv": False}, pytest.param({}, marks=pytest.mark.slow)])
 def test_no_images_give_no_images(switches):
     model = drawn(dataclasses.replace(TINY, **switches))
     for call in (model, lambda x: nnx.jit(AECRNet.__call__)(model, x)):
@@ -191,7 +192,8 @@ def drawn(config):
 
 
 # From width 3 to 5, the hidden channels of the attention layers are 12 // 8 and 20 // 8.
-@pytest.mark.parametrize(("width", "wider", "switches"), [(4, 6, {}), pytest.param(3, 5, {"shared": False}, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "wider", "switches"), [(4, 6, {}), (3, 5, {"shared": False})])
 def test_a_wider_network_has_the_same_output(width, wider, switches):
     """Widening preserves the output up to rounding (Net2Net, Chen et al., 2016), and gradients reach the new weights."""
     narrow = drawn(AECRNetConfig(width=width, blocks=2, **switches))

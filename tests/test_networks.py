@@ -44,7 +44,8 @@ def toy(monkeypatch):
     registry.register_network(Toy)
 
 
-@pytest.mark.parametrize("cr", [pytest.param("0", marks=pytest.mark.slow), "0.1"])
+@pytest.mark.slow
+@pytest.mark.parametrize("cr", ["0", "0.1"])
 def test_a_new_network_goes_through_every_command(config_file, tmp_path, capsys, cr):
     workdir = tmp_path / "w"
     aecr = ["train", "--config", config_file, "--run.workdir", str(workdir), "--loss.cr", cr]

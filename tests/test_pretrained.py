@@ -29,11 +29,12 @@ def scores(samples, count, model):
     return [score for score, _, _ in score_images(Restorer(load_checkpoint(model)), eval_images(samples, limit=count))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "psnr", "ssim"),
     [
-        pytest.param("aecr_net_tiny", [20.9336, 18.6832, 16.4216, 18.0624], [0.8398, 0.7785, 0.6133, 0.8465], marks=pytest.mark.slow),
-        pytest.param("indoor", [20.9845, 19.5437, 18.2178, 23.1459], [0.8475, 0.8774, 0.7154, 0.9251], marks=pytest.mark.slow),
+        ("aecr_net_tiny", [20.9336, 18.6832, 16.4216, 18.0624], [0.8398, 0.7785, 0.6133, 0.8465]),
+        ("indoor", [20.9845, 19.5437, 18.2178, 23.1459], [0.8475, 0.8774, 0.7154, 0.9251]),
         ("photo", [21.7218, 17.4836, 16.8412, 19.9883], [0.8897, 0.8973, 0.8598, 0.9083]),
     ],
 )
@@ -47,15 +48,14 @@ def test_score_on_embedded_scenes(model, psnr, ssim):
     np.testing.assert_allclose([score.restored["ssim"] for score in found], ssim, atol=0.001)
 
 
+@pytest.mark.slow
 @needs_shared
 @pytest.mark.parametrize(
     ("model", "data", "wanted"),
     [
-        pytest.param(
-            "aecr_net_tiny", "sots_indoor_subset", {"1400_1": 27.830, "1400_10": 23.514, "1435_1": 30.623}, marks=pytest.mark.slow
-        ),
+        ("aecr_net_tiny", "sots_indoor_subset", {"1400_1": 27.830, "1400_10": 23.514, "1435_1": 30.623}),
         ("indoor", "sots_indoor_subset", {"1400_1": 30.462, "1400_10": 23.846, "1435_1": 33.663}),
-        pytest.param("photo", "sots_indoor_subset", {"1400_1": 28.426, "1400_10": 20.503, "1435_1": 30.709}, marks=pytest.mark.slow),
+        ("photo", "sots_indoor_subset", {"1400_1": 28.426, "1400_10": 20.503, "1435_1": 30.709}),
         ("photo", "sots_outdoor_subset", {"0108_0.8_0.16": 28.248, "0380_0.85_0.2": 26.542}),
     ],
 )

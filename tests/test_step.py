@@ -58,6 +58,7 @@ def test_five_steps_of_the_official_code(x64):
     np.testing.assert_allclose([official["mix1.w"][0], official["mix2.w"][0]], d["final_mix"], rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_first_step_of_the_official_code_in_float32():
     """The first step agrees also in float32, the type that users compute in."""
     d = load("train_trajectory")
@@ -93,7 +94,8 @@ def near(a, b, rtol, atol):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), a, b)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", pytest.param("muon", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
 def test_one_device_and_eight_compute_the_same(x64, optimizer):
     config = Config(model=SMALL64, optim=OptimConfig(batch=8, steps=10, optimizer=optimizer))
     (one, one_measured), (eight, eight_measured) = (run(config, n, batches(2)) for n in (1, 8))
@@ -156,7 +158,8 @@ def compiled(config, devices=8):
     return step.func.lower(*step.args, state, shard_batch(batches(1, np.float32, config.optim.batch)[0], mesh)).compile()
 
 
-@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_compiled_step_reduces_gradients_and_gathers_no_images(accumulate):
     config = Config(model=SMALL, optim=OptimConfig(batch=16, steps=10, accumulate=accumulate))
     text = compiled(config).as_text()
@@ -169,6 +172,7 @@ def test_the_compiled_step_reduces_gradients_and_gathers_no_images(accumulate):
         assert max(sizes, default=0) < 16 * 16 * 3, f"{kind} of an image or a feature map: {moved}"
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_those_of_the_batch(x64):
     """Without FastDeconv's statistics and the ratio, which are over the whole batch, the parts add up to the batch exactly."""
     model = AECRNetConfig(width=4, blocks=1, fast_deconv=False, dfe="none", **FLOAT64)
@@ -251,6 +255,7 @@ def test_warmup_and_factor_for_offsets():
     assert steps["down1.kernel"] == pytest.approx(0.25e-3, rel=0.01)
 
 
+@pytest.mark.slow
 def test_muon_takes_orthogonal_steps():
     """A wide kernel's first step has the same length along each singular vector of the gradient (computed with NumPy), up to factors of
     0.7 to 1.2 from the iteration, and a root mean square of 0.2 rates. Other parameters take the step of Nesterov Adam, which is

@@ -137,7 +137,8 @@ def test_a_run_goes_on_with_another_number_of_devices(config, tmp_path):
     np.testing.assert_allclose(ours, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_saves_and_says_so(config, tmp_path, number):
     workdir = tmp_path / "stopped"
     process = start(config, workdir, "--run.save_every", 1000)
@@ -152,6 +153,7 @@ def test_a_stop_saves_and_says_so(config, tmp_path, number):
     assert checksums(workdir, step + 2) == checksums(tmp_path / "alone", step + 2)
 
 
+@pytest.mark.slow
 def test_a_disk_that_takes_no_checkpoint_ends_the_run(config, tmp_path):
     """Files are limited to 4 kB, as by a quota: the log fits, but neither a checkpoint nor a compiled program does.
 

@@ -306,6 +306,7 @@ def test_a_missing_package_is_named(tmp_path, capsys, monkeypatch):
 # ---- the average over time
 
 
+@pytest.mark.slow
 def test_maps_are_averaged_and_begin_anew_at_a_cut():
     """Expected: K and B of each frame with the weights of an exponential average, applied to the last frame."""
     model = CoarseNet(CoarseNetConfig(width=4, blocks=1), rngs=nnx.Rngs(0))
@@ -387,6 +388,7 @@ def psnr(restored, clear):
     return float(np.mean([-10 * np.log10(((x - y) ** 2).mean()) for x, y in zip(restored, clear)]))
 
 
+@pytest.mark.slow
 def test_smoothing_reduces_flicker_and_lags_little_behind_a_pan():
     """With `photo`. Expected: the purpose of the average, and at most the loss that docs/dehazing.md states for the worst of its clips."""
     model = load_checkpoint("photo")
