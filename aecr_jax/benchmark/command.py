@@ -13,13 +13,19 @@ from aecr_jax.errors import UserError
 
 
 def add_kinds(kinds: Any) -> None:
-    """Add the parsers of `benchmark data`, `op`, `model`, `train`, `growth` and `accelerator`."""
+    """Add the parsers of `benchmark data`, `scaling`, `op`, `model`, `train`, `growth` and `accelerator`."""
     data = kinds.add_parser("data", help="the input pipeline: images per second by stage and in all", allow_abbrev=False)
     data.add_argument("--config", required=True, metavar="FILE", help="takes its settings too, such as --data.cache True")
     data.add_argument("--seconds", type=float, default=5.0, metavar="S", help="how long to measure each row; default 5")
     data.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="numbers of worker processes; default 0 1 2")
     data.add_argument("--steps-per-second", type=float, default=20.0, metavar="R", help="of the accelerator to feed; default 20")
     data.add_argument("--output", metavar="FILE", help="write the figures there as JSON")
+    scaling = kinds.add_parser("scaling", help="what a step sends on many devices, and predicted times", allow_abbrev=False)
+    scaling.add_argument("--config", required=True, metavar="FILE", help="takes its settings too, such as --loss.features random")
+    scaling.add_argument("--devices", type=int, nargs="+", default=[8, 64, 256], metavar="N", help="simulated devices; default 8 64 256")
+    scaling.add_argument("--images-per-device", type=int, default=1, metavar="N", help="default 1")
+    scaling.add_argument("--utilization", type=float, default=0.3, metavar="X", help="share of a chip's peak to expect; default 0.3")
+    scaling.add_argument("--output", default="benchmark-scaling.json", metavar="FILE", help="default benchmark-scaling.json")
     _add_speed(kinds)
 
 
@@ -82,6 +88,8 @@ def run_plan(options: argparse.Namespace, rest: list[str]) -> int:
 
 def run_benchmark(options: argparse.Namespace, rest: list[str]) -> int:
     """Run the benchmark that the options select and return the exit status; `rest` holds the settings of a config."""
+    if options.what == "scaling":
+        return _benchmark_scaling(options, rest)
     if options.what != "data":
         return _benchmark_speed(options, rest)
     from aecr_jax.benchmark.data import benchmark_data
@@ -97,6 +105,28 @@ def run_benchmark(options: argparse.Namespace, rest: list[str]) -> int:
         seconds=options.seconds,
         workers=options.workers,
         steps_per_second=options.steps_per_second,
+        output=options.output,
+    )
+    return 0
+
+
+def _benchmark_scaling(options: argparse.Namespace, rest: list[str]) -> int:
+    from aecr_jax.benchmark.scaling import benchmark_scaling
+    from aecr_jax.benchmark.speed import check_writable
+    from aecr_jax.training.config import load_config
+
+    if min(options.devices) < 1 or options.images_per_device < 1:
+        raise UserError("--devices and --images-per-device must be at least 1")
+    if not 0 < options.utilization <= 1:
+        raise UserError(f"--utilization (={options.utilization:g}) must be more than 0 and at most 1")
+    load_config(options.config, rest)  # reports errors before the first program is compiled
+    check_writable(options.output)
+    benchmark_scaling(
+        options.config,
+        rest,
+        devices=sorted(set(options.devices)),
+        per_device=options.images_per_device,
+        utilization=options.utilization,
         output=options.output,
     )
     return 0
