@@ -137,6 +137,6 @@ def _split_by_images(run: Callable[..., Any], rule: str, replicated: int) -> Cal
         return mesh, run, jax.tree.map(lambda _: split, results), shardings
 
     function = custom_partitioning(lambda *arrays: run(*arrays))  # it does not take keywords, such as those bound in `run`
-    others = sorted({name for part in rule.replace("->", ",").split(",") for name in part.split()} - {"n"})
-    function.def_partition(partition, sharding_rule=rule, need_replication_factors=tuple(others))
+    names = dict.fromkeys(name for array in rule.replace("->", ",").split(",") for name in array.split())  # Shardy wants them in this order
+    function.def_partition(partition, sharding_rule=rule, need_replication_factors=tuple(name for name in names if name != "n"))
     return function

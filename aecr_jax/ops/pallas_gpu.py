@@ -21,8 +21,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-# Numbers of positions, input channels and output channels of a block. Triton requires powers of two, and at least 16 in matrix products.
-_POSITIONS, _CHANNELS, _OUTPUTS, _LEAST = 64, 64, 256, 16
+# Numbers of positions and output channels of a block, and bytes of its input channels. Triton requires powers of two, and at least 16 in
+# matrix products. In float32, 64 channels would take more shared memory than the 99 KiB of GPUs other than those for data centres.
+_POSITIONS, _OUTPUTS, _CHANNEL_BYTES, _LEAST = 64, 256, 128, 16
 
 
 class _Sizes(NamedTuple):
@@ -118,7 +119,8 @@ def backward(
 
 def _sizes(image: Array, index: Array, kernel: Array, row: int) -> _Sizes:
     taps, channels, outputs = kernel.shape
-    blocks = [min(most, max(_LEAST, pl.next_power_of_2(size))) for most, size in ((_CHANNELS, channels), (_OUTPUTS, outputs))]
+    limits = ((_CHANNEL_BYTES // image.dtype.itemsize, channels), (_OUTPUTS, outputs))
+    blocks = [min(most, max(_LEAST, pl.next_power_of_2(size))) for most, size in limits]
     return _Sizes(index.shape[2], channels, outputs, taps * channels // image.shape[2], row, *blocks)
 
 
@@ -164,7 +166,7 @@ def _backward_samples(
     sums: Any,
 ) -> None:
     start, tap = pl.program_id(1) * _POSITIONS, pl.program_id(2)
-    block = min(sizes.output_block, _CHANNELS)
+    block = min(sizes.output_block, _CHANNEL_BYTES // cotangent.dtype.itemsize)
 
     def step(i: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
         channels = _channels(sizes, i)

@@ -1,9 +1,9 @@
 """Kernels of the deformable convolution for TPUs, written in Pallas for Mosaic.
 
-Mosaic has no vector instruction that gathers arbitrary rows, but loads a row quickly if its number is a scalar. The whole image is therefore
-held in VMEM, in float32 and with the channels of a pixel in rows of 128 lanes, and a loop over the samples loads their four neighbours by
-indices in SMEM. Storing the neighbours together, to load all four at once, would take four times the memory and no fewer vector registers.
-In the backward pass, the gradient of the image is also held in VMEM and added to in the same loop, in a fixed order.
+Mosaic cannot gather arbitrary rows of an array by a vector of indices, but loads a row if its index is a scalar. The whole image is
+therefore held in VMEM, in float32 and with the channels of a pixel in rows of 128 lanes, and a loop over the samples loads their four
+neighbours by indices in SMEM. To store the four neighbours together and load them at once would take four times the VMEM. In the backward
+pass, the gradient of the image is also held in VMEM, and the same loop adds to it in a fixed order.
 
 Images that are too large for VMEM are left to XLA; those of training, 60x60 at 256 channels, are not.
 """
