@@ -21,8 +21,12 @@ from aecr_jax.training.config import Config, RunConfig
 from aecr_jax.training.mesh import make_mesh
 
 PLATFORMS = ("cuda", "tpu")
-CALLS = {"cuda": "__gpu$xla.gpu.triton", "tpu": "tpu_custom_call"}
+CALLS = {"cuda": ("__gpu$xla.gpu.triton", "triton_kernel_call_ffi"), "tpu": ("tpu_custom_call",)}  # of several versions of JAX
 PLAIN = Geometry((1, 1), (1, 1), (1, 1), 1)
+
+
+def count_kernels(program, platform):
+    return sum(program.count(f"@{name}(") for name in CALLS[platform])
 
 
 def differentiate(function, arrays, cotangent):
@@ -75,7 +79,7 @@ def test_kernels_with_several_blocks(dtype, platform):
         assert difference < (1e-5 if dtype == jnp.float32 else 5e-3)  # bfloat16 has 8 bits
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("platform", ["cuda", pytest.param("tpu", marks=pytest.mark.slow)])
 def test_infinite_and_nan_offsets(platform):
     """An infinite offset samples zero with finite gradients; a NaN offset gives NaN in its own pixel alone."""
     (x, offset, mask, kernel), cotangent = inputs()
@@ -125,18 +129,31 @@ def operator(x, offset, mask, kernel):
 @pytest.mark.parametrize(("dtype", "c", "o"), [(jnp.bfloat16, 256, 256), (jnp.float32, 70, 20)])
 def test_kernels_are_lowered(platform, kernels, dtype, c, o):
     """A program that `jax.export` makes for a platform that is not there contains the kernels: one forward, and two or one backward."""
-    allowed = [jax.export.DisabledSafetyCheck.custom_call(CALLS["cuda"])]
-    program = jax.export.export(jax.jit(operator), platforms=[platform], disabled_checks=allowed)(*shapes(16, 60, c, o, dtype))
-    assert program.mlir_module().count(f"@{CALLS[platform]}(") == kernels
+    allowed = [jax.export.DisabledSafetyCheck.custom_call(name) for name in CALLS["cuda"]]
+    try:
+        program = jax.export.export(jax.jit(operator), platforms=[platform], disabled_checks=allowed)(*shapes(16, 60, c, o, dtype))
+    except RuntimeError as error:
+        if "Triton compilation handler" not in str(error):
+            raise
+        pytest.skip("this version of JAX needs its CUDA plugin to lower kernels for GPUs")
+    assert count_kernels(program.mlir_module(), platform) == kernels
+
+
+@pytest.mark.parametrize("precision", ["tensorfloat32", "highest"])
+def test_kernels_are_lowered_with_any_precision(precision):
+    """Mosaic does not know the precision between the lowest and the highest, which stands for TF32."""
+    with jax.default_matmul_precision(precision):
+        text = jax.jit(operator).trace(*shapes(1, 9, 16, 16, jnp.float32)).lower(lowering_platforms=("tpu",)).as_text()
+    assert count_kernels(text, "tpu") == 2
 
 
 def test_images_too_large_for_a_tpu_use_the_form_of_xla():
     """The features of a crop of 240x240 fit into VMEM, and those of an image of 1024x1024 do not."""
-    assert pallas_tpu.fits((16, 60, 60, 256), (3, 3, 256, 256), jnp.dtype("bfloat16"))
-    assert not pallas_tpu.fits((1, 256, 256, 256), (3, 3, 256, 256), jnp.dtype("bfloat16"))
-    assert pallas_gpu.fits((1, 256, 256, 256), (3, 3, 256, 256), jnp.dtype("bfloat16"))
+    assert pallas_tpu.fits((16, 60, 60, 256), (3, 3, 256, 256), 1, jnp.dtype("bfloat16"))
+    assert not pallas_tpu.fits((1, 256, 256, 256), (3, 3, 256, 256), 1, jnp.dtype("bfloat16"))
+    assert pallas_gpu.fits((1, 256, 256, 256), (3, 3, 256, 256), 1, jnp.dtype("bfloat16"))
     text = jax.jit(operator).trace(*shapes(1, 256, 256, 256)).lower(lowering_platforms=("tpu",)).as_text()
-    assert CALLS["tpu"] not in text
+    assert count_kernels(text, "tpu") == 0
 
 
 def test_a_program_for_symbolic_sizes_runs_anywhere():
@@ -152,7 +169,7 @@ def test_a_program_for_symbolic_sizes_runs_anywhere():
     np.testing.assert_allclose(program.call(x, offset, mask), forward(x, offset, mask), atol=1e-5)
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("platform", [pytest.param("cuda", marks=pytest.mark.slow), "tpu"])
 def test_each_device_runs_the_kernels_on_its_images(platform):
     """The gradient compiled for 8 devices contains no all-gather and has the values of a single device."""
     arrays, cotangent = inputs(n=8, h=4, w=3, c=2, o=2)
@@ -183,7 +200,7 @@ def test_networks_choose_the_kernels(tmp_path):
     np.testing.assert_array_equal(kernels(hazy), plain(hazy))
     graph, state = nnx.split(kernels)
     text = jax.jit(lambda state, x: nnx.merge(graph, state)(x)).trace(state, hazy).lower(lowering_platforms=("tpu",)).as_text()
-    assert CALLS["tpu"] in text
+    assert count_kernels(text, "tpu") == 1  # the layer is shared, and so is its function
     with pytest.raises(UserError, match=r"model.deform_implementation \(=pallas\) is for NVIDIA GPUs and TPUs"):
         train(Config(model=config, data=DataConfig(train="scenes:4:32x24", crop=16), run=RunConfig(workdir=str(tmp_path / "run"))))
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").glob("checkpoints/*"))

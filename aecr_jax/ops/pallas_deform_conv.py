@@ -44,7 +44,8 @@ def by_kernels(x: Array, offset: Array, mask: Array, kernel: Array, geometry: Ge
     With `interpret`, "cuda" or "tpu", the kernels of that platform are emulated on any platform, which is slow, to test them.
     """
     forward = functools.partial(_forward, geometry)
-    return _choose(forward, functools.partial(by_taps, geometry=geometry), interpret, x, offset, mask, kernel)
+    usual = functools.partial(by_taps, geometry=geometry)
+    return _choose(forward, usual, geometry.groups, interpret, x, offset, mask, kernel)
 
 
 def _by_kernels_forward(
@@ -57,20 +58,21 @@ def _by_kernels_backward(geometry: Geometry, interpret: str, residuals: tuple[Ar
     def usual(x: Array, offset: Array, mask: Array, kernel: Array, cotangent: Array) -> tuple[Array, ...]:
         return by_taps_gradient(geometry, (x, offset, mask, kernel), cotangent)
 
-    return _choose(functools.partial(_backward, geometry), usual, interpret, *residuals, cotangent)
+    return _choose(functools.partial(_backward, geometry), usual, geometry.groups, interpret, *residuals, cotangent)
 
 
 by_kernels.defvjp(_by_kernels_forward, _by_kernels_backward)
 
 
-def _choose(by_backend: Callable[..., Any], usual: Callable[..., Any], interpret: str, *arrays: Array) -> Any:
+def _choose(by_backend: Callable[..., Any], usual: Callable[..., Any], groups: int, interpret: str, *arrays: Array) -> Any:
+    """Call `by_backend` where there is a kernel, else `usual`; the first and the fourth array are x and the kernel."""
     x = arrays[0]
     static = all(isinstance(size, int) for array in arrays for size in array.shape)
     if not static or not x.size or x.dtype.itemsize > 4:
         return usual(*arrays)
     if interpret:
         return by_backend(_BACKENDS[interpret], True, *arrays)
-    fitting = {name: backend for name, backend in _BACKENDS.items() if backend.fits(x.shape, arrays[3].shape, x.dtype)}
+    fitting = {name: backend for name, backend in _BACKENDS.items() if backend.fits(x.shape, arrays[3].shape, groups, x.dtype)}
     branches = {name: functools.partial(by_backend, backend, False) for name, backend in fitting.items()}
     return lax.platform_dependent(*arrays, **branches, default=usual)
 

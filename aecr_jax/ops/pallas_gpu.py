@@ -257,6 +257,6 @@ def _add(image: Any, pixels: tuple[Array, Array], value: Array, mask: Array, int
         plgpu.atomic_add(image, pixels, value, mask=mask)
 
 
-def fits(image: tuple[int, ...], kernel: tuple[int, ...], dtype: Any) -> bool:
-    """Return whether there is a kernel for these shapes, `[N, H, W, C]` and `[kh, kw, C, O]`: on GPUs, for all."""
+def fits(image: tuple[int, ...], kernel: tuple[int, ...], groups: int, dtype: Any) -> bool:
+    """Return True: there is a kernel for all images `[N, H, W, C]`, kernels `[kh, kw, C, O]` and groups of offsets."""
     return True

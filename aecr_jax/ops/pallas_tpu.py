@@ -22,20 +22,20 @@ from jax.experimental.pallas import tpu as pltpu
 _POSITIONS = 128  # output positions of a block
 _LANES = 128
 _NEIGHBOURS = 4
-# Bytes of VMEM for arrays and temporaries of the compiler. TPU v4 has 32 MiB, later ones more.
-_VMEM, _TEMPORARIES = 28 * 2**20, 2 * 2**20
+# Bytes of VMEM in all, and for the compiler's own use. TPU v4 has 16 MiB and later ones have more, but the kind of TPU is not known when a
+# program is traced.
+_VMEM, _TEMPORARIES = 16 * 2**20, 2**20
 _UNROLL = 4
 
 
-def fits(image: tuple[int, ...], kernel: tuple[int, ...], dtype: Any) -> bool:
-    """Return whether the backward pass has room in VMEM for an image of shape `[N, H, W, C]` and a kernel `[kh, kw, C, O]`."""
+def fits(image: tuple[int, ...], kernel: tuple[int, ...], groups: int, dtype: Any) -> bool:
+    """Return whether the backward pass has room in VMEM for images `[N, H, W, C]`, a kernel `[kh, kw, C, O]` and the groups of offsets."""
     _, h, w, c = image
     kh, kw, _, o = kernel
-    lanes = _round_up(c, _LANES)  # more with several groups, which is rare
-    pixels, weights = (h + 4) * (w + 4) * lanes, kh * kw * lanes * _round_up(o, _LANES)
+    lanes = _round_up(c // groups, _LANES)
+    pixels, weights = groups * (h + 4) * (w + 4) * lanes, groups * kh * kw * lanes * _round_up(o, _LANES)
     scratch = (_NEIGHBOURS + 2) * _POSITIONS * lanes + 4 * _POSITIONS * _round_up(o, _LANES)
-    # Results have two buffers, from one of which the last image's are written while the next image is computed.
-    return 4 * (3 * pixels + 2 * weights + scratch) + jnp.dtype(dtype).itemsize * weights <= _VMEM - _TEMPORARIES
+    return 4 * (2 * pixels + weights + scratch) + jnp.dtype(dtype).itemsize * weights <= _VMEM - _TEMPORARIES
 
 
 def forward(image: Array, index: Array, weights: Array, kernel: Array, *, row: int, interpret: bool = False) -> Array:
@@ -73,8 +73,8 @@ def backward(
         grid=(n, pl.cdiv(positions, _POSITIONS)),
         in_specs=[_of_image(image), _scalars(index), _scalars(weights), _whole(kernel), _block_of_positions(outputs)],
         out_specs=[
-            _of_image(results[0], buffers=2),
-            _of_image(results[1], buffers=2),
+            _of_image(results[0]),
+            _of_image(results[1]),
             pl.BlockSpec((None, weights.shape[1], _POSITIONS), lambda image, block: (image, 0, block)),
         ],
         scratch_shapes=[rows, rows, pltpu.VMEM((_NEIGHBOURS, *rows.shape), jnp.float32)],
@@ -109,9 +109,10 @@ def _round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def _of_image(array: Any, buffers: int = 1) -> pl.BlockSpec:
+def _of_image(array: Any) -> pl.BlockSpec:
+    # With a second buffer, the copies of one image would overlap with the computation of another, but VMEM has no room for it.
     axes = len(array.shape) - 1
-    return pl.BlockSpec((None, *array.shape[1:]), lambda image, _: (image,) + (0,) * axes, pipeline_mode=pl.Buffered(buffers))
+    return pl.BlockSpec((None, *array.shape[1:]), lambda image, _: (image,) + (0,) * axes, pipeline_mode=pl.Buffered(1))
 
 
 def _whole(array: Array) -> pl.BlockSpec:
@@ -182,7 +183,7 @@ def _backward(
             # A product with ones sums over the lanes and leaves the positions along the lanes, as `sums` has them.
             partial = sum((products[n, :, part] for part, _ in _rows_of_lanes(sample)), jnp.zeros((_POSITIONS, _LANES)))
             ones = jnp.ones((8, _LANES), jnp.float32)
-            sums[pl.ds(_NEIGHBOURS * tap + n, 1)] = _dot(ones, partial, contract=(1, 1), precision=lax.Precision.HIGHEST)[:1]
+            sums[pl.ds(_NEIGHBOURS * tap + n, 1)] = _dot(ones, partial, contract=(1, 1), exact=True)[:1]
         for part, lanes in _rows_of_lanes(sample):
             grad_kernel[tap, lanes] += _dot(sample[:, part].astype(kernel.dtype), cotangent[...], contract=(0, 0))
 
@@ -197,6 +198,10 @@ def _rows_of_lanes(sample: Any) -> list[tuple[int, slice]]:
     return [(part, slice(part * _LANES, (part + 1) * _LANES)) for part in range(sample.shape[1])]
 
 
-def _dot(a: Array, b: Array, contract: tuple[int, int] = (1, 0), precision: Any = None) -> Array:
+def _dot(a: Array, b: Array, contract: tuple[int, int] = (1, 0), exact: bool = False) -> Array:
+    # Mosaic has two precisions. All that `jax_default_matmul_precision` may ask for beyond bfloat16 is computed in the higher one.
+    wanted = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]  # its attributes are made at run time
+    exact = exact or (a.dtype == jnp.float32 and wanted not in (None, "default", "fastest", "bfloat16"))
+    precision = lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
     numbers = (((contract[0],), (contract[1],)), ((), ()))
     return lax.dot_general(a, b, numbers, precision=precision, preferred_element_type=jnp.float32)
