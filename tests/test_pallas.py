@@ -200,7 +200,7 @@ def test_networks_choose_the_kernels(tmp_path):
     np.testing.assert_array_equal(kernels(hazy), plain(hazy))
     graph, state = nnx.split(kernels)
     text = jax.jit(lambda state, x: nnx.merge(graph, state)(x)).trace(state, hazy).lower(lowering_platforms=("tpu",)).as_text()
-    assert count_kernels(text, "tpu") == 1  # the layer is shared, and so is its function
+    assert count_kernels(text, "tpu") == config.deform_layers
     with pytest.raises(UserError, match=r"model.deform_implementation \(=pallas\) is for NVIDIA GPUs and TPUs"):
         train(Config(model=config, data=DataConfig(train="scenes:4:32x24", crop=16), run=RunConfig(workdir=str(tmp_path / "run"))))
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").glob("checkpoints/*"))
