@@ -201,6 +201,18 @@ def test_networks_choose_the_kernels(tmp_path):
     graph, state = nnx.split(kernels)
     text = jax.jit(lambda state, x: nnx.merge(graph, state)(x)).trace(state, hazy).lower(lowering_platforms=("tpu",)).as_text()
     assert count_kernels(text, "tpu") == config.deform_layers
-    with pytest.raises(UserError, match=r"model.deform_implementation \(=pallas\) is for NVIDIA GPUs and TPUs"):
+    with pytest.raises(UserError, match=r"\(=pallas\) is for NVIDIA GPUs and for one TPU, and this run has 8 CPUs"):
         train(Config(model=config, data=DataConfig(train="scenes:4:32x24", crop=16), run=RunConfig(workdir=str(tmp_path / "run"))))
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_several_tpus_use_the_form_of_xla(monkeypatch):
+    """With the 8 devices of the tests as TPUs, the program has no kernel, and training refuses the setting."""
+    config = AECRNetConfig(deform_implementation="pallas")
+    config.check_devices("tpu", 1)
+    config.check_devices("gpu", 8)
+    with pytest.raises(UserError, match="this run has 8 TPUs: use xla"):
+        config.check_devices("tpu", 8)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    text = jax.jit(lambda *a: operator(*a)).trace(*shapes(8, 9, 16, 16)).lower(lowering_platforms=("tpu",)).as_text()
+    assert count_kernels(text, "tpu") == 0

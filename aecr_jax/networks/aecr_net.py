@@ -62,12 +62,13 @@ class AECRNetConfig(NetworkConfig):
     costs time. XLA's CPU backend undoes it."""
     deform_implementation: Literal["xla", "pallas"] = "xla"
     """What computes the deformable convolutions: XLA, or kernels written in Pallas for NVIDIA GPUs and TPUs, which no device has run yet.
-    A network that was trained with the kernels restores images on a CPU too, by XLA; training on a CPU refuses them."""
+    A network that was trained with the kernels restores images anywhere, where there are none by XLA; training refuses them there."""
 
-    def check_platform(self, platform: str) -> None:
-        """Refuse the kernels on CPUs, which have none."""
-        if self.deform_implementation == "pallas" and platform == "cpu":
-            raise UserError("model.deform_implementation (=pallas) is for NVIDIA GPUs and TPUs, and this machine trains on CPUs: use xla")
+    def check_devices(self, platform: str, count: int) -> None:
+        """Refuse the kernels where the form of XLA would be used instead."""
+        if self.deform_implementation == "pallas" and (platform == "cpu" or (platform == "tpu" and count > 1)):
+            here = f"{count} {platform.upper()}{'s' if count > 1 else ''}"
+            raise UserError(f"model.deform_implementation (=pallas) is for NVIDIA GPUs and for one TPU, and this run has {here}: use xla")
 
 
 class AECRNet(Network):

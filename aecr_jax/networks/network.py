@@ -36,8 +36,8 @@ class NetworkConfig:
     def __post_init__(self) -> None:
         check_settings(self)
 
-    def check_platform(self, platform: str) -> None:
-        """Raise a UserError if training with these settings is not possible on `platform`: "cpu", "gpu" or "tpu"."""
+    def check_devices(self, platform: str, count: int) -> None:
+        """Raise a UserError if training with these settings is not possible on `count` devices of `platform`: "cpu", "gpu" or "tpu"."""
 
     def changes(self, other: NetworkConfig) -> list[tuple[str, Any, Any]]:
         """Return the settings that make `other` a different network, as (name, value here, value in `other`)."""

@@ -5,7 +5,7 @@ These arrays have no channels and are small. The kernels do what has channels: t
 samples by the kernel.
 
 The choice is made when a program is compiled for a platform, so that an exported program has the right form for each; platforms without a
-kernel use the form of `deform_conv`, and so do float64 and sizes that are symbols. No accelerator has run the kernels yet.
+kernel use the form of `deform_conv`, and so do float64, sizes that are symbols, and several TPUs. No accelerator has run the kernels yet.
 """
 
 from __future__ import annotations
@@ -73,6 +73,8 @@ def _choose(by_backend: Callable[..., Any], usual: Callable[..., Any], groups: i
     if interpret:
         return by_backend(_BACKENDS[interpret], True, *arrays)
     fitting = {name: backend for name, backend in _BACKENDS.items() if backend.fits(x.shape, arrays[3].shape, groups, x.dtype)}
+    if jax.default_backend() == "tpu" and jax.device_count() > 1:
+        fitting.pop("tpu", None)  # libtpu does not call back what `_split_by_images` registers
     branches = {name: functools.partial(by_backend, backend, False) for name, backend in fitting.items()}
     return lax.platform_dependent(*arrays, **branches, default=usual)
 
