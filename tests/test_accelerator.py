@@ -94,6 +94,9 @@ def test_kernels_are_checked_before_they_are_measured(monkeypatch, tmp_path):
     checked, *measured = result["rows"]
     assert checked["ok"] and len(measured) == 8
     assert {(row["form"], row["error"]) for row in measured} == {("pallas", "RuntimeError: no such instruction")}
+    gpu.platform, result = "tpu", {}  # of which the tests have 8
+    accelerator._kernels(accelerator._Bench(accelerator.TINY, sys.executable, tmp_path), result)
+    assert result == {"note": "there are no kernels for several TPUs"}
 
 
 def fake_parts(monkeypatch, parts):

@@ -207,8 +207,10 @@ def _kernels(bench: _Bench, result: dict[str, Any]) -> None:
 
     No device has run them yet. They come last, so that a kernel that ends the process or does not end spoils no other figure.
     """
-    if jax.devices()[0].platform == "cpu":
-        result["note"] = "there are no kernels for CPUs"
+    platform = jax.devices()[0].platform
+    if platform == "cpu" or (platform == "tpu" and jax.device_count() > 1):
+        result["note"] = f"there are no kernels for {'CPUs' if platform == 'cpu' else 'several TPUs'}"
+        print(f"  {result['note']}", flush=True)
         return
     _correctness(bench, result, implementation="pallas")
     _measure_forms(bench, result, ["pallas"])

@@ -95,10 +95,9 @@ def _backward(
     flat = cotangent.reshape(*tap_mask.shape[::2], cotangent.shape[-1])  # [N, P, O]
     grad_image, grad_kernel, sums = _split_by_images(run, rule, 3)(image, location.corner, _weights(location, tap_mask), tap_kernel, flat)
     grad_mask, grad_position = location_gradients(location, [sums[:, :, n] for n in range(4)])
-    # [N, G K, P] -> [N, P, G K]; the gradients of the kernel are of each image alone, so that no kernel adds across devices.
-    grad_kernel = grad_kernel.sum(0)
+    # The gradients of the weights are of each image alone, so that XLA adds them, across devices too.
     groups, taps = geometry.groups, kernel.shape[0] * kernel.shape[1]
-    grad_kernel = grad_kernel.reshape(groups, taps, -1, kernel.shape[3]).swapaxes(0, 1).reshape(kernel.shape)
+    grad_kernel = grad_kernel.sum(0).reshape(groups, taps, -1, kernel.shape[3]).swapaxes(0, 1).reshape(kernel.shape)
     return (
         crop_image(grad_image, x.shape).astype(x.dtype),
         jnp.moveaxis(grad_position * tap_mask[..., None], 1, 2).reshape(offset.shape).astype(offset.dtype),
