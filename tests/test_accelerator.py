@@ -73,6 +73,32 @@ def test_a_device_that_computes_wrongly_is_found(monkeypatch):
     assert not wrong["ok"] and wrong["errors"]["out"] == pytest.approx(0.01, rel=1e-3)
 
 
+def test_kernels_are_checked_before_they_are_measured(monkeypatch, tmp_path):
+    """On a GPU, the operator is compared in each arithmetic, and a kernel that fails is a row with its error."""
+    gpu = type("Gpu", (), {"platform": "gpu", "device_kind": "none"})()
+    monkeypatch.setattr(accelerator.jax, "devices", lambda *_: [gpu])
+    asked = []
+
+    def check(device, **options):
+        asked.append(options)
+        yield {"case": "operator", "arithmetic": "float32", "against": "PyTorch", "errors": {"out": 0.0}, "tolerance": 1e-3, "ok": True}
+
+    def prepare(work):
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(accelerator, "check_device", check)
+    monkeypatch.setattr(accelerator, "prepare", prepare)
+    result = {}
+    accelerator._kernels(accelerator._Bench(accelerator.TINY, sys.executable, tmp_path, deadline=time.perf_counter() + 60), result)
+    assert asked == [{"size": 8, "channels": 8, "implementation": "pallas"}]
+    checked, *measured = result["rows"]
+    assert checked["ok"] and len(measured) == 8
+    assert {(row["form"], row["error"]) for row in measured} == {("pallas", "RuntimeError: no such instruction")}
+    gpu.platform, result = "tpu", {}  # of which the tests have 8
+    accelerator._kernels(accelerator._Bench(accelerator.TINY, sys.executable, tmp_path), result)
+    assert result == {"note": "there are no kernels for several TPUs"}
+
+
 def fake_parts(monkeypatch, parts):
     monkeypatch.setattr(accelerator, "PARTS", parts)
 
@@ -190,7 +216,9 @@ def test_the_whole_command_on_a_cpu(tmp_path, capsys, monkeypatch):
     assert not any(key in part for part in parts.values() for key in ("error", "skipped", "unfinished"))
     checked = {(row["case"], row["arithmetic"]) for row in parts["correctness"]["rows"]}
     assert checked == {(case, kind) for case in ("operator", "network", "step") for kind in ("float32", "bfloat16")}
-    assert {(row["form"], row["backward"]) for row in parts["operator"]["rows"]} == {(f, b) for f in FORMS for b in (True, False)}
+    forms = set(FORMS) - {"pallas"}
+    assert {(row["form"], row["backward"]) for row in parts["operator"]["rows"]} == {(f, b) for f in forms for b in (True, False)}
+    assert parts["kernels"]["note"] == "there are no kernels for CPUs"
     assert [row["cr"] for row in parts["train"]["rows"]] == [True, False] and "cannot import torch" in parts["train"]["torch"]
     assert parts["sweep"]["largest_batch"] == parts["sweep"]["largest_batch_remat"] == 4
     assert parts["trace"]["bytes"] > 0 and (tmp_path / "figures-trace").is_dir()

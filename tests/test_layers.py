@@ -6,7 +6,15 @@ from flax import nnx
 from jax import lax
 
 from aecr_jax.networks.layers import Conv, ConvTranspose, DeformConv, FastDeconv, Mixup, PReLU, inverse_square_root
-from aecr_jax.ops.conv import concatenate_channels, conv_1x1, conv_few_channels, conv_few_inputs, conv_few_outputs
+from aecr_jax.ops.conv import (
+    concatenate_channels,
+    conv_1x1,
+    conv_few_channels,
+    conv_few_inputs,
+    conv_few_outputs,
+    conv_one_output,
+    conv_transpose,
+)
 
 TYPES = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 
@@ -59,6 +67,61 @@ def test_narrow_convolutions_are_xla_convolutions(conv, channels, padding):
     cotangent = jax.random.normal(jax.random.key(2), plain(x, kernel).shape)
     for got, expected in zip(jax.vjp(ours, x, kernel)[1](cotangent), jax.vjp(plain, x, kernel)[1](cotangent)):
         np.testing.assert_allclose(got, expected, atol=1e-3)
+
+
+NARROW = {
+    "transpose": (lambda x, y: conv_transpose(x, y, padding=1, output_padding=(1, 1)), (3, 3, 6, 3)),
+    "few_inputs": (lambda x, y: conv_few_inputs(x, y, (1, 1), "VALID"), (3, 3, 6, 3)),
+    "few_outputs": (lambda x, y: conv_few_outputs(x, y, (1, 1), "VALID"), (3, 3, 6, 3)),
+    "few_channels": (lambda x, y: conv_few_channels(x, y, (1, 1), "VALID"), (3, 3, 6, 3)),
+    "one_output": (lambda x, y: conv_one_output(x, y, (1, 1), "VALID"), (3, 3, 6, 1)),
+    "concatenate": (concatenate_channels, (2, 8, 7, 3)),
+}
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_forms_for_cpus_are_used_on_cpus_alone(name):
+    """The operations in the program show which form it has.
+
+    The usual forms have three convolutions (values and two gradients), one of them dilated if it is a transposed one, or a concatenation.
+    The forms for CPUs reshape kernels or multiply matrices, have no dilated transposed convolution, and add padded arrays.
+    """
+    function, shape = NARROW[name]
+    x, y = jnp.ones((2, 8, 7, 6)), jnp.ones(shape)
+
+    @jax.jit
+    def both(x, y):
+        out, vjp = jax.vjp(function, x, y)
+        return out, vjp(out)
+
+    text = {platform: both.trace(x, y).lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "cuda", "tpu")}
+    for platform, program in text.items():
+        cpu = platform == "cpu"
+        if name == "concatenate":
+            assert ("stablehlo.concatenate" in program) is not cpu and ("stablehlo.pad" in program) is cpu
+        elif name == "transpose":
+            assert ("lhs_dilate = [2, 2]" in program) is not cpu
+        else:
+            assert ("stablehlo.reshape" in program or "stablehlo.dot_general" in program) is cpu
+            assert program.count("stablehlo.convolution") == 3 or cpu
+    exported = jax.export.export(jax.jit(function), platforms=("cpu", "cuda", "tpu"))(x, y)
+    np.testing.assert_allclose(exported.call(x, y), function(x, y), rtol=1e-6)
+
+
+def test_forms_for_cpus_keep_their_arguments_alone_for_the_gradient():
+    """The residuals are x and the kernel, and not the shifted copies of x; rematerialization and a second derivative work."""
+    x, kernel = jax.random.normal(jax.random.key(0), (1, 6, 6, 3)), jax.random.normal(jax.random.key(1), (3, 3, 3, 4))
+
+    def square(x, kernel):
+        return jnp.sum(conv_few_inputs(x, kernel, (1, 1), "VALID") ** 2)
+
+    residuals = jax.tree.leaves(jax.vjp(lambda x: conv_few_inputs(x, kernel, (1, 1), "VALID"), x)[1])
+    assert sorted(leaf.shape for leaf in residuals if leaf.ndim == 4) == [(1, 6, 6, 3), (3, 3, 3, 4)]
+    gradient = jax.jit(jax.grad(square))(x, kernel)
+    np.testing.assert_allclose(jax.jit(jax.grad(jax.checkpoint(square)))(x, kernel), gradient, rtol=1e-6)
+    # The function is quadratic in x, so that its second derivative along x is its first one.
+    second = jax.grad(lambda x: jnp.sum(jax.grad(square)(x, kernel) * x))(x)
+    np.testing.assert_allclose(second, 2 * gradient, rtol=1e-4, atol=1e-4)
 
 
 def test_concatenation_of_channels():

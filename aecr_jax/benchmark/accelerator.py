@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -182,10 +182,11 @@ def _device(bench: _Bench, result: dict[str, Any]) -> None:
     result["matmul_peak_gmacs"] = bench.peaks
 
 
-def _correctness(bench: _Bench, result: dict[str, Any]) -> None:
-    """Compare the operator, the network and a train step with PyTorch's numbers and with JAX on the CPU."""
+def _correctness(bench: _Bench, result: dict[str, Any], implementation: Literal["xla", "pallas"] = "xla") -> None:
+    """Compare the operator, the network and a train step with PyTorch's numbers and with JAX on the CPU; of the kernels, the operator."""
     rows = result["rows"] = []
-    for row in check_device(jax.devices()[0], size=bench.shapes.op_size, channels=bench.shapes.channels):
+    sizes = {"size": bench.shapes.op_size, "channels": bench.shapes.channels}
+    for row in check_device(jax.devices()[0], **sizes, implementation=implementation):
         rows.append(row)
         about = "agrees" if row["ok"] else "DIFFERS"
         errors = row["errors"].values()
@@ -197,11 +198,29 @@ def _correctness(bench: _Bench, result: dict[str, Any]) -> None:
 
 
 def _operator(bench: _Bench, result: dict[str, Any]) -> None:
-    """Measure the forms of the deformable convolution, forward alone and with its gradients."""
+    """Measure the forms of the deformable convolution that XLA computes, forward alone and with the gradients."""
+    _measure_forms(bench, result, [form for form in FORMS if form != "pallas"])
+
+
+def _kernels(bench: _Bench, result: dict[str, Any]) -> None:
+    """Check and measure the Pallas kernels of the deformable convolution.
+
+    No device has run them yet. They come last, so that a kernel that ends the process or does not end spoils no other figure.
+    """
+    platform = jax.devices()[0].platform
+    if platform == "cpu" or (platform == "tpu" and jax.device_count() > 1):
+        result["note"] = f"there are no kernels for {'CPUs' if platform == 'cpu' else 'several TPUs'}"
+        print(f"  {result['note']}", flush=True)
+        return
+    _correctness(bench, result, implementation="pallas")
+    _measure_forms(bench, result, ["pallas"])
+
+
+def _measure_forms(bench: _Bench, result: dict[str, Any], forms: list[str]) -> None:
     rows, shapes = result.setdefault("rows", []), bench.shapes
     for batch in shapes.op_batches:
         for dtype in ("bfloat16", "float32"):
-            for form in FORMS:
+            for form in forms:
                 for backward in (True, False):
                     if bench.late():
                         result["unfinished"] = "the time was over"
@@ -299,10 +318,11 @@ def _input(bench: _Bench, result: dict[str, Any]) -> None:
 # The parts in their order, each with its share of the time.
 PARTS: dict[str, tuple[Callable[[_Bench, dict[str, Any]], None], float]] = {
     "device": (_device, 0.03),
-    "correctness": (_correctness, 0.2),
+    "correctness": (_correctness, 0.19),
     "operator": (_operator, 0.13),
-    "train": (_train, 0.3),
-    "sweep": (_sweep, 0.22),
+    "train": (_train, 0.28),
+    "sweep": (_sweep, 0.19),
     "trace": (_trace, 0.04),
     "input": (_input, 0.08),
+    "kernels": (_kernels, 0.06),
 }

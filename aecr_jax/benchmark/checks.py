@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,9 @@ ARITHMETIC = {"float32": ("float32", "highest", 1e-3), "tf32": ("float32", "tens
 Results = dict[str, Any]  # arrays by name
 
 
-def check_device(device: jax.Device, *, size: int, channels: int) -> Iterator[dict[str, Any]]:
+def check_device(
+    device: jax.Device, *, size: int, channels: int, implementation: Literal["xla", "pallas"] = "xla"
+) -> Iterator[dict[str, Any]]:
     """Compute each case on a device in each arithmetic, and compare the results with PyTorch's and with those of the CPU in float32.
 
     The relative error of an array is the norm of its difference from the reference, divided by the norm of the reference.
@@ -34,6 +36,7 @@ def check_device(device: jax.Device, *, size: int, channels: int) -> Iterator[di
       device: the device to check. On a CPU, which has no TF32 and is itself the CPU to compare with, only PyTorch's numbers count.
       size: height and width of the large case of the operator.
       channels: its channels.
+      implementation: that of the deformable convolution; with "pallas", only the cases of the operator are computed.
 
     Yields:
       A dict for each case and arithmetic: `case`, `arithmetic`, `against` ("PyTorch" or "the CPU"), `errors` by the name of the result
@@ -53,11 +56,12 @@ def check_device(device: jax.Device, *, size: int, channels: int) -> Iterator[di
     weights = functools.cache(lambda: our_arrays(official_weights(int(reference["weight_seed"]))))
     features = functools.cache(lambda: vgg19(int(reference["vgg_seed"])))
     cases: dict[str, Callable[[str, jax.Device], Results]] = {
-        "operator": functools.partial(_operator, reference),
-        "large operator": functools.partial(_large_operator, size, channels),
-        "network": functools.partial(_network, reference, weights),
-        "step": functools.partial(_step, reference, weights, features),
+        "operator": functools.partial(_operator, reference, implementation),
+        "large operator": functools.partial(_large_operator, size, channels, implementation),
     }
+    if implementation == "xla":
+        cases["network"] = functools.partial(_network, reference, weights)
+        cases["step"] = functools.partial(_step, reference, weights, features)
     for case, compute in cases.items():
         expected = {"PyTorch": expected_of[case]}
         if cpu is not None:
@@ -86,26 +90,26 @@ def _compute(compute: Callable[[str, jax.Device], Results], arithmetic: str, dev
         return jax.device_get(compute(dtype, device))
 
 
-def _operator(reference: Results, dtype: str, device: jax.Device) -> Results:
+def _operator(reference: Results, implementation: str, dtype: str, device: jax.Device) -> Results:
     arguments = {name: reference[f"op_{name}"] for name in ("x", "offset", "mask", "kernel", "bias")}
-    return _differentiate(arguments, reference["op_cotangent"], dtype)
+    return _differentiate(arguments, reference["op_cotangent"], implementation, dtype)
 
 
-def _large_operator(size: int, channels: int, dtype: str, device: jax.Device) -> Results:
+def _large_operator(size: int, channels: int, implementation: str, dtype: str, device: jax.Device) -> Results:
     rng = np.random.default_rng(0)
     shapes = {"x": (1, size, size, channels), "offset": (1, size, size, 18), "mask": (1, size, size, 9)}
     arguments = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
     arguments["kernel"] = rng.standard_normal((3, 3, channels, channels)) / (3 * channels**0.5)
-    return _differentiate(arguments, rng.standard_normal((1, size, size, channels)), dtype)
+    return _differentiate(arguments, rng.standard_normal((1, size, size, channels)), implementation, dtype)
 
 
-def _differentiate(arguments: Results, cotangent: np.ndarray, dtype: str) -> Results:
+def _differentiate(arguments: Results, cotangent: np.ndarray, implementation: Any, dtype: str) -> Results:
     # Positions stay in float32, as in the network.
     cast = {name: jnp.asarray(array, "float32" if name in ("offset", "mask") else dtype) for name, array in arguments.items()}
 
     @jax.jit
     def both(arguments: dict[str, jax.Array], cotangent: jax.Array) -> tuple[Any, Any]:
-        out, vjp = jax.vjp(lambda arguments: deform_conv2d(**arguments, padding=1), arguments)
+        out, vjp = jax.vjp(lambda arguments: deform_conv2d(**arguments, padding=1, implementation=implementation), arguments)
         return out, vjp(cotangent)[0]
 
     out, gradients = both(cast, jnp.asarray(cotangent, dtype))

@@ -1,7 +1,7 @@
 """Other forms of the deformable convolution, 3x3 with stride 1 and padding 1, to measure which is fastest on a device.
 
 On CPUs the form of `aecr_jax.deform_conv2d` is the fastest. Accelerators may prefer fewer and larger operations, which take more memory.
-JAX derives the gradients of the forms here, whereas `deform_conv2d` has a gradient of its own that computes the samples again.
+JAX derives the gradients of the forms here, whereas those of `deform_conv2d`, `loop` and `pallas`, compute the samples again.
 """
 
 from __future__ import annotations
@@ -71,9 +71,15 @@ def _product(neighbours: Sequence[Array], shares: Sequence[Array], x: Array, ker
     return jnp.matmul(columns, kernel.reshape(9 * c, -1), preferred_element_type=accumulator).astype(x.dtype)
 
 
+def kernels(x: Array, offset: Array, mask: Array, kernel: Array) -> Array:
+    """Use the Pallas kernels for GPUs or TPUs; on a CPU this is `loop`. Arguments as for `loop`."""
+    return deform_conv2d(x, offset, kernel, mask=mask, padding=1, implementation="pallas")
+
+
 FORMS: dict[str, Form] = {
     "loop": loop,
     "at_once": at_once,
     "at_once_checkpoint": jax.checkpoint(at_once),
     "packed": packed,
+    "pallas": kernels,
 }

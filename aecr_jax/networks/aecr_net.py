@@ -13,6 +13,7 @@ from flax import nnx
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from aecr_jax.errors import UserError
 from aecr_jax.networks.layers import Conv, ConvTranspose, DeformConv, FABlock, FastDeconv, Mixup, ResidualBlock
 from aecr_jax.networks.network import Network, NetworkConfig, SymbolicSizes, as_images, layer_options
 from aecr_jax.networks.tiles import sees_whole
@@ -33,7 +34,7 @@ class AECRNetConfig(NetworkConfig):
     """
 
     NAME = "aecr_net"
-    HOW_COMPUTED = frozenset({"dtype", "remat"})
+    HOW_COMPUTED = frozenset({"dtype", "remat", "deform_implementation"})
 
     width: int = bounded(64, 1, 4096)
     """Number of channels after the first convolution. There are 2x and 4x as many at half and quarter resolution."""
@@ -59,6 +60,15 @@ class AECRNetConfig(NetworkConfig):
     remat: bool = False
     """Whether to store only the input of each layer and block for the backward pass and recompute the rest. This saves memory and
     costs time. XLA's CPU backend undoes it."""
+    deform_implementation: Literal["xla", "pallas"] = "xla"
+    """What computes the deformable convolutions: XLA, or kernels written in Pallas for NVIDIA GPUs and TPUs, which no device has run yet.
+    A network that was trained with the kernels restores images anywhere, where there are none by XLA; training refuses them there."""
+
+    def check_devices(self, platform: str, count: int) -> None:
+        """Refuse the kernels where the form of XLA would be used instead."""
+        if self.deform_implementation == "pallas" and (platform == "cpu" or (platform == "tpu" and count > 1)):
+            here = f"{count} {platform.upper()}{'s' if count > 1 else ''}"
+            raise UserError(f"model.deform_implementation (=pallas) is for NVIDIA GPUs and for one TPU, and this run has {here}: use xla")
 
 
 class AECRNet(Network):
@@ -93,7 +103,8 @@ class AECRNet(Network):
         self.coarse = CoarseLevels(4 * w, config.coarse_levels, **types) if config.coarse_levels else None
         self.blocks = nnx.List([FABlock(4 * w, **types) for _ in range(1 if config.shared else config.blocks)])
         layers = 0 if config.dfe == "none" else 1 if config.shared else config.deform_layers
-        self.deform = nnx.List([DeformConv(4 * w, 4 * w, 3, padding=1, **types) for _ in range(layers)])
+        deform: dict[str, Any] = types | {"padding": 1, "implementation": config.deform_implementation}
+        self.deform = nnx.List([DeformConv(4 * w, 4 * w, 3, **deform) for _ in range(layers)])
         if config.mixup == "adaptive":
             self.mix1 = Mixup(_THETA_DEEP, param_dtype=types["param_dtype"])
             self.mix2 = Mixup(_THETA_SHALLOW, param_dtype=types["param_dtype"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -244,6 +244,7 @@ class DeformConv(nnx.Module):
       strides: one number, or one each for height and width, as in `deform_conv2d`.
       padding: number of zeros added on each side, as in `deform_conv2d`; "SAME" is not supported.
       offset_groups: number of equal groups into which the channels are divided, each with its own offsets and mask.
+      implementation: "xla" or "pallas", as in `deform_conv2d`.
       dtype: type of the arithmetic.
       param_dtype: type of the parameters.
       rngs: the source of the initial values (stream `params`).
@@ -258,6 +259,7 @@ class DeformConv(nnx.Module):
         strides: int | Sequence[int] = 1,
         padding: int | Sequence[int] = 0,
         offset_groups: int = 1,
+        implementation: Literal["xla", "pallas"] = "xla",
         dtype: DType = jnp.float32,
         param_dtype: DType = jnp.float32,
         rngs: nnx.Rngs,
@@ -266,6 +268,7 @@ class DeformConv(nnx.Module):
         rows, columns = (padding, padding) if isinstance(padding, int) else tuple(padding)
         self.taps = offset_groups * kh * kw
         self.strides, self.padding, self.offset_groups, self.dtype = strides, (rows, columns), offset_groups, jnp.dtype(dtype)
+        self.implementation = implementation
         zeros = nnx.initializers.zeros_init()
         self.offset_mask = nnx.Conv(
             in_features,
@@ -290,8 +293,17 @@ class DeformConv(nnx.Module):
         if hasattr(self, "__captures__"):  # only inside nnx.capture; elsewhere, sow would store tracers in the model
             self.sow(nnx.Intermediate, "offset", offset)
         kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
-        options: dict[str, Any] = {"strides": self.strides, "padding": self.padding, "offset_groups": self.offset_groups}
-        return deform_conv2d(x, offset, kernel, bias, mask=mask, **options)
+        return deform_conv2d(
+            x,
+            offset,
+            kernel,
+            bias,
+            mask=mask,
+            strides=self.strides,
+            padding=self.padding,
+            offset_groups=self.offset_groups,
+            implementation=self.implementation,
+        )
 
 
 class Mixup(nnx.Module):

@@ -28,7 +28,11 @@ def count_macs(jaxpr: Any) -> int:
             # The zeros that dilation inserts between the inputs are not counted, because an efficient program skips them.
             total += out.size * math.prod(kernel) // kernel[spec[0]] // math.prod(equation.params["lhs_dilation"])
         times = equation.params["length"] if name == "scan" else 1
-        total += times * sum(count_macs(inner) for inner in jaxprs_in_params(equation.params))
+        inner = list(jaxprs_in_params(equation.params))
+        if name == "cond":
+            # The branches are alternatives. `lax.platform_dependent` has the usual form last, for all platforms without one of their own.
+            inner = inner[-1:]
+        total += times * sum(count_macs(jaxpr) for jaxpr in inner)
     return total
 
 

@@ -36,6 +36,9 @@ class NetworkConfig:
     def __post_init__(self) -> None:
         check_settings(self)
 
+    def check_devices(self, platform: str, count: int) -> None:
+        """Raise a UserError if training with these settings is not possible on `count` devices of `platform`: "cpu", "gpu" or "tpu"."""
+
     def changes(self, other: NetworkConfig) -> list[tuple[str, Any, Any]]:
         """Return the settings that make `other` a different network, as (name, value here, value in `other`)."""
         if type(self) is not type(other):

@@ -1,15 +1,65 @@
-"""Transposed convolutions, and convolutions with few input or output channels, in forms that XLA compiles to fast code."""
+"""Transposed convolutions, and convolutions with few input or output channels, in forms that XLA compiles to fast code for CPUs.
+
+XLA's CPU backend is slow at the usual forms. GPUs and TPUs use the usual forms, because these forms have not been measured there. The
+choice is made when a program is compiled for a platform, by `lax.platform_dependent`, so that an exported program also has the right
+form for each platform.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 _FOLD = 4  # columns that `conv_few_channels` computes at a time
+
+
+def _by_platform(cpu: Callable[[Array, Array], Array], usual: Callable[[Array, Array], Array], x: Array, y: Array) -> Array:
+    """Return `cpu(x, y)` where the program is compiled for a CPU, and `usual(x, y)`, which has the same value, elsewhere.
+
+    Both functions must be linear in each argument. The gradient chooses in the same way and keeps the arguments only; differentiating
+    `lax.platform_dependent` itself would keep the intermediate results of both forms. Only reverse-mode differentiation is supported.
+    """
+
+    def choose(x: Array, y: Array) -> Array:
+        return lax.platform_dependent(x, y, cpu=cpu, default=usual)
+
+    def backward(arguments: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+        def gradient(form: Callable[[Array, Array], Array]) -> Callable[..., Any]:
+            def transpose(x: Array, y: Array, cotangent: Array) -> tuple[Array, Array]:
+                [grad_x] = jax.linear_transpose(lambda x: form(x, y), x)(cotangent)
+                [grad_y] = jax.linear_transpose(lambda y: form(x, y), y)(cotangent)
+                return grad_x, grad_y
+
+            return transpose
+
+        return lax.platform_dependent(*arguments, cotangent, cpu=gradient(cpu), default=gradient(usual))
+
+    function = jax.custom_vjp(choose)
+    function.defvjp(lambda x, y: (choose(x, y), (x, y)), backward)
+    return function(x, y)
+
+
+def _cpu_form(narrow: Callable[..., Array]) -> Callable[..., Array]:
+    """Decorate a form of a convolution with stride 1 for CPUs; other platforms use `lax.conv_general_dilated`."""
+
+    @functools.wraps(narrow)
+    def conv(x: Array, kernel: Array, strides: Any, padding: Any, **_: Any) -> Array:
+        if tuple(strides) != (1, 1):
+            raise ValueError(f"strides (={strides}) must be (1, 1)")
+        if isinstance(padding, str) and padding != "VALID":
+            raise ValueError(f"padding (={padding!r}) must be 'VALID' or two pairs of numbers")
+
+        def usual(x: Array, kernel: Array) -> Array:
+            return lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+        return _by_platform(lambda x, kernel: narrow(_pad(x, padding), kernel), usual, x, kernel)
+
+    return conv
 
 
 def conv_transpose(x: Array, kernel: Array, *, padding: int = 0, output_padding: Sequence[int] = (0, 0)) -> Array:
@@ -18,7 +68,7 @@ def conv_transpose(x: Array, kernel: Array, *, padding: int = 0, output_padding:
     Each of the four output phases (even and odd rows and columns) is computed by a convolution with its share of the taps, and the four
     results are interleaved. If the kernel's size is even, all phases have equally many taps, and one convolution with four times as many
     outputs computes them; few outputs would leave much of a CPU's vector registers unused. The usual form, one convolution with
-    `lhs_dilation`, has a weight gradient that XLA computes in a naive loop on the CPU.
+    `lhs_dilation`, which is used on other platforms, has a weight gradient that XLA computes in a naive loop on the CPU.
 
     Args:
       x: `[N, H, W, C]`.
@@ -29,6 +79,18 @@ def conv_transpose(x: Array, kernel: Array, *, padding: int = 0, output_padding:
     Returns:
       `[N, 2 (H - 1) + k - 2 padding + output_padding[0], ..., O]`.
     """
+    before = kernel.shape[0] - 1 - padding
+
+    def usual(x: Array, kernel: Array) -> Array:
+        pads = [(before, before + extra) for extra in output_padding]
+        dilation: dict[str, Any] = {"lhs_dilation": (2, 2), "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+        return lax.conv_general_dilated(x, kernel[::-1, ::-1], (1, 1), pads, **dilation)
+
+    phases = functools.partial(_conv_transpose_by_phases, padding=padding, output_padding=output_padding)
+    return _by_platform(phases, usual, x, kernel)
+
+
+def _conv_transpose_by_phases(x: Array, kernel: Array, *, padding: int, output_padding: Sequence[int]) -> Array:
     n, o = x.shape[0], kernel.shape[3]
     sizes = [2 * (x.shape[axis] - 1) + kernel.shape[0] - 2 * padding + output_padding[axis - 1] for axis in (1, 2)]
     rows, columns = (-(-size // 2) for size in sizes)  # of one phase
@@ -69,29 +131,30 @@ def _conv(x: Array, kernel: Array) -> Array:
     return lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def conv_few_inputs(x: Array, kernel: Array, strides: Any, padding: Any, **_: Any) -> Array:
+@_cpu_form
+def conv_few_inputs(x: Array, kernel: Array) -> Array:
     """Convolve an input of few channels, with stride 1: `[N, H, W, C], [kh, kw, C, O] -> [N, H', W', O]`.
 
-    `padding` is "VALID" or the numbers of zeros around the image, `((top, bottom), (left, right))`.
+    The arguments are `(x, kernel, strides, padding)`, as in `lax.conv_general_dilated`; `padding` is "VALID" or the numbers of zeros
+    around the image, `((top, bottom), (left, right))`. Others are ignored.
 
     The taps of each kernel row become input channels, so that only a convolution along columns remains. On a CPU, this speeds up
     the gradient with respect to `x`, which is a convolution with few outputs (see `conv_few_outputs`). The function replaces
     `lax.conv_general_dilated` in `nnx.Conv(conv_general_dilated=...)`.
     """
-    x = _pad(x, strides, padding)
     kh, kw, c, o = kernel.shape
     width = x.shape[2] - kw + 1
     shifted = jnp.concatenate([x[:, :, j : j + width] for j in range(kw)], -1)
     return _conv(shifted, kernel.reshape(kh, 1, kw * c, o))
 
 
-def conv_few_outputs(x: Array, kernel: Array, strides: Any, padding: Any, **_: Any) -> Array:
+@_cpu_form
+def conv_few_outputs(x: Array, kernel: Array) -> Array:
     """Convolve like `conv_few_inputs`, but for few output channels.
 
     The taps of each kernel row become output channels, which are then shifted and summed. Three output channels would leave most
     of a CPU's vector registers unused: a direct 7x7 convolution of 64 channels took half of the network's time.
     """
-    x = _pad(x, strides, padding)
     kh, kw, c, o = kernel.shape
     width = x.shape[2] - kw + 1
     taps = _conv(x, kernel.swapaxes(1, 2).reshape(kh, 1, c, kw * o))
@@ -100,14 +163,14 @@ def conv_few_outputs(x: Array, kernel: Array, strides: Any, padding: Any, **_: A
     return functools.reduce(jnp.add, terms).astype(x.dtype)
 
 
-def conv_few_channels(x: Array, kernel: Array, strides: Any, padding: Any, **_: Any) -> Array:
+@_cpu_form
+def conv_few_channels(x: Array, kernel: Array) -> Array:
     """Convolve like `conv_few_inputs`, but for few input and few output channels.
 
     Four neighbouring columns become channels, which only reshapes the arrays: `[N, H, W, C] -> [N, H, W / 4, 4 C]`. The kernel becomes one
     that computes four columns at a time, with zeros where a column is outside the window of another. Although it multiplies by these
     zeros, this is faster than a direct convolution, which would leave most of a CPU's vector registers unused.
     """
-    x = _pad(x, strides, padding)
     kh, kw, c, o = kernel.shape
     n, h, w = x.shape[0], x.shape[1], x.shape[2] - kw + 1
     groups, window = -(-w // _FOLD), -(-(kw + _FOLD - 1) // _FOLD)  # of four columns: in the output, and in the kernel
@@ -124,17 +187,21 @@ def concatenate_channels(x: Array, y: Array) -> Array:
 
     The sum of two padded arrays is twice as fast on a CPU as `jnp.concatenate`, of which XLA makes a loop that it does not vectorize.
     """
-    none = ((0, 0),) * 3
-    return jnp.pad(x, (*none, (0, y.shape[-1]))) + jnp.pad(y, (*none, (x.shape[-1], 0)))
+
+    def add(x: Array, y: Array) -> Array:
+        none = ((0, 0),) * 3
+        return jnp.pad(x, (*none, (0, y.shape[-1]))) + jnp.pad(y, (*none, (x.shape[-1], 0)))
+
+    return _by_platform(add, lambda x, y: jnp.concatenate([x, y], -1), x, y)
 
 
-def conv_one_output(x: Array, kernel: Array, strides: Any, padding: Any, **_: Any) -> Array:
+@_cpu_form
+def conv_one_output(x: Array, kernel: Array) -> Array:
     """Convolve like `conv_few_inputs`, but for a single output channel.
 
     One matrix product gives the term of every tap as an image of its own; these images are then shifted and summed. On a CPU,
     `conv_few_outputs` takes more than twice as long for a kernel of 6x6, and the usual form ten times as long.
     """
-    x = _pad(x, strides, padding)
     kh, kw, c, _o = kernel.shape
     height, width = x.shape[1] - kh + 1, x.shape[2] - kw + 1
     dtype = jnp.promote_types(x.dtype, jnp.float32)
@@ -146,19 +213,13 @@ def conv_one_output(x: Array, kernel: Array, strides: Any, padding: Any, **_: An
 def conv_1x1(x: Array, kernel: Array, strides: Any, padding: Any, **_: Any) -> Array:
     """Convolve with a 1x1 kernel: `[N, H, W, C], [1, 1, C, O] -> [N, H, W, O]`.
 
-    This is a matrix product. XLA's CPU backend would use its convolution, which takes several times as long when C or O is small. The
-    function replaces `lax.conv_general_dilated` like `conv_few_inputs`.
+    This is a matrix product on every platform. XLA's CPU backend would use its convolution, which takes several times as long when C or
+    O is small. The function replaces `lax.conv_general_dilated` like `conv_few_inputs`.
     """
     if kernel.shape[:2] != (1, 1) or tuple(strides) != (1, 1):
         raise ValueError(f"kernel has shape {kernel.shape} and strides are {strides}: both must be 1x1")
     return jnp.matmul(x, kernel[0, 0])
 
 
-def _pad(x: Array, strides: Any, padding: Any) -> Array:
-    if tuple(strides) != (1, 1):
-        raise ValueError(f"strides (={strides}) must be (1, 1)")
-    if padding == "VALID":
-        return x
-    if isinstance(padding, str):
-        raise ValueError(f"padding (={padding!r}) must be 'VALID' or two pairs of numbers")
-    return jnp.pad(x, ((0, 0), *padding, (0, 0)))
+def _pad(x: Array, padding: Any) -> Array:
+    return x if padding == "VALID" else jnp.pad(x, ((0, 0), *padding, (0, 0)))

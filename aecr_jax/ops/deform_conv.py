@@ -8,8 +8,8 @@ matrix of all taps is never held in memory. The backward pass recomputes the sam
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,9 @@ from aecr_jax.validation import as_floating, as_int
 _BORDER = 2
 
 
-class _Geometry(NamedTuple):
+class Geometry(NamedTuple):
+    """The numbers of a deformable convolution, each for height and width; `groups` is that of the offsets."""
+
     strides: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
@@ -41,6 +43,7 @@ def deform_conv2d(
     padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     offset_groups: int = 1,
+    implementation: Literal["xla", "pallas"] = "xla",
 ) -> Array:
     """Convolve `x` with a kernel whose taps are moved by `offset` and scaled by `mask`.
 
@@ -58,13 +61,16 @@ def deform_conv2d(
       padding: number of zeros added on each side, given as one number, or one each for height and width.
       dilation: distance between taps, given as one number, or one each for height and width.
       offset_groups: G; the channels of `x` are divided into G equal groups, each with its own offsets and mask.
+      implementation: "xla", or "pallas" for the kernels of `pallas_deform_conv` on NVIDIA GPUs and TPUs and the same as "xla" on other
+        platforms. The kernels have been run on no accelerator yet.
 
     Returns:
       `[N, H', W', O]` in the promoted type of `x` and `kernel`, with H' = (H + 2 padding - dilation (kh - 1) - 1) / stride + 1,
       rounded down, and likewise for W'.
 
     Raises:
-      ValueError: a shape does not match the others, an array is not floating point, or a number is not an integer in its range.
+      ValueError: a shape does not match the others, an array is not floating point, a number is not an integer in its range, or the
+        implementation is unknown.
     """
     x, offset, kernel = as_floating(x, "x"), as_floating(offset, "offset"), as_floating(kernel, "kernel")
     bias = None if bias is None else as_floating(bias, "bias")
@@ -72,7 +78,7 @@ def deform_conv2d(
     groups = as_int(offset_groups)
     if groups is None:
         raise ValueError(f"offset_groups (={offset_groups!r}) must be an integer that divides the channels of x")
-    geometry = _Geometry(_pair(strides, "strides", 1), _pair(padding, "padding", 0), _pair(dilation, "dilation", 1), groups)
+    geometry = Geometry(_pair(strides, "strides", 1), _pair(padding, "padding", 0), _pair(dilation, "dilation", 1), groups)
     out_hw = _check_shapes(x, offset, kernel, bias, mask, geometry)
     dtype = jnp.promote_types(x.dtype, kernel.dtype)
     # Positions need float32 precision even if the features have less: at 256, the resolution of bfloat16 is only 1 pixel.
@@ -80,14 +86,26 @@ def deform_conv2d(
     n, (h_out, w_out), taps = x.shape[0], out_hw, kernel.shape[0] * kernel.shape[1]
     if mask is None:
         mask = jnp.ones((n, h_out, w_out, groups * taps), dtype)
-    out = _deform_conv2d(x.astype(dtype), offset.astype(position_dtype), mask.astype(position_dtype), kernel.astype(dtype), geometry)
+    compute = _implementation(implementation)
+    out = compute(x.astype(dtype), offset.astype(position_dtype), mask.astype(position_dtype), kernel.astype(dtype), geometry)
     return out if bias is None else out + bias.astype(dtype).reshape(1, 1, 1, -1)
 
 
+def _implementation(name: str) -> Callable[[Array, Array, Array, Array, Geometry], Array]:
+    if name == "xla":
+        return by_taps
+    if name == "pallas":
+        from aecr_jax.ops.pallas_deform_conv import by_kernels  # importing Pallas takes a noticeable time, and few programs need it
+
+        return by_kernels
+    raise ValueError(f"implementation (={name!r}) must be 'xla' or 'pallas'")
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _deform_conv2d(x: Array, offset: Array, mask: Array, kernel: Array, geometry: _Geometry) -> Array:
-    image = _pad(x, geometry.groups)
-    base, steps = _tap_positions(x, offset, kernel, geometry)
+def by_taps(x: Array, offset: Array, mask: Array, kernel: Array, geometry: Geometry) -> Array:
+    """Return the output without bias, computed by XLA, one tap after another; the arguments have the types of the arithmetic."""
+    image = pad_image(x, geometry.groups)
+    base, steps = tap_positions(x, offset, kernel, geometry)
     n, h_out, w_out = offset.shape[:3]
     # Products of bfloat16 features are accumulated in float32.
     accumulator = jnp.promote_types(x.dtype, jnp.float32)
@@ -104,14 +122,15 @@ def _deform_conv2d(x: Array, offset: Array, mask: Array, kernel: Array, geometry
     return total.reshape(n, h_out, w_out, kernel.shape[3]).astype(x.dtype)
 
 
-def _forward(x: Array, offset: Array, mask: Array, kernel: Array, geometry: _Geometry) -> tuple[Array, tuple[Array, ...]]:
-    return _deform_conv2d(x, offset, mask, kernel, geometry), (x, offset, mask, kernel)
+def _forward(x: Array, offset: Array, mask: Array, kernel: Array, geometry: Geometry) -> tuple[Array, tuple[Array, ...]]:
+    return by_taps(x, offset, mask, kernel, geometry), (x, offset, mask, kernel)
 
 
-def _backward(geometry: _Geometry, residuals: tuple[Array, ...], cotangent: Array) -> tuple[Array, ...]:
+def by_taps_gradient(geometry: Geometry, residuals: tuple[Array, ...], cotangent: Array) -> tuple[Array, ...]:
+    """Return the gradients of `by_taps` with respect to its four arrays, which are the `residuals`."""
     x, offset, mask, kernel = residuals
-    image = _pad(x, geometry.groups)
-    base, steps = _tap_positions(x, offset, kernel, geometry)
+    image = pad_image(x, geometry.groups)
+    base, steps = tap_positions(x, offset, kernel, geometry)
     n, h_out, w_out, out_channels = cotangent.shape
     cotangent = cotangent.reshape(n, h_out * w_out, out_channels)
     accumulator = jnp.promote_types(x.dtype, jnp.float32)
@@ -126,45 +145,42 @@ def _backward(geometry: _Geometry, residuals: tuple[Array, ...], cotangent: Arra
         # The gradients of mask and position depend on the features only through these four sums. Their differences nearly
         # cancel, so the sums are computed in at least float32.
         exact = grad_modulated.astype(accumulator)
-        d00, d01, d10, d11 = (_sum_channels(exact * corner.astype(accumulator)) for corner in sample.corners)
-        s00, s01, s10, s11 = sample.shares
-        grad_mask = s00 * d00 + s01 * d01 + s10 * d10 + s11 * d11
-        grad_y = (1 - sample.fx) * (d10 - d00) + sample.fx * (d11 - d01)
-        grad_x = (1 - sample.fy) * (d01 - d00) + sample.fy * (d11 - d10)
-        for index, share in zip(sample.indices, sample.shares):
+        sums = [_sum_channels(exact * corner.astype(accumulator)) for corner in sample.corners]
+        grad_mask, grad_position = location_gradients(sample.location, sums)
+        for index, share in zip(sample.indices, sample.location.shares):
             grad_image = _scatter_add(grad_image, index, grad_modulated * (share * tap_mask)[..., None].astype(x.dtype))
-        return grad_image, (jnp.stack([grad_y, grad_x], -1) * tap_mask[..., None], grad_mask, grad_kernel)
+        return grad_image, (grad_position * tap_mask[..., None], grad_mask, grad_kernel)
 
     # 4 * taps shares or more may be added to one pixel, so they are also accumulated in float32.
     grad_image, (grad_offset, grad_mask, grad_kernel) = lax.scan(
         tap, jnp.zeros(image.shape, accumulator), (steps, *_by_tap(offset, mask, kernel, geometry.groups))
     )
-    h, w = x.shape[1:3]
-    grad_image = grad_image.reshape(n, h + 2 * _BORDER, w + 2 * _BORDER, x.shape[-1])
-    grad_x = grad_image[:, _BORDER : _BORDER + h, _BORDER : _BORDER + w]
     return (
-        grad_x.astype(x.dtype),
+        crop_image(grad_image, x.shape).astype(x.dtype),
         jnp.moveaxis(grad_offset, 0, 3).reshape(offset.shape).astype(offset.dtype),  # [K, N, P, G, 2] -> [N, P, G, K, 2]
         jnp.moveaxis(grad_mask, 0, 3).reshape(mask.shape).astype(mask.dtype),
         grad_kernel.transpose(0, 2, 3, 1).reshape(kernel.shape).astype(kernel.dtype),  # [K, O, G, C / G] -> [kh, kw, C, O]
     )
 
 
-_deform_conv2d.defvjp(_forward, _backward)
+by_taps.defvjp(_forward, by_taps_gradient)
 
 
-class _Sample(NamedTuple):
-    corners: tuple[Array, ...]  # the four neighbours, each [N, P, G, C / G]: upper left, upper right, lower left, lower right
-    indices: tuple[Array, ...]  # their flat positions in the padded image, each [N, P, G]
-    shares: tuple[Array, ...]  # their bilinear weights
-    fy: Array  # position between the neighbours, [N, P, G]
+class Location(NamedTuple):
+    """Sample positions in an image that is padded by `_BORDER` pixels; all arrays have the shape of the positions."""
+
+    corner: Array
+    """Flat index of the upper left neighbour."""
+    shares: tuple[Array, ...]
+    """Bilinear weights of the four neighbours: upper left, upper right, lower left, lower right."""
+    fy: Array
+    """Position between the neighbours."""
     fx: Array
 
 
-def _sample(image: Array, position: Array, shape: tuple[int, ...]) -> _Sample:
-    """Return the neighbours, in the padded `image` `[N, pixels, G, C / G]`, of `position` `[N, P, G, 2]` in the unpadded image."""
+def locate(position: Array, shape: tuple[int, ...]) -> Location:
+    """Find the neighbours of `position` `[..., 2]` (y and x in the unpadded image), where the unpadded image has `shape` `[N, H, W, C]`."""
     h, w = shape[1:3]
-    row_length = w + 2 * _BORDER
     y = jnp.clip(position[..., 0], -_BORDER, h)
     x = jnp.clip(position[..., 1], -_BORDER, w)
     top, left = jnp.floor(y), jnp.floor(x)
@@ -173,16 +189,45 @@ def _sample(image: Array, position: Array, shape: tuple[int, ...]) -> _Sample:
     def index(corner: Array) -> Array:  # converting NaN to an integer is undefined
         return jnp.where(jnp.isnan(corner), 0, corner + _BORDER).astype(jnp.int32)
 
-    corner = index(top) * row_length + index(left)
-    indices = (corner, corner + 1, corner + row_length, corner + row_length + 1)
     shares = ((1 - fy) * (1 - fx), (1 - fy) * fx, fy * (1 - fx), fy * fx)
-    return _Sample(tuple(_gather(image, i) for i in indices), indices, shares, fy, fx)
+    return Location(index(top) * row_length(shape) + index(left), shares, fy, fx)
+
+
+def row_length(shape: tuple[int, ...]) -> int:
+    """Return the number of pixels in a row of the padded image."""
+    return shape[2] + 2 * _BORDER
+
+
+def location_gradients(location: Location, sums: Sequence[Array]) -> tuple[Array, Array]:
+    """Return the gradients of the mask, and of the positions without the factor of the mask, `[..., 2]`.
+
+    `sums` has, for each of the four neighbours, the product with the gradient of the modulated sample, summed over the channels.
+    """
+    d00, d01, d10, d11 = sums
+    s00, s01, s10, s11 = location.shares
+    grad_mask = s00 * d00 + s01 * d01 + s10 * d10 + s11 * d11
+    grad_y = (1 - location.fx) * (d10 - d00) + location.fx * (d11 - d01)
+    grad_x = (1 - location.fy) * (d01 - d00) + location.fy * (d11 - d10)
+    return grad_mask, jnp.stack([grad_y, grad_x], -1)
+
+
+class _Sample(NamedTuple):
+    corners: tuple[Array, ...]  # the four neighbours, each [N, P, G, C / G], in the order of `Location.shares`
+    indices: tuple[Array, ...]  # their flat positions in the padded image, each [N, P, G]
+    location: Location
+
+
+def _sample(image: Array, position: Array, shape: tuple[int, ...]) -> _Sample:
+    """Return the neighbours, in the padded `image` `[N, pixels, G, C / G]`, of `position` `[N, P, G, 2]` in the unpadded image."""
+    location, row = locate(position, shape), row_length(shape)
+    indices = tuple(location.corner + step for step in (0, 1, row, row + 1))
+    return _Sample(tuple(_gather(image, index) for index in indices), indices, location)
 
 
 def _blend(sample: _Sample, mask: Array) -> Array:
     """Return the modulated samples `[N, P, G, C / G]`; `mask` is `[N, P, G]`."""
     # The shares are in at least float32; rounded to bfloat16, they would not sum to 1.
-    terms = [corner * (share * mask)[..., None] for corner, share in zip(sample.corners, sample.shares)]
+    terms = [corner * (share * mask)[..., None] for corner, share in zip(sample.corners, sample.location.shares)]
     return (terms[0] + terms[1] + terms[2] + terms[3]).astype(sample.corners[0].dtype)
 
 
@@ -207,13 +252,20 @@ def _scatter_add(image: Array, index: Array, value: Array) -> Array:
     return image.at[index].add(value.astype(image.dtype), mode="promise_in_bounds")
 
 
-def _pad(x: Array, groups: int) -> Array:
+def pad_image(x: Array, groups: int) -> Array:
+    """Return the image padded by `_BORDER` pixels of zeros, `[N, pixels, G, C / G]`."""
     n, h, w, c = x.shape
     padded = jnp.pad(x, ((0, 0), (_BORDER, _BORDER), (_BORDER, _BORDER), (0, 0)))
     return padded.reshape(n, (h + 2 * _BORDER) * (w + 2 * _BORDER), groups, c // groups)
 
 
-def _tap_positions(x: Array, offset: Array, kernel: Array, geometry: _Geometry) -> tuple[Array, Array]:
+def crop_image(image: Array, shape: tuple[int, ...]) -> Array:
+    """Undo `pad_image`: return the image of `shape` `[N, H, W, C]`."""
+    n, h, w, c = shape
+    return image.reshape(n, h + 2 * _BORDER, w + 2 * _BORDER, c)[:, _BORDER : _BORDER + h, _BORDER : _BORDER + w]
+
+
+def tap_positions(x: Array, offset: Array, kernel: Array, geometry: Geometry) -> tuple[Array, Array]:
     """Return the position of the kernel's corner for each output pixel, `[1, P, 1, 2]`, and each tap's step from it, `[K, 1, 1, 1, 2]`."""
     (kh, kw), (h_out, w_out) = kernel.shape[:2], offset.shape[1:3]
 
@@ -247,7 +299,7 @@ def _pair(value: int | Sequence[int], name: str, least: int) -> tuple[int, int]:
     raise ValueError(f"{name} (={value!r}) must be one integer of at least {least}, or one for height and one for width")
 
 
-def _check_shapes(x: Array, offset: Array, kernel: Array, bias: Array | None, mask: Array | None, geometry: _Geometry) -> tuple[int, int]:
+def _check_shapes(x: Array, offset: Array, kernel: Array, bias: Array | None, mask: Array | None, geometry: Geometry) -> tuple[int, int]:
     """Check that all shapes match and return (H', W')."""
     for name, array, axes in (("x", x, "[N, H, W, C]"), ("offset", offset, "[N, H', W', G * kh * kw * 2]")):
         if array.ndim != 4:

@@ -106,6 +106,7 @@ class _Inputs(NamedTuple):
 def _open_inputs(config: Config, say: Say) -> _Inputs:
     """Open data, features and initial weights, so that errors in them are found before anything is written."""
     mesh = make_mesh()
+    config.model.check_devices(mesh.devices.flat[0].platform, mesh.size)
     check_batch(config.optim.batch, config.optim.accumulate, mesh)
     loss = make_loss(config)
     train_samples, eval_samples, evaluated_on = split_samples(config.data)
