@@ -77,8 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             options, rest = parser.parse_known_args(argv)
             if rest and not (options.command in ("train", "benchmark", "plan") or (options.command == "check-data" and options.config)):
                 parser.error(f"unrecognized arguments: {' '.join(rest)}")
-            if options.command != "eval" and has_scheme(getattr(options, "output", None) or ""):
-                parser.error(f"--output (={options.output}) must be on this machine")
+            for name in ("output", "dry_run"):
+                if options.command != "eval" and has_scheme(value := getattr(options, name, None) or ""):
+                    parser.error(f"--{name.replace('_', '-')} (={value}) must be on this machine")
             if not {"-h", "--help"} & set(rest):
                 from aecr_jax.compilation import set_up
 

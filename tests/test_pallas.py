@@ -189,6 +189,7 @@ def test_each_device_runs_the_kernels_on_its_images(platform):
         np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_networks_choose_the_kernels(tmp_path):
     """The setting changes how a network is computed and no weights; on a CPU, it computes the same, and training refuses it."""
     config = AECRNetConfig(width=2, blocks=1, deform_implementation="pallas")

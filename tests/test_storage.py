@@ -297,6 +297,7 @@ def test_data_and_results_must_be_on_this_machine(config_file, capsys):
     said = fails(capsys, "eval", "--data", "reside/its", "--data-dir", "gs://bucket/sets")
     assert "data_dir (=gs://bucket/sets) must be on this machine" in said
     assert "--output (=gs://bucket/out) must be on this machine" in fails(capsys, "dehaze", "a.png", "--output", "gs://bucket/out")
+    assert "--dry-run (=gs://bucket/out) must be on this machine" in fails(capsys, "push", "photo", "a/b", "--dry-run", "gs://bucket/out")
 
 
 @needs_gcsfs
