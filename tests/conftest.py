@@ -13,6 +13,11 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 _FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if version("jaxlib").startswith("0.10."):  # XLA ends the process at a flag that it does not know
     _FLAGS += " --xla_cpu_use_fusion_emitters=false"  # a training step compiles in a third of the time
+if version("jaxlib") == "0.10.2":
+    # Every command takes this kind of convolution away, unless JAX has already started or the flag is set. Set here, with XLA's own value,
+    # it is the same in this process, whichever test comes first, and in the processes that tests start, so that their results can be
+    # compared bit by bit. Without it, and without optimization, some convolutions would take minutes.
+    _FLAGS += " --xla_cpu_experimental_ynn_fusion_type=+individual_convolution"
 os.environ["XLA_FLAGS"] = os.environ.get("TEST_XLA_FLAGS", _FLAGS)
 
 # All tests share one compilation cache, also across processes: pytest's workers inherit the folder from the process that starts them.
@@ -24,11 +29,6 @@ import jax
 import pytest
 from browser import address, browser, page, site  # noqa: F401
 
-from aecr_jax import compilation
-
-# Every command sets one more flag of XLA unless JAX has already started. Set here, it is the same in this process, whichever test comes
-# first, and in the processes that tests start, so that their results can be compared bit by bit.
-compilation.set_up()
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Traces make and keep millions of objects: looking for cycles among them often, and noting the lines that called each operation in the
 # program, would take a noticeable part of the time.

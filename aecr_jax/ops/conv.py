@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 
 _FOLD = 4  # columns that `conv_few_channels` computes at a time
 
@@ -28,19 +29,33 @@ def _by_platform(cpu: Callable[[Array, Array], Array], usual: Callable[[Array, A
     def choose(x: Array, y: Array) -> Array:
         return lax.platform_dependent(x, y, cpu=cpu, default=usual)
 
-    def backward(arguments: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
-        def gradient(form: Callable[[Array, Array], Array]) -> Callable[..., Any]:
-            def transpose(x: Array, y: Array, cotangent: Array) -> tuple[Array, Array]:
-                [grad_x] = jax.linear_transpose(lambda x: form(x, y), x)(cotangent)
-                [grad_y] = jax.linear_transpose(lambda y: form(x, y), y)(cotangent)
-                return grad_x, grad_y
+    def forward(x: Any, y: Any) -> tuple[Array, Any]:
+        # Which gradients are wanted is kept as None or an empty tuple, because residuals hold arrays and structure alone.
+        wanted = tuple(() if argument.perturbed else None for argument in (x, y))
+        return choose(x.value, y.value), (x.value, y.value, wanted)
+
+    def backward(residuals: Any, cotangent: Any) -> tuple[Array | None, Array | None]:
+        x, y, wanted = residuals
+        if isinstance(cotangent, SymbolicZero):
+            return None, None
+
+        def gradients(form: Callable[[Array, Array], Array]) -> Callable[..., Any]:
+            def transpose(x: Array, y: Array, cotangent: Array) -> list[Array]:
+                maps = ((lambda x: form(x, y), x), (lambda y: form(x, y), y))
+                return [
+                    jax.linear_transpose(function, argument)(cotangent)[0]
+                    for (function, argument), want in zip(maps, wanted)
+                    if want is not None
+                ]
 
             return transpose
 
-        return lax.platform_dependent(*arguments, cotangent, cpu=gradient(cpu), default=gradient(usual))
+        found = iter(lax.platform_dependent(x, y, cotangent, cpu=gradients(cpu), default=gradients(usual)))
+        grad_x, grad_y = (None if want is None else next(found) for want in wanted)
+        return grad_x, grad_y
 
     function = jax.custom_vjp(choose)
-    function.defvjp(lambda x, y: (choose(x, y), (x, y)), backward)
+    function.defvjp(forward, backward, symbolic_zeros=True)
     return function(x, y)
 
 
