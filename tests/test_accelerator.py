@@ -73,6 +73,7 @@ def test_a_device_that_computes_wrongly_is_found(monkeypatch):
     assert not wrong["ok"] and wrong["errors"]["out"] == pytest.approx(0.01, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_kernels_are_checked_before_they_are_measured(monkeypatch, tmp_path):
     """On a GPU, the operator is compared in each arithmetic, and a kernel that fails is a row with its error."""
     gpu = type("Gpu", (), {"platform": "gpu", "device_kind": "none"})()

@@ -154,6 +154,7 @@ def test_inference_imports_no_training_code(tmp_path):
     assert not [name for name in loaded if name.startswith("aecr_jax.training")]
 
 
+@pytest.mark.slow
 def test_inference_works_where_the_libraries_for_training_are_missing(tmp_path):
     """As on Windows, which orbax does not support."""
     Image.fromarray(np.full((40, 50, 3), 120, np.uint8)).save(tmp_path / "photo.png")

@@ -57,6 +57,7 @@ def test_twin_is_the_official_network(twin):
         np.testing.assert_allclose(model(torch.from_numpy(d["x"])), d["y"], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_twin_has_the_official_loss_and_gradient(twin):
     """The losses and the gradient norm are those before the first step of the official trajectory (tests/golden), in float64."""
     import torch

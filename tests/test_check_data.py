@@ -47,7 +47,7 @@ def ramp(dtype=np.float32):
 # ---- exchanged and empty images
 
 
-@pytest.mark.parametrize("count", [1, 2, 20])
+@pytest.mark.parametrize("count", [1, 2, pytest.param(20, marks=pytest.mark.slow)])
 def test_exchanged_drawn_scenes_are_found(tmp_path, count):
     pairs = drawn_pairs(tmp_path, count)
     assert mistakes(check_data(pairs)) == []

@@ -343,6 +343,7 @@ def test_genuine_images_through_a_builder(tmp_path):
 # ---- train, eval and benchmark
 
 
+@pytest.mark.slow
 def test_train_and_eval_on_built_data(tmp_path, config_file, model_dir, capsys):
     haze_folder(tmp_path)
     built = str(tmp_path / "built")

@@ -264,6 +264,7 @@ def test_limits_of_the_process_and_its_control_group_count(tmp_path, monkeypatch
     assert compilation.available_memory() < 70000
 
 
+@pytest.mark.slow
 def test_programs_of_many_sizes_do_not_stay(monkeypatch):
     """The backend counts compiled programs: after 5 sizes only the last 2 are left, and none once the restorer is deleted."""
     assert compilation.PROGRAMS == 16

@@ -56,6 +56,7 @@ def test_without_vgg_there_is_no_perceptual_distance(student, teacher):
     np.testing.assert_allclose(total, measurements["l1"] + measurements["distillation"], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_gradient_reaches_only_the_student(student, teacher):
     loss = DistillationLoss(teacher, VGG19Features.random(width=1))
     (graph, params), (loss_graph, weights) = nnx.split(student), nnx.split(loss)

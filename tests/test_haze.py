@@ -35,7 +35,7 @@ def test_bilinear_enlargement_is_that_of_jax_image(factor):
     np.testing.assert_allclose(enlarge_bilinear(x, factor), expected, atol=5e-6)
 
 
-@pytest.mark.parametrize("output", ["affine", "airlight"])
+@pytest.mark.parametrize("output", ["airlight", pytest.param("affine", marks=pytest.mark.slow)])
 def test_the_restored_image_follows_from_gain_and_offset(output):
     """Expected: the definition, restored = x + K x - B; in the scattering model K > 0 and the airlight B / K is in [0, 1]."""
     model = network(output)

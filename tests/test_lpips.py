@@ -131,6 +131,7 @@ def test_an_existing_output_is_kept(weights, capsys):
 NAMES = ("psnr", "ssim", "ssim_valid", "psnr_y", "ciede2000", "lpips")
 
 
+@pytest.mark.slow
 def test_eval_writes_the_chosen_metrics(weights, model_dir, tmp_path, capsys):
     """Each file has a column or entry for each metric and for the hazy input; the values are those of the functions."""
     from aecr_jax import ciede2000, psnr, psnr_y, ssim, ssim_valid

@@ -22,7 +22,7 @@ from aecr_jax.training.step import init_state, make_train_step
 # Small networks have the same kinds of parameters, and their initial values are traced in a fraction of the time.
 TRAINABLE = [name for name in network_names() if name != "toy" and has_parameters(find_network(name).Config(**SMALL.get(name, {})))]
 
-QUICK = ("aecr_net", "coarse_net")  # it takes seconds to compile a step, and for some networks much longer
+QUICK = ("aecr_net",)  # it takes seconds to compile a step, and for some networks much longer
 
 
 def small_config(name, **options):

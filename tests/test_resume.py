@@ -71,6 +71,7 @@ def test_regularization_begins_after_a_step(negatives, after, config_file, tmp_p
     check_same_parameters(workdir, whole)
 
 
+@pytest.mark.slow
 def test_an_average_that_equals_the_network_gives_no_negatives(run, config_file, tmp_path, capsys):
     """A run without a moving average cannot go on with its restorations as negatives at once: the ratio would divide by 1e-7."""
     shutil.copytree(run, tmp_path / "run")
@@ -203,6 +204,7 @@ def test_an_edited_part_of_a_checkpoint_is_found(run, config_file, tmp_path, cap
     assert "continuing from step 2" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_of_version_0_1_0_goes_on(run, config_file, tmp_path, capsys):
     """Checkpoints of version 0.1.0 identify the data by their names and the first image, and have no checksums of their JSON parts."""
     workdir = tmp_path / "old"

@@ -28,6 +28,7 @@ def test_predicted_seconds():
     assert communicate == pytest.approx(1e-5 * 15 / 16 + 16e-6)
 
 
+@pytest.mark.slow
 def test_the_prediction_is_written(config_file, tmp_path, capsys):
     output = tmp_path / "scaling.json"
     options = ["--config", config_file, "--devices", "2", "--loss.cr", "0", "--output", str(output)]

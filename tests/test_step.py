@@ -244,6 +244,7 @@ def test_bfloat16_compute():
         np.testing.assert_allclose(losses["bfloat16"][name], losses["float32"][name], rtol=tolerance)
 
 
+@pytest.mark.slow
 def test_warmup_and_factor_for_offsets():
     config = Config(model=SMALL, optim=OptimConfig(batch=8, steps=10, warmup=4, offset_rate=0.1, schedule="constant", learning_rate=1e-3))
     np.testing.assert_allclose([learning_rate(config.optim)(i) for i in range(5)], [0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3], rtol=1e-6)
@@ -287,7 +288,8 @@ def test_training_lowers_the_loss_without_regularization():
     assert {"grad_norm", "update_norm", "param_norm", "offset_max", "offset_mean", "mix1", "mix2", "learning_rate"} <= set(last)
 
 
-@pytest.mark.parametrize("rates", [{"positives": 3, "negatives": 2}, pytest.param({"negatives": 0}, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rates", [{"positives": 3, "negatives": 2}, {"negatives": 0}])
 def test_the_step_uses_the_rates(rates):
     """With the rates of Table 4 and with CR*, the step measures the regularization of the network's output in training mode."""
     config = Config(model=AECRNetConfig(width=4, blocks=1, dfe="none"), loss=LossConfig(**rates), optim=OptimConfig(batch=8, steps=10))
