@@ -49,7 +49,7 @@ def test_wrong_options_are_one_line(config_file, capsys):
 
 @pytest.mark.slow
 def test_a_device_receives_the_same_bytes_whatever_the_number_of_devices(config_file):
-    """8 and 64 devices. All gradients are reduced once, because no block is used twice, and beyond them only sums of a few values."""
+    """The programs for 8 and 64 devices reduce each gradient once, because no block is used twice, and beside them only a few values."""
     few, many = (compile_for(devices, 1, config_file, []) for devices in (8, 64))
     assert few["collectives"] == many["collectives"] and set(few["collectives"]) == {"all-reduce"}
     assert many["macs"] == pytest.approx(8 * few["macs"], rel=1e-2)

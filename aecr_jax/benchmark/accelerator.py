@@ -41,6 +41,7 @@ from aecr_jax.data.scenes import render_scene
 from aecr_jax.data.sources import DataConfig, open_samples
 from aecr_jax.errors import UserError, first_line
 from aecr_jax.files import replacing
+from aecr_jax.ops.deform_conv import has_kernels
 from aecr_jax.training.config import Config, OptimConfig
 from aecr_jax.training.flops import device_peak, matmul_peak
 
@@ -208,7 +209,7 @@ def _kernels(bench: _Bench, result: dict[str, Any]) -> None:
     No device has run them yet. They come last, so that a kernel that ends the process or does not end spoils no other figure.
     """
     platform = jax.devices()[0].platform
-    if platform == "cpu" or (platform == "tpu" and jax.device_count() > 1):
+    if not has_kernels(platform, jax.device_count()):
         result["note"] = f"there are no kernels for {'CPUs' if platform == 'cpu' else 'several TPUs'}"
         print(f"  {result['note']}", flush=True)
         return

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from aecr_jax.ops.deform_conv import deform_conv2d
+from aecr_jax.ops.deform_conv import deform_conv2d, neighbour_steps
 
 Form = Callable[[Array, Array, Array, Array], Array]
 
@@ -36,7 +36,7 @@ def at_once(x: Array, offset: Array, mask: Array, kernel: Array) -> Array:
     """Gather the samples of all taps, then compute one matrix product (im2col). Arguments as for `loop`."""
     image, corner, shares = _sample(x, offset, mask)
     row = x.shape[2] + 4
-    neighbours = [jnp.take_along_axis(image, (corner + step)[..., None], 1, mode="promise_in_bounds") for step in (0, 1, row, row + 1)]
+    neighbours = [jnp.take_along_axis(image, (corner + step)[..., None], 1, mode="promise_in_bounds") for step in neighbour_steps(row)]
     return _product(neighbours, shares, x, kernel)
 
 
@@ -44,7 +44,7 @@ def packed(x: Array, offset: Array, mask: Array, kernel: Array) -> Array:
     """Store the four neighbours of every position side by side, so that one gather of 4C channels reads them. Arguments as for `loop`."""
     image, corner, shares = _sample(x, offset, mask)
     row = x.shape[2] + 4
-    four = jnp.concatenate([jnp.roll(image, -step, 1) for step in (0, 1, row, row + 1)], -1)
+    four = jnp.concatenate([jnp.roll(image, -step, 1) for step in neighbour_steps(row)], -1)
     neighbours = jnp.take_along_axis(four, corner[..., None], 1, mode="promise_in_bounds")
     return _product(jnp.split(neighbours, 4, -1), shares, x, kernel)
 

@@ -49,7 +49,7 @@ CHIPS = {"TPU v5e": Chip(197, 1600, 2, 256), "TPU v5p": Chip(459, 4800, 3, 8960)
 
 
 def collectives(program: str) -> dict[str, list[int]]:
-    """Return the bytes that each collective operation of a compiled program (the text of its HLO) delivers to a device, by kind."""
+    """Return, by kind, the bytes that each collective operation of a compiled program (its HLO as text) delivers to a device."""
     found: dict[str, list[int]] = {}
     for types, kind in re.findall(rf"= (.*?) ({'|'.join(_KINDS)})(?:-start)?\(", program):
         size = 0

@@ -18,6 +18,7 @@ from aecr_jax.networks.layers import Conv, ConvTranspose, DeformConv, FABlock, F
 from aecr_jax.networks.network import Network, NetworkConfig, SymbolicSizes, as_images, layer_options
 from aecr_jax.networks.tiles import sees_whole
 from aecr_jax.ops.conv import conv_few_inputs, conv_few_outputs
+from aecr_jax.ops.deform_conv import has_kernels
 from aecr_jax.ops.resize import enlarge_bilinear
 from aecr_jax.settings import bounded
 
@@ -62,11 +63,11 @@ class AECRNetConfig(NetworkConfig):
     costs time. XLA's CPU backend undoes it."""
     deform_implementation: Literal["xla", "pallas"] = "xla"
     """What computes the deformable convolutions: XLA, or kernels written in Pallas for NVIDIA GPUs and TPUs, which no device has run yet.
-    A network that was trained with the kernels restores images anywhere, where there are none by XLA; training refuses them there."""
+    A network that was trained with the kernels also restores images where there are none, by XLA. Training there is refused."""
 
     def check_devices(self, platform: str, count: int) -> None:
         """Refuse the kernels where the form of XLA would be used instead."""
-        if self.deform_implementation == "pallas" and (platform == "cpu" or (platform == "tpu" and count > 1)):
+        if self.deform_implementation == "pallas" and not has_kernels(platform, count):
             here = f"{count} {platform.upper()}{'s' if count > 1 else ''}"
             raise UserError(f"model.deform_implementation (=pallas) is for NVIDIA GPUs and for one TPU, and this run has {here}: use xla")
 

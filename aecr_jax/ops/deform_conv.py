@@ -91,6 +91,12 @@ def deform_conv2d(
     return out if bias is None else out + bias.astype(dtype).reshape(1, 1, 1, -1)
 
 
+def has_kernels(platform: str, count: int) -> bool:
+    """Return whether the Pallas kernels run on `count` devices of `platform` ("cpu", "gpu" or "tpu"). Elsewhere XLA's form is used."""
+    # libtpu does not call back what `pallas_deform_conv` registers to divide a kernel among devices.
+    return platform != "cpu" and not (platform == "tpu" and count > 1)
+
+
 def _implementation(name: str) -> Callable[[Array, Array, Array, Array, Geometry], Array]:
     if name == "xla":
         return by_taps
@@ -167,7 +173,7 @@ by_taps.defvjp(_forward, by_taps_gradient)
 
 
 class Location(NamedTuple):
-    """Sample positions in an image that is padded by `_BORDER` pixels; all arrays have the shape of the positions."""
+    """Where samples lie in an image that is padded by `_BORDER` pixels; all arrays have the shape of the positions."""
 
     corner: Array
     """Flat index of the upper left neighbour."""
@@ -198,6 +204,11 @@ def row_length(shape: tuple[int, ...]) -> int:
     return shape[2] + 2 * _BORDER
 
 
+def neighbour_steps(row: int) -> tuple[int, ...]:
+    """Return the distances in pixels of the four neighbours from the upper left one, in the order of `Location.shares`."""
+    return 0, 1, row, row + 1
+
+
 def location_gradients(location: Location, sums: Sequence[Array]) -> tuple[Array, Array]:
     """Return the gradients of the mask, and of the positions without the factor of the mask, `[..., 2]`.
 
@@ -219,8 +230,8 @@ class _Sample(NamedTuple):
 
 def _sample(image: Array, position: Array, shape: tuple[int, ...]) -> _Sample:
     """Return the neighbours, in the padded `image` `[N, pixels, G, C / G]`, of `position` `[N, P, G, 2]` in the unpadded image."""
-    location, row = locate(position, shape), row_length(shape)
-    indices = tuple(location.corner + step for step in (0, 1, row, row + 1))
+    location = locate(position, shape)
+    indices = tuple(location.corner + step for step in neighbour_steps(row_length(shape)))
     return _Sample(tuple(_gather(image, index) for index in indices), indices, location)
 
 

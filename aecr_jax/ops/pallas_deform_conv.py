@@ -27,6 +27,7 @@ from aecr_jax.ops.deform_conv import (
     by_taps,
     by_taps_gradient,
     crop_image,
+    has_kernels,
     locate,
     location_gradients,
     pad_image,
@@ -73,14 +74,14 @@ def _choose(by_backend: Callable[..., Any], usual: Callable[..., Any], groups: i
     if interpret:
         return by_backend(_BACKENDS[interpret], True, *arrays)
     fitting = {name: backend for name, backend in _BACKENDS.items() if backend.fits(x.shape, arrays[3].shape, groups, x.dtype)}
-    if jax.default_backend() == "tpu" and jax.device_count() > 1:
-        fitting.pop("tpu", None)  # libtpu does not call back what `_split_by_images` registers
+    if jax.default_backend() == "tpu" and not has_kernels("tpu", jax.device_count()):
+        fitting.pop("tpu", None)
     branches = {name: functools.partial(by_backend, backend, False) for name, backend in fitting.items()}
     return lax.platform_dependent(*arrays, **branches, default=usual)
 
 
 def _forward(geometry: Geometry, backend: Any, interpret: bool, x: Array, offset: Array, mask: Array, kernel: Array) -> Array:
-    image, location, mask, kernel = _prepare(geometry, x, offset, mask, kernel)[:4]
+    image, location, mask, kernel = _prepare(geometry, x, offset, mask, kernel)
     run = functools.partial(backend.forward, row=row_length(x.shape), interpret=interpret)
     out = _split_by_images(run, "n s c, n k p, n k f p, k g o -> n p o", 3)(image, location.corner, _weights(location, mask), kernel)
     return out.reshape(*offset.shape[:3], kernel.shape[-1])

@@ -21,6 +21,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from aecr_jax.ops.deform_conv import neighbour_steps
+
 # Numbers of positions and output channels of a block, and bytes of its input channels. Triton requires powers of two, and at least 16 in
 # matrix products. In float32, 64 channels would take more shared memory than the 99 KiB of GPUs other than those for data centres.
 _POSITIONS, _OUTPUTS, _CHANNEL_BYTES, _LEAST = 64, 256, 128, 16
@@ -217,7 +219,7 @@ def _neighbours(sizes: _Sizes, index: Any, tap: Array, start: Array, channels: A
     group = lax.div(tap, sizes.taps)
     columns = (group * sizes.channels + channels)[None]
     mask = jnp.broadcast_to((channels < sizes.channels)[None], (_POSITIONS, sizes.channel_block))
-    return [((corner + step, columns), mask) for step in (0, 1, sizes.row, sizes.row + 1)]
+    return [((corner + step, columns), mask) for step in neighbour_steps(sizes.row)]
 
 
 def _sample(sizes: _Sizes, image: Any, index: Any, weights: Any, tap: Array, start: Array, channels: Array) -> Array:

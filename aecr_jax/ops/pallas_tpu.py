@@ -19,6 +19,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from aecr_jax.ops.deform_conv import neighbour_steps
+
 _POSITIONS = 128  # output positions of a block
 _LANES = 128
 _NEIGHBOURS = 4
@@ -135,7 +137,7 @@ def _forward(row: int, image: Any, index: Any, weights: Any, kernel: Any, out: A
         @pl.loop(0, _POSITIONS, unroll=_UNROLL)
         def _(position: Array) -> None:
             corner = index[tap, position]
-            terms = [image[corner + step] * weights[_NEIGHBOURS * tap + n, position] for n, step in enumerate(_steps(row))]
+            terms = [image[corner + step] * weights[_NEIGHBOURS * tap + n, position] for n, step in enumerate(neighbour_steps(row))]
             sample[position] = terms[0] + terms[1] + terms[2] + terms[3]
 
         for part, lanes in _rows_of_lanes(sample):
@@ -172,7 +174,7 @@ def _backward(
         def _(position: Array) -> None:
             corner, gradient = index[tap, position], grad_sample[position]
             total = jnp.zeros_like(gradient)
-            for n, step in enumerate(_steps(row)):
+            for n, step in enumerate(neighbour_steps(row)):
                 pixel, share = image[corner + step], weights[_NEIGHBOURS * tap + n, position]
                 products[n, position] = gradient * pixel
                 total += pixel * share
@@ -186,11 +188,6 @@ def _backward(
             sums[pl.ds(_NEIGHBOURS * tap + n, 1)] = _dot(ones, partial, contract=(1, 1), exact=True)[:1]
         for part, lanes in _rows_of_lanes(sample):
             grad_kernel[tap, lanes] += _dot(sample[:, part].astype(kernel.dtype), cotangent[...], contract=(0, 0))
-
-
-def _steps(row: int) -> tuple[int, ...]:
-    """Return the distances of the four neighbours from the upper left one."""
-    return 0, 1, row, row + 1
 
 
 def _rows_of_lanes(sample: Any) -> list[tuple[int, slice]]:
