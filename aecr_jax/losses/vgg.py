@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from safetensors import SafetensorError, safe_open
 
 from aecr_jax.errors import MissingFileError, UserError
+from aecr_jax.ops.windows import max_pool
 from aecr_jax.validation import IN_0_TO_1, as_array, as_floating, check_weight
 
 HOW_TO_GET = (
@@ -98,7 +99,7 @@ class VGGFeatures(nnx.Module):
             x = (x - mean) / std
         for name in self._used:
             if name.endswith("_1") and maps:
-                x = lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+                x = max_pool(x)
             x = maps[name] = nnx.relu(self._convolve(name, x))
         return [maps[_convolution(layer)] for layer in self.layers]
 

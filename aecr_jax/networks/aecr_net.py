@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from aecr_jax.errors import UserError
-from aecr_jax.networks.layers import Conv, ConvTranspose, DeformConv, FABlock, FastDeconv, Mixup, ResidualBlock
+from aecr_jax.networks.layers import Conv, ConvTranspose, DeformConv, FABlock, FastDeconv, Mixup, ResidualBlock, recompute
 from aecr_jax.networks.network import Network, NetworkConfig, SymbolicSizes, as_images, layer_options
 from aecr_jax.networks.tiles import sees_whole
 from aecr_jax.ops.conv import conv_few_inputs, conv_few_outputs
@@ -147,10 +148,11 @@ class AECRNet(Network):
             x = self.pad(hazy)
             if self.fast_deconv is not None:
                 x = self.fast_deconv(x)
-            down1 = self._apply(self.down1, x, relu=True)  # [n, h, w, width]
-            down2 = self._apply(self.down2, down1, relu=True)  # [n, h / 2, w / 2, 2 width]
-            down3 = self._apply(self.down3, down2, relu=True)  # [n, h / 4, w / 4, 4 width]
-            y = down3
+            # The next layers apply the ReLU, so that for the gradient only its input is kept.
+            down1 = self._apply(self.down1, x)  # [n, h, w, width]
+            down2 = self._apply(self.down2, down1, function=_after_relu)  # [n, h / 2, w / 2, 2 width]
+            down3 = self._apply(self.down3, down2, function=_after_relu)  # [n, h / 4, w / 4, 4 width]
+            y = nnx.relu(down3)
             if self.coarse is not None:
                 y = y + self._apply(self.coarse, y)
         if self.config.dfe == "before":
@@ -162,9 +164,11 @@ class AECRNet(Network):
         if self.config.dfe == "after":
             y = self._enhance(y)
         with jax.named_scope("decoder"):
-            up1 = self._apply(self.up1, self._join(down3, y, deep=True), relu=True)
-            up2 = self._apply(self.up2, self._join(down2, up1, deep=False), relu=True)
-            return self._apply(self.up3, up2)[:, :h, :w]
+            deep, shallow = ((self.mix1,), (self.mix2,)) if self.config.mixup == "adaptive" else ((), ())
+            join = functools.partial(_join, self.config.mixup)
+            up1 = self._apply((self.up1, *deep), down3, y, function=join)
+            up2 = self._apply((self.up2, *shallow), down2, up1, function=lambda layers, down, up: join(layers, down, nnx.relu(up)))
+            return self._apply(self.up3, up2, function=_after_relu)[:, :h, :w]
 
     @jax.named_scope("dfe")
     def _enhance(self, x: Array) -> Array:
@@ -172,17 +176,12 @@ class AECRNet(Network):
             x = self._apply(self.deform[i % len(self.deform)], x)
         return x
 
-    def _apply(self, layer: Any, x: Array, *, relu: bool = False) -> Array:
-        def apply(layer: Any, x: Array) -> Array:
-            return nnx.relu(layer(x)) if relu else layer(x)
-
+    def _apply(self, layers: Any, *arrays: Array, function: Callable[..., Array] | None = None) -> Array:
+        """Apply a layer, or a function of layers and arrays that has at most one layer after quick operations."""
         # A tile has no backward pass, and its means could not leave the rematerialized function.
-        return nnx.remat(apply)(layer, x) if self.config.remat and sees_whole() else apply(layer, x)
-
-    def _join(self, down: Array, up: Array, *, deep: bool) -> Array:
-        if self.config.mixup == "adaptive":
-            return (self.mix1 if deep else self.mix2)(down, up)
-        return down + up if self.config.mixup == "sum" else up
+        if self.config.remat and sees_whole():
+            return nnx.remat(function or _call)(layers, *arrays)
+        return recompute(function, layers, *arrays) if function else layers(*arrays)
 
     @classmethod
     def predicts_offsets(cls, name: str) -> bool:
@@ -233,6 +232,23 @@ class AECRNet(Network):
         nnx.update(wide, jax.tree.map(enlarge, nnx.state(self), nnx.state(wide)))
         wide.eval()
         return wide
+
+
+def _call(layer: Any, x: Array) -> Array:
+    return layer(x)
+
+
+def _after_relu(layer: Any, x: Array) -> Array:
+    return layer(nnx.relu(x))
+
+
+def _join(mixup: str, layers: Any, down: Array, up: Array) -> Array:
+    """Add the features of the encoder before its ReLU, `down`, to those of the decoder, `up`, and apply the layer."""
+    layer, *mix = layers
+    if mixup != "none":
+        down = nnx.relu(down)
+        up = mix[0](down, up) if mix else down + up
+    return layer(up)
 
 
 class CoarseLevels(nnx.Module):

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from aecr_jax.networks.tiles import cut, picture_mean
-from aecr_jax.ops.conv import conv_1x1, conv_transpose
+from aecr_jax.networks.tiles import cut, picture_mean, sees_whole
+from aecr_jax.ops.conv import conv, conv_1x1, conv_transpose, pad_by_reflection
 from aecr_jax.ops.deform_conv import deform_conv2d
+from aecr_jax.ops.gradients import delay
 
 DType = Any
 
@@ -56,8 +57,7 @@ class Conv(nnx.Conv):
     ):
         init = uniform_within(in_features * size * size)
         self.reflected = (size - 1) // 2 if reflect else 0
-        if size == 1 and stride == 1:
-            options.setdefault("conv_general_dilated", conv_1x1)
+        options.setdefault("conv_general_dilated", conv_1x1 if size == 1 and stride == 1 else conv)
         super().__init__(
             in_features,
             out_features,
@@ -75,8 +75,7 @@ class Conv(nnx.Conv):
 
     def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
         if self.reflected:
-            pads = (self.reflected, self.reflected)
-            inputs = jnp.pad(inputs, ((0, 0), pads, pads, (0, 0)), mode="reflect")
+            inputs = pad_by_reflection(inputs, self.reflected)
         return super().__call__(inputs, out_sharding)
 
 
@@ -187,6 +186,32 @@ def inverse_square_root(matrix: Array, steps: int) -> Array:
     return z / jnp.sqrt(norm)
 
 
+def recompute(function: Callable[..., Array], layers: Any, *arrays: Array) -> Array:
+    """Return `function(layers, *arrays)`; in a program for CPUs, keep the arrays alone for the gradient, and compute the rest again.
+
+    This is for what is quickly computed from the arrays before a convolution, whose own result its gradient does not need.
+
+    Args:
+      function: it has no other inputs, no other result and no effects, except on one tile of a picture, which has no gradient.
+      layers: a module or a tuple of modules, whose variables do not change.
+      arrays: floating-point arrays.
+    """
+    if not sees_whole():
+        return function(layers, *arrays)
+    graph, state = nnx.split(layers)
+
+    def apply(state: nnx.State, *arrays: Array) -> Array:
+        return function(nnx.merge(graph, state), *arrays)
+
+    def backward(residuals: tuple[nnx.State, tuple[Array, ...]], cotangent: Array) -> tuple[Any, ...]:
+        state, arrays = residuals
+        return jax.vjp(apply, state, *delay(arrays, cotangent))[1](cotangent)
+
+    applied = jax.custom_vjp(apply)
+    applied.defvjp(lambda state, *arrays: (apply(state, *arrays), (state, arrays)), backward)
+    return applied(state, *arrays)
+
+
 def gate(x: Array, down: Callable[[Array], Array], up: Callable[[Array], Array]) -> Array:
     """Return the factors in [0, 1], `sigmoid(up(relu(down(x))))`, by which attention scales features; `down` has few output channels."""
     return nnx.sigmoid(up(nnx.relu(down(x))))
@@ -208,11 +233,15 @@ class FABlock(nnx.Module):
         self.pixel_up = Conv(hidden, 1, 1, **types)
 
     def __call__(self, x: Array) -> Array:
-        y = nnx.relu(self.conv1(x)) + x
-        y, x = cut(self.conv2(y), x)
-        y = y * gate(picture_mean(y), self.channel_down, self.channel_up)
-        y = y * gate(y, self.pixel_down, self.pixel_up)
-        return y + x
+        y, x = cut(recompute(lambda conv2, y, x: conv2(nnx.relu(y) + x), self.conv2, self.conv1(x), x), x)
+        return recompute(_attend, (self.channel_down, self.channel_up, self.pixel_down, self.pixel_up), y) + x
+
+
+def _attend(layers: tuple[Conv, Conv, Conv, Conv], y: Array) -> Array:
+    """Scale features by channel attention and then by pixel attention."""
+    channel_down, channel_up, pixel_down, pixel_up = layers
+    y = y * gate(picture_mean(y), channel_down, channel_up)
+    return y * gate(y, pixel_down, pixel_up)
 
 
 class ResidualBlock(nnx.Module):
@@ -276,6 +305,7 @@ class DeformConv(nnx.Module):
             (kh, kw),
             strides=strides,
             padding=((rows, rows), (columns, columns)),
+            conv_general_dilated=conv,
             kernel_init=zeros,
             bias_init=zeros,
             dtype=dtype,

@@ -19,14 +19,14 @@ def count_macs(jaxpr: Any) -> int:
     """Count the multiply-adds of the matrix products and convolutions of a jaxpr, including those in its loops and calls."""
     total = 0
     for equation in jaxpr.eqns:
-        name, out = equation.primitive.name, equation.outvars[0].aval
+        name = equation.primitive.name
         if name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
-            total += out.size * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            total += equation.outvars[0].aval.size * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
         elif name == "conv_general_dilated":
             kernel, spec = equation.invars[1].aval.shape, equation.params["dimension_numbers"].rhs_spec
             # The zeros that dilation inserts between the inputs are not counted, because an efficient program skips them.
-            total += out.size * math.prod(kernel) // kernel[spec[0]] // math.prod(equation.params["lhs_dilation"])
+            total += equation.outvars[0].aval.size * math.prod(kernel) // kernel[spec[0]] // math.prod(equation.params["lhs_dilation"])
         times = equation.params["length"] if name == "scan" else 1
         inner = list(jaxprs_in_params(equation.params))
         if name == "cond":

@@ -16,18 +16,30 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
+from aecr_jax.ops.gradients import delay_on_cpu, with_cpu_gradient
+
 _FOLD = 4  # columns that `conv_few_channels` computes at a time
 
 
-def _by_platform(cpu: Callable[[Array, Array], Array], usual: Callable[[Array, Array], Array], x: Array, y: Array) -> Array:
+Form = Callable[[Array, Array], Array]
+
+
+def _by_platform(cpu: Form, usual: Form, x: Array, y: Array, *, input_gradient: Form | None = None) -> Array:
     """Return `cpu(x, y)` where the program is compiled for a CPU, and `usual(x, y)`, which has the same value, elsewhere.
 
-    Both functions must be linear in each argument. The gradient chooses in the same way and keeps the arguments only; differentiating
+    All functions must be linear in each argument. The gradient chooses in the same way and keeps the arguments only; differentiating
     `lax.platform_dependent` itself would keep the intermediate results of both forms. Only reverse-mode differentiation is supported.
+
+    Args:
+      cpu: the form for CPUs.
+      usual: the form for other platforms.
+      x: the first argument.
+      y: the second argument.
+      input_gradient: a third form of the same function, whose gradient with respect to `x` is better on CPUs than that of `cpu`.
     """
 
     def choose(x: Array, y: Array) -> Array:
-        return lax.platform_dependent(x, y, cpu=cpu, default=usual)
+        return usual(x, y) if cpu is usual else lax.platform_dependent(x, y, cpu=cpu, default=usual)
 
     def forward(x: Any, y: Any) -> tuple[Array, Any]:
         # Which gradients are wanted is kept as None or an empty tuple, because residuals hold arrays and structure alone.
@@ -39,24 +51,34 @@ def _by_platform(cpu: Callable[[Array, Array], Array], usual: Callable[[Array, A
         if isinstance(cotangent, SymbolicZero):
             return None, None
 
-        def gradients(form: Callable[[Array, Array], Array]) -> Callable[..., Any]:
+        def gradients(of_x: Form, of_y: Form, delay: Form) -> Callable[..., list[Array]]:
             def transpose(x: Array, y: Array, cotangent: Array) -> list[Array]:
-                maps = ((lambda x: form(x, y), x), (lambda y: form(x, y), y))
-                return [
+                late = delay(x, cotangent)
+                maps = ((lambda x: of_x(x, y), x), (lambda y: of_y(late, y), y))
+                found = [
                     jax.linear_transpose(function, argument)(cotangent)[0]
                     for (function, argument), want in zip(maps, wanted)
                     if want is not None
                 ]
+                # So that the kernel's gradient comes first, and the cotangent is not kept for it.
+                return [delay(*found), found[1]] if len(found) == 2 else found
 
             return transpose
 
-        found = iter(lax.platform_dependent(x, y, cotangent, cpu=gradients(cpu), default=gradients(usual)))
+        on_cpu, elsewhere = gradients(input_gradient or cpu, cpu, delay_on_cpu), gradients(usual, usual, lambda x, _: x)
+        found = iter(lax.platform_dependent(x, y, cotangent, cpu=on_cpu, default=elsewhere))
         grad_x, grad_y = (None if want is None else next(found) for want in wanted)
         return grad_x, grad_y
 
     function = jax.custom_vjp(choose)
     function.defvjp(forward, backward, symbolic_zeros=True)
     return function(x, y)
+
+
+def conv(x: Array, kernel: Array, strides: Any, padding: Any, **options: Any) -> Array:
+    """Convolve as `lax.conv_general_dilated` does, with a gradient that keeps little in memory (see `aecr_jax.ops.gradients`)."""
+    usual = functools.partial(lax.conv_general_dilated, window_strides=strides, padding=padding, **options)
+    return _by_platform(usual, usual, x, kernel)
 
 
 def _cpu_form(narrow: Callable[..., Array]) -> Callable[..., Array]:
@@ -83,7 +105,8 @@ def conv_transpose(x: Array, kernel: Array, *, padding: int = 0, output_padding:
     Each of the four output phases (even and odd rows and columns) is computed by a convolution with its share of the taps, and the four
     results are interleaved. If the kernel's size is even, all phases have equally many taps, and one convolution with four times as many
     outputs computes them; few outputs would leave much of a CPU's vector registers unused. The usual form, one convolution with
-    `lhs_dilation`, which is used on other platforms, has a weight gradient that XLA computes in a naive loop on the CPU.
+    `lhs_dilation`, which is used on other platforms, has a weight gradient that XLA computes in a naive loop on the CPU. Its input
+    gradient is a convolution with stride 2, which takes less memory than the sum of four and is used on all platforms.
 
     Args:
       x: `[N, H, W, C]`.
@@ -102,7 +125,7 @@ def conv_transpose(x: Array, kernel: Array, *, padding: int = 0, output_padding:
         return lax.conv_general_dilated(x, kernel[::-1, ::-1], (1, 1), pads, **dilation)
 
     phases = functools.partial(_conv_transpose_by_phases, padding=padding, output_padding=output_padding)
-    return _by_platform(phases, usual, x, kernel)
+    return _by_platform(phases, usual, x, kernel, input_gradient=usual)
 
 
 def _conv_transpose_by_phases(x: Array, kernel: Array, *, padding: int, output_padding: Sequence[int]) -> Array:
@@ -223,6 +246,26 @@ def conv_one_output(x: Array, kernel: Array) -> Array:
     taps = jnp.einsum("ct,nhwc->tnhw", kernel.reshape(kh * kw, c).T, x, preferred_element_type=dtype)
     terms = [taps[i * kw + j, :, i : i + height, j : j + width] for i in range(kh) for j in range(kw)]
     return functools.reduce(jnp.add, terms).astype(x.dtype)[..., None]
+
+
+def pad_by_reflection(x: Array, size: int) -> Array:
+    """Add `size` rows and columns on each side, mirrored at the outermost ones: `[N, H, W, C] -> [N, H + 2 size, W + 2 size, C]`."""
+
+    def pad(x: Array) -> Array:
+        return jnp.pad(x, ((0, 0), (size, size), (size, size), (0, 0)), mode="reflect")
+
+    def fold(x: Array, padded: Array) -> Array:
+        # In place; the usual gradient makes a copy of the image for each side.
+        for axis in (1, 2):
+            length = x.shape[axis]
+            first, last = (lax.slice_in_dim(padded, start, start + size, axis=axis) for start in (0, length + size))
+            for start, side in ((size + 1, first), (length - 1, last)):
+                sums = lax.slice_in_dim(padded, start, start + size, axis=axis) + jnp.flip(side, axis)
+                padded = lax.dynamic_update_slice_in_dim(padded, sums, start, axis)
+        return padded[:, size : size + x.shape[1], size : size + x.shape[2]]
+
+    small = size >= min(x.shape[1:3])  # is mirrored several times
+    return pad(x) if small else with_cpu_gradient(pad, fold, x)
 
 
 def conv_1x1(x: Array, kernel: Array, strides: Any, padding: Any, **_: Any) -> Array:

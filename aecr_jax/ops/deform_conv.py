@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from aecr_jax.ops.gradients import delay
 from aecr_jax.validation import as_floating, as_int
 
 # Sample positions are clipped to at most two pixels outside the image. At these limits, all four neighbours are zero, and so are
@@ -134,7 +135,8 @@ def _forward(x: Array, offset: Array, mask: Array, kernel: Array, geometry: Geom
 
 def by_taps_gradient(geometry: Geometry, residuals: tuple[Array, ...], cotangent: Array) -> tuple[Array, ...]:
     """Return the gradients of `by_taps` with respect to its four arrays, which are the `residuals`."""
-    x, offset, mask, kernel = residuals
+    # The padded image, and the zeros to which its gradient is added, would otherwise be made in the forward pass and kept.
+    x, offset, mask, kernel = delay(residuals, cotangent)
     image = pad_image(x, geometry.groups)
     base, steps = tap_positions(x, offset, kernel, geometry)
     n, h_out, w_out, out_channels = cotangent.shape
@@ -159,7 +161,7 @@ def by_taps_gradient(geometry: Geometry, residuals: tuple[Array, ...], cotangent
 
     # 4 * taps shares or more may be added to one pixel, so they are also accumulated in float32.
     grad_image, (grad_offset, grad_mask, grad_kernel) = lax.scan(
-        tap, jnp.zeros(image.shape, accumulator), (steps, *_by_tap(offset, mask, kernel, geometry.groups))
+        tap, delay(jnp.zeros(image.shape, accumulator), cotangent), (steps, *_by_tap(offset, mask, kernel, geometry.groups))
     )
     return (
         crop_image(grad_image, x.shape).astype(x.dtype),

@@ -11,6 +11,8 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import Array, lax
 
+from aecr_jax.ops.gradients import with_cpu_gradient
+
 
 def window_min(x: Array, radius: int) -> Array:
     """Return the minimum over the window of `2 radius + 1` rows and columns around each pixel of `x`, `[N, H, W, ...]`."""
@@ -20,6 +22,29 @@ def window_min(x: Array, radius: int) -> Array:
 def window_max(x: Array, radius: int) -> Array:
     """Return the maximum over the window of `2 radius + 1` rows and columns around each pixel of `x`, `[N, H, W, ...]`."""
     return _extreme(x, radius, jnp.maximum, -jnp.inf)
+
+
+def max_pool(x: Array) -> Array:
+    """Return the maximum of each 2x2 pixels, `[N, H, W, C] -> [N, H // 2, W // 2, C]`.
+
+    Its gradient is that of the first of equal values in row-major order. On CPUs, it is computed without an array of every pixel's index.
+    """
+    none, pair = (0, 0), (1, 2, 2, 1)
+
+    def pool(x: Array) -> Array:
+        return lax.reduce_window(x, -jnp.inf, lax.max, pair, pair, "VALID")
+
+    def gradient(x: Array, cotangent: Array) -> Array:
+        n, h, w, c = cotangent.shape
+        cells = x[:, : 2 * h, : 2 * w].reshape(n, h, 2, w, 2, c)
+        first, second, third, fourth = (cells[:, :, i, :, j] for i in (0, 1) for j in (0, 1))
+        greatest = jnp.maximum(jnp.maximum(first, second), jnp.maximum(third, fourth))
+        index = jnp.where(first == greatest, 0, jnp.where(second == greatest, 1, jnp.where(third == greatest, 2, 3))).astype(jnp.int8)
+        position = jnp.arange(4, dtype=jnp.int8).reshape(1, 1, 2, 1, 2, 1)
+        spread = jnp.where(index[:, :, None, :, None] == position, cotangent[:, :, None, :, None], 0).reshape(n, 2 * h, 2 * w, c)
+        return jnp.pad(spread, (none, (0, x.shape[1] - 2 * h), (0, x.shape[2] - 2 * w), none))
+
+    return with_cpu_gradient(pool, gradient, x)
 
 
 def box_mean(x: Array, radius: int) -> Array:
