@@ -189,7 +189,8 @@ def inverse_square_root(matrix: Array, steps: int) -> Array:
 def recompute(function: Callable[..., Array], layers: Any, *arrays: Array) -> Array:
     """Return `function(layers, *arrays)`; in a program for CPUs, keep the arrays alone for the gradient, and compute the rest again.
 
-    This is for what is quickly computed from the arrays before a convolution, whose own result its gradient does not need.
+    This is for what is quickly computed from the arrays before a convolution, whose own result its gradient does not need; without it,
+    XLA leaves out the convolution when it computes the rest again.
 
     Args:
       function: it has no other inputs, no other result and no effects, except on one tile of a picture, which has no gradient.
@@ -234,14 +235,10 @@ class FABlock(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         y, x = cut(recompute(lambda conv2, y, x: conv2(nnx.relu(y) + x), self.conv2, self.conv1(x), x), x)
-        return recompute(_attend, (self.channel_down, self.channel_up, self.pixel_down, self.pixel_up), y) + x
-
-
-def _attend(layers: tuple[Conv, Conv, Conv, Conv], y: Array) -> Array:
-    """Scale features by channel attention and then by pixel attention."""
-    channel_down, channel_up, pixel_down, pixel_up = layers
-    y = y * gate(picture_mean(y), channel_down, channel_up)
-    return y * gate(y, pixel_down, pixel_up)
+        channels = gate(picture_mean(y), self.channel_down, self.channel_up)
+        hidden = recompute(lambda pixel_down, y, channels: pixel_down(y * channels), self.pixel_down, y, channels)
+        pixels = nnx.sigmoid(self.pixel_up(nnx.relu(hidden)))
+        return recompute(lambda _, y, channels, pixels: y * channels * pixels, (), y, channels, pixels) + x
 
 
 class ResidualBlock(nnx.Module):

@@ -16,9 +16,16 @@ from aecr_jax.networks.registry import abstract_network
 
 
 def count_macs(jaxpr: Any) -> int:
-    """Count the multiply-adds of the matrix products and convolutions of a jaxpr, including those in its loops and calls."""
+    """Count the multiply-adds of the matrix products and convolutions of a jaxpr, including those in its loops and calls.
+
+    Operations without effect, whose results nothing needs, do not count, because XLA leaves them out.
+    """
     total = 0
-    for equation in jaxpr.eqns:
+    needed = {id(variable) for variable in jaxpr.outvars}
+    for equation in reversed(jaxpr.eqns):
+        if not equation.effects and needed.isdisjoint(map(id, equation.outvars)):
+            continue
+        needed.update(map(id, equation.invars))
         name = equation.primitive.name
         if name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]

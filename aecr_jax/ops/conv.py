@@ -264,8 +264,8 @@ def pad_by_reflection(x: Array, size: int) -> Array:
                 padded = lax.dynamic_update_slice_in_dim(padded, sums, start, axis)
         return padded[:, size : size + x.shape[1], size : size + x.shape[2]]
 
-    small = size >= min(x.shape[1:3])  # is mirrored several times
-    return pad(x) if small else with_cpu_gradient(pad, fold, x)
+    mirrored_again = any(size >= length for length in x.shape[1:3])  # the image is smaller than the padding
+    return pad(x) if mirrored_again else with_cpu_gradient(pad, fold, x)
 
 
 def conv_1x1(x: Array, kernel: Array, strides: Any, padding: Any, **_: Any) -> Array:
