@@ -219,11 +219,8 @@ def kept_for_the_gradient(config, capsys):
 
 @pytest.mark.slow
 def test_rematerialization_keeps_less_and_changes_no_number(capsys):
-    """The residuals are counted, because XLA's CPU backend does not recompute and the compiled program's memory shows no difference.
-
-    Without rematerialization, the network keeps little already.
-    """
-    model = AECRNetConfig(width=4, blocks=2, shared=False)
+    """The residuals are counted, because XLA's CPU backend does not recompute and the compiled program's memory shows no difference."""
+    model = AECRNetConfig(width=4, blocks=6, shared=False)
     configs = [
         Config(model=dataclasses.replace(model, remat=remat), loss=LossConfig(cr=0), optim=OptimConfig(batch=8, steps=10))
         for remat in (False, True)
@@ -232,7 +229,7 @@ def test_rematerialization_keeps_less_and_changes_no_number(capsys):
     near(measured, measured_again, 1e-4, 1e-6)
     near(plain.stats, again.stats, 1e-5, 1e-6)
     everything, less = (kept_for_the_gradient(config, capsys) for config in configs)
-    assert less < 0.7 * everything
+    assert less < 0.6 * everything
 
 
 @pytest.mark.slow

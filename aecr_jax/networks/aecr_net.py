@@ -177,7 +177,7 @@ class AECRNet(Network):
         return x
 
     def _apply(self, layers: Any, *arrays: Array, function: Callable[..., Array] | None = None) -> Array:
-        """Apply a layer, or a function of layers and arrays that has at most one layer after quick operations."""
+        """Return `layers(*arrays)`, or `function(layers, *arrays)` if a function is given, for which only the arrays are kept."""
         # A tile has no backward pass, and its means could not leave the rematerialized function.
         if self.config.remat and sees_whole():
             return nnx.remat(function or _call)(layers, *arrays)

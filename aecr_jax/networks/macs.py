@@ -18,7 +18,7 @@ from aecr_jax.networks.registry import abstract_network
 def count_macs(jaxpr: Any) -> int:
     """Count the multiply-adds of the matrix products and convolutions of a jaxpr, including those in its loops and calls.
 
-    Operations without effect, whose results nothing needs, do not count, because XLA leaves them out.
+    Operations that have no effect and whose results are not used do not count, because XLA removes them.
     """
     total = 0
     needed = {id(variable) for variable in jaxpr.outvars}

@@ -135,7 +135,7 @@ def _forward(x: Array, offset: Array, mask: Array, kernel: Array, geometry: Geom
 
 def by_taps_gradient(geometry: Geometry, residuals: tuple[Array, ...], cotangent: Array) -> tuple[Array, ...]:
     """Return the gradients of `by_taps` with respect to its four arrays, which are the `residuals`."""
-    # The padded image, and the zeros to which its gradient is added, would otherwise be made in the forward pass and kept.
+    # Without the delays, XLA would make the padded image and the zeros of its gradient in the forward pass, and keep them.
     x, offset, mask, kernel = delay(residuals, cotangent)
     image = pad_image(x, geometry.groups)
     base, steps = tap_positions(x, offset, kernel, geometry)

@@ -27,7 +27,8 @@ def window_max(x: Array, radius: int) -> Array:
 def max_pool(x: Array) -> Array:
     """Return the maximum of each 2x2 pixels, `[N, H, W, C] -> [N, H // 2, W // 2, C]`.
 
-    Its gradient is that of the first of equal values in row-major order. On CPUs, it is computed without an array of every pixel's index.
+    Of several equal maxima, only the first in row-major order receives the gradient. XLA's own gradient for CPUs stores an index for each
+    pixel; this one does not.
     """
     none, pair = (0, 0), (1, 2, 2, 1)
 
