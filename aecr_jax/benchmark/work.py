@@ -122,8 +122,10 @@ def _op(work: Work) -> tuple[Any, tuple[Any, ...], int | None]:
 
     forward = FORMS[work.form]
 
-    def both(cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
-        return jax.vjp(forward, *inputs)[1](cotangent)
+    def both(cotangent: Array, *inputs: Array) -> tuple[Array, tuple[Array, ...]]:
+        # The gradients do not need the result. XLA would not compute it if it were not returned, but a network needs it.
+        result, pullback = jax.vjp(forward, *inputs)
+        return result, pullback(cotangent)
 
     if work.backward:
         return jax.jit(both), (cotangent, x, offset, mask, kernel), None
