@@ -24,10 +24,10 @@ from aecr_jax.errors import UserError
 from aecr_jax.storage import is_remote
 
 # For single convolutions, XLA's CPU backend uses a library that is slow for many of this network's convolutions; without it, a
-# training step takes 0.6 of the time (see docs/speed.md). XLA ends the process if it does not know a flag, so the flag is set only
+# training step takes 0.6 to 0.8 of the time (see docs/speed.md). XLA ends the process if it does not know a flag, so the flag is set only
 # for releases with which it was measured.
 _CPU_FLAG, _CPU_VALUE = "--xla_cpu_experimental_ynn_fusion_type", "-individual_convolution"
-_MEASURED = ("0.10.2",)
+_MEASURED = ("0.10.2", "0.11.2", "0.12.0.1")
 
 CACHE_BYTES = 2 * 2**30
 # The number is limited because JAX examines every entry whenever it writes one.

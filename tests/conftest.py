@@ -13,7 +13,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 _FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if version("jaxlib").startswith("0.10."):  # XLA ends the process at a flag that it does not know
     _FLAGS += " --xla_cpu_use_fusion_emitters=false"  # a training step compiles in a third of the time
-if version("jaxlib") == "0.10.2":
+if version("jaxlib") in ("0.10.2", "0.11.2", "0.12.0.1"):
     # Every command takes this kind of convolution away, unless JAX has already started or the flag is set. Set here, with XLA's own value,
     # it is the same in this process, whichever test comes first, and in the processes that tests start, so that their results can be
     # compared bit by bit. Without it, and without optimization, some convolutions would take minutes.
