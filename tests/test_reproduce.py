@@ -184,20 +184,43 @@ def test_a_rate_greater_than_the_batch(tmp_path, capsys):
 
 
 def test_features_with_too_few_levels(tmp_path, capsys):
-    """Expected: the paper has five levels, and these weights end at the third."""
+    """Expected: the paper has five levels, and these weights end at the third, which is enough for the row with three."""
     weights = nnx.to_pure_dict(nnx.state(VGG19Features.random(width=2)))["weights"]
     kept = {name: np.asarray(array) for name, array in weights.items() if name < "conv4"}
     names = {name: ".".join(name.rsplit("_", 1)) for name in kept}
-    save_file({names[name]: array for name, array in kept.items()}, tmp_path / "vgg.safetensors", VGG19Features.metadata())
-    said = fails(capsys, *command(tmp_path / "out", "--rows", "cr", "--features", tmp_path / "vgg.safetensors"))
-    assert f"--features (={tmp_path}/vgg.safetensors) has 3 levels and must have the 5 of the paper" in said
+    file = str(tmp_path / "vgg.safetensors")
+    save_file({names[name]: array for name, array in kept.items()}, file, VGG19Features.metadata())
+    said = fails(capsys, *command(tmp_path / "out", "--rows", "cr_three_levels,cr", "--features", file))
+    assert f"--features (={file}) has 3 levels and must have the 5 up to relu5_1" in said
+    three = [row for row in find_table("table2", rows=["cr_three_levels"]).rows if row.name == "cr_three_levels"]
+    assert settings.check_features(file, three) == file
+
+
+def test_rows_that_the_paper_does_not_have(monkeypatch):
+    """They are added if they are named, with a claim of their own, and differ from CR as the paper has it in what their names say."""
+    monkeypatch.undo()
+    monkeypatch.chdir(ROOT)
+    assert not {"cr_three_levels", "rehazed", "lagging"} & {row.name for name in ("table2", "table4") for row in find_table(name).rows}
+    inputs = Inputs("scenes:4:32x24", "", "vgg.safetensors")
+    default = row_config("table4", find_table("table4").rows[0], "small", inputs, seed=0, workdir=Path("w"))
+    for name, row, changes in (
+        ("table2", "cr_three_levels", {"cr_layers": ("relu1_1", "relu2_1", "relu3_1"), "cr_weights": (1 / 32, 1 / 16, 1 / 8)}),
+        ("table4", "rehazed", {"cr_negatives": "rehazed"}),
+        ("table4", "lagging", {"cr_negatives": "lagging", "cr_after": 300}),
+    ):
+        table = find_table(name, rows=[row])
+        config = row_config(name, table.rows[-1], "small", inputs, seed=0, workdir=Path("w"))
+        assert table.rows[-1].psnr is None and table.claims[-1].row == row and table.claims[-1].gain is None
+        assert config == dataclasses.replace(default, loss=dataclasses.replace(default.loss, **changes))
 
 
 @pytest.mark.slow
-def test_a_row_of_table_4_runs(tmp_path):
-    assert main(command(tmp_path, "--rows", "1:3", "--seeds", 1, "--features", "random", table="table4")) == 0
+def test_rows_of_table_4_run(tmp_path):
+    assert main(command(tmp_path, "--rows", "1:3,rehazed", "--seeds", 1, "--features", "random", table="table4")) == 0
     assert json.loads((tmp_path / "runs/rate_1_3_seed0/config.json").read_text())["loss"]["negatives"] == 3
-    assert "| `1:3` | 0 |" in (tmp_path / "table4/results.md").read_text()
+    assert json.loads((tmp_path / "runs/rehazed_seed0/config.json").read_text())["loss"]["cr_negatives"] == "rehazed"
+    page = (tmp_path / "table4/results.md").read_text()
+    assert "| `1:3` | 0 |" in page and "| `rehazed` | 0 |" in page and "| `rehazed` - `1:1` | - | - | not measured |" in page
 
 
 def test_rates_of_table_4():
@@ -290,6 +313,8 @@ def test_one_scene_decides_nothing():
         (0.5, [(0.1, 0.3), (-0.1, 0.4)], "undecided"),
         (0.5, [(0.1, 0.3), (-0.3, -0.1)], "undecided"),
         (0.5, [(0.1, 0.3)], "undecided"),
+        (None, [(0.1, 0.3), (0.2, 0.4)], "holds"),
+        (None, [(-0.4, -0.1), (-0.2, -0.1)], "fails"),
     ],
 )
 def test_claims_are_decided_by_two_seeds(gain, intervals, expected):

@@ -55,16 +55,16 @@ def paired_interval(scores: Mapping[str, float], base: Mapping[str, float], scen
     return Interval(mean, mean - reach, mean + reach)
 
 
-def judge(gain: float, intervals: Sequence[Interval]) -> str:
+def judge(gain: float | None, intervals: Sequence[Interval]) -> str:
     """Return whether a claim "holds", "fails" or is "undecided".
 
     It is decided if there are at least two seeds and the intervals of all exclude 0 on the same side.
 
     Args:
-      gain: the paper's difference; only its sign counts.
+      gain: the paper's difference, of which only the sign counts; None, for claims that the paper does not make, counts as positive.
       intervals: what was measured, one interval for each seed.
     """
     signs = {1 if low > 0 else -1 if high < 0 else 0 for _, low, high in intervals}
     if len(intervals) < 2 or len(signs) > 1 or 0 in signs:
         return "undecided"
-    return "holds" if signs == {int(math.copysign(1, gain))} else "fails"
+    return "holds" if signs == {-1 if gain is not None and gain < 0 else 1} else "fails"

@@ -112,7 +112,7 @@ def page(table: Table, results: Sequence[Result], measured: Mapping[Claim, Seque
             lines.append(f"| `{row.name}` | {result.seed} | {result.psnr:.2f} | {result.ssim:.4f} | {_paper(row)} | {cost} |")
     lines += [
         "",
-        "## Claims of the paper",
+        "## Claims",
         "",
         "The difference of PSNR between two rows, in dB, with the 95% interval of the paired differences of the images; images of one",
         "scene are one cluster. A claim is decided if the intervals of all seeds, at least two, exclude 0 on the same side.",
@@ -124,7 +124,8 @@ def page(table: Table, results: Sequence[Result], measured: Mapping[Claim, Seque
         intervals = measured.get(claim, [])
         cells = "; ".join(f"{seed}: {interval}" for seed, interval in intervals) or "-"
         verdict = judge(claim.gain, [interval for _, interval in intervals]) if intervals else "not measured"
-        lines.append(f"| {claim.text} | `{claim.row}` - `{claim.base}` | {claim.gain:+.2f} | {cells} | {verdict} |")
+        gain = "-" if claim.gain is None else f"{claim.gain:+.2f}"
+        lines.append(f"| {claim.text} | `{claim.row}` - `{claim.base}` | {gain} | {cells} | {verdict} |")
     for picture in pictures:
         lines += ["", f"![{Path(picture).stem.replace('_', ' ')}]({picture})"]
     return "\n".join([*lines, ""])

@@ -122,7 +122,7 @@ def reproduce(
         raise UserError(f"--seeds (={seeds}) must be from 1 to 1000")
     if scale == "paper" and not test:
         raise UserError("--test DATA is missing: --scale paper trains on all of --data and needs other images to score on")
-    with_cr = [row.name for row in chosen if row.loss.get("cr", load_config(row.config).loss.cr)]
+    with_cr = [row for row in chosen if row.loss.get("cr", load_config(row.config).loss.cr)]
     inputs = Inputs(data, test, check_features(features, with_cr), load_start(weights, chosen, Path(output) / "weights"))
     # All rows with one seed come first, so that a table is complete early.
     jobs = [

@@ -57,6 +57,8 @@ SMALL = {"table2": _AECR_NET, "table3": _OTHERS, "table4": _AECR_NET}
 # The learning rate at which training continues from the weights of a network's authors.
 FINE_TUNING_RATE = 1e-4
 _PAPERS_RATE = 10
+# The settings of the loss that the small scale has too.
+_REGULARIZATION = ("cr", "positives", "negatives", "cr_negatives", "cr_after", "cr_layers", "cr_weights", "features")
 # Where the data are is not part of a run's identity: a resumed run compares the images themselves.
 _PLACES = ("data.train", "data.eval", "data.data_dir")
 
@@ -128,24 +130,26 @@ def _shrink(table: str, config: Config, loss: LossConfig, inputs: Inputs) -> Con
     return Config(
         model=model,
         data=DataConfig(train=inputs.data, holdout=small.holdout, crop=small.crop, threads=2),
-        loss=LossConfig(cr=loss.cr, positives=loss.positives, negatives=loss.negatives, features=loss.features),
+        loss=LossConfig(**{name: getattr(loss, name) for name in _REGULARIZATION}),
         optim=optim,
         run=RunConfig(log_every=50, save_every=150, eval_every=optim.steps, eval_images=25),
     )
 
 
-def check_features(file: str | None, rows: Sequence[str]) -> str:
-    """Return the features for the named rows, which are those with regularization; "" if there are none.
+def check_features(file: str | None, rows: Sequence[Row]) -> str:
+    """Return the features for these rows, which are those with regularization; "" if there are none.
 
     Raises:
-      UserError: features are needed and missing, or do not have all levels of the paper's regularization.
+      UserError: features are needed and missing, or do not have all levels that the rows compare, by default the paper's.
     """
     if not rows:
         return ""
     if file is None:
-        raise UserError(f"--features FILE is missing: {', '.join(rows)} need VGG-19, written by convert-vgg, or `random` to try things out")
-    if file != "random" and (levels := VGG19Features.load(file).levels) < (needed := len(VGG19Features.LAYERS)):
-        raise UserError(f"--features (={file}) has {levels} levels and must have the {needed} of the paper, up to relu5_1")
+        names = ", ".join(row.name for row in rows)
+        raise UserError(f"--features FILE is missing: {names} need VGG-19, written by convert-vgg, or `random` to try things out")
+    needed = max((row.loss.get("cr_layers", VGG19Features.LAYERS) for row in rows), key=len)
+    if file != "random" and (levels := VGG19Features.load(file).levels) < len(needed):
+        raise UserError(f"--features (={file}) has {levels} levels and must have the {len(needed)} up to {needed[-1]}")
     return file
 
 
