@@ -114,6 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         explanation = explain_output(error) if isinstance(error, OSError) else None
         if explanation is None and (reason := explain(error)) is not None:
             explanation = f"object storage cannot be used: {reason}"
+        if explanation is None and isinstance(error, OSError) and error.filename is not None and error.strerror:
+            explanation = f"{os.fsdecode(error.filename)} cannot be used: {error.strerror}"
         if explanation is None:
             raise
         print(complaint(explanation), file=sys.stderr)

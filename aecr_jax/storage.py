@@ -64,15 +64,14 @@ def resolve(path: Path) -> Path:
 
 
 def check_readable(path: Path) -> None:
-    """Raise UserError if an address cannot be read, for instance for lack of permission; other paths are not checked."""
-    if not is_remote(path):
-        return
+    """Raise UserError if a path or an address cannot be examined, for instance for lack of permission; it need not exist."""
     try:
         path.is_dir()
     except Exception as error:
         if not isinstance(error, OSError) and explain(error) is None:
             raise
-        raise UserError(f"{path} cannot be read: {first_line(error)}") from error
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"{path} cannot be read: {reason}") from error
 
 
 def explain(error: BaseException) -> str | None:

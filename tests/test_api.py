@@ -42,6 +42,9 @@ def test_arrays_of_each_type_come_back_as_that_type(model):
     wide = aecr_jax.dehaze(pixels.astype(np.uint16) * 257, model)
     assert wide.dtype == np.uint16
     np.testing.assert_allclose(wide / 65535, expected, atol=1e-4)
+    other_order = aecr_jax.dehaze((pixels.astype(np.uint16) * 257).astype(">u2"), model)
+    assert other_order.dtype == ">u2"
+    np.testing.assert_array_equal(other_order, wide)
     for dtype, tolerance in ((np.float32, 1e-6), (np.float64, 1e-6), (np.float16, 1e-3)):
         floats = aecr_jax.dehaze((pixels / 255).astype(dtype), model)
         assert floats.dtype == dtype
@@ -109,6 +112,18 @@ def test_strength_zero_returns_integer_images_unchanged(model, mode):
     np.testing.assert_array_equal(np.asarray(result), np.asarray(image))
 
 
+def test_pillows_less_common_modes(model):
+    """A transparent colour becomes an alpha channel, and grey with a premultiplied alpha channel comes back as grey with alpha."""
+    grey = Image.linear_gradient("L").resize((16, 16))
+    grey.info["transparency"] = 0
+    result = aecr_jax.dehaze(grey, model, strength=0)
+    assert result.mode == "LA"
+    np.testing.assert_array_equal(np.asarray(result.getchannel("A")) == 0, np.asarray(grey) == 0)
+    premultiplied = Image.merge("LA", [Image.new("L", (16, 16), 100), Image.new("L", (16, 16), 255)]).convert("La")
+    result = aecr_jax.dehaze(premultiplied, model, strength=0)
+    assert result.mode == "LA" and result.getpixel((3, 3)) == (100, 255)
+
+
 def test_models_by_path(model, tmp_path):
     aecr_jax.save_checkpoint(model, tmp_path / "m", about={"name": "tiny", "step": 7})
     loaded = aecr_jax.load_checkpoint(tmp_path / "m")
@@ -128,10 +143,13 @@ def test_wrong_images_are_value_errors(model, tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             aecr_jax.dehaze(image, model)
-    with pytest.raises(ValueError, match=r"tile \(=5\) must be 0 or at least 256"):
+    with pytest.raises(ValueError, match=r"tile \(=5\) must be 0 or an integer of at least 256"):
         aecr_jax.dehaze(np.zeros((8, 8, 3), np.uint8), model, tile=5)
-    for strength in (-0.1, 1.5, float("nan")):
-        with pytest.raises(ValueError, match=rf"strength \(={strength}\) must be from 0 to 1"):
+    for tile in (300.5, "300", float("nan")):
+        with pytest.raises(ValueError, match=rf"tile \(={tile!r}\) must be 0 or an integer of at least 256"):
+            aecr_jax.dehaze(np.zeros((8, 8, 3), np.uint8), model, tile=tile)
+    for strength in (-0.1, 1.5, float("nan"), "1"):
+        with pytest.raises(ValueError, match=rf"strength \(={strength!r}\) must be a number from 0 to 1"):
             aecr_jax.dehaze(np.zeros((8, 8, 3), np.uint8), model, strength=strength)
     with pytest.raises(FileNotFoundError, match="there is no checkpoint folder"):
         aecr_jax.load_checkpoint(tmp_path / "none")

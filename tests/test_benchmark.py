@@ -88,6 +88,9 @@ def test_twin_has_the_official_loss_and_gradient(twin):
         (lambda a, b: jax.lax.conv(a, b, (2, 2), "SAME"), [(2, 3, 8, 8), (4, 3, 3, 3)], 2 * 4 * 4 * 4 * 3 * 9),
         (lambda a, b: jax.lax.scan(lambda c, _: (c @ b, None), a, length=6)[0], [(4, 4), (4, 4)], 6 * 64),
         (jax.jit(lambda a: jax.nn.relu(a).sum()), [(9, 9)], 0),
+        (lambda a: jax.lax.cond(a.sum() > 0, lambda a: a @ a @ a, lambda a: a, a), [(4, 4)], 2 * 64),
+        (lambda a: jax.lax.cond(a.sum() > 0, lambda a: a, lambda a: a @ a @ a, a), [(4, 4)], 2 * 64),
+        (lambda a: jax.lax.platform_dependent(a, cpu=lambda a: a @ a @ a, default=lambda a: a @ a), [(4, 4)], 64),
         # Half of the rows and columns under the kernel are zeros that the dilation inserts.
         (
             lambda a, b: jax.lax.conv_general_dilated(a, b, (1, 1), ((1, 1), (1, 1)), lhs_dilation=(2, 2)),

@@ -293,10 +293,10 @@ def test_dehaze_refuses_bad_input_and_keeps_the_inputs(model_dir, tmp_path, caps
     (tmp_path / "file").write_text("")
     said = fails(capsys, "dehaze", a, "--output", tmp_path / "file", "--checkpoint", model_dir)
     assert "cannot be written" in said
-    assert "tile (=5) must be 0 or at least" in fails(capsys, "dehaze", a, "--output", tmp_path / "o", "--tile", "5")
+    assert "tile (=5) must be 0 or an integer of at least" in fails(capsys, "dehaze", a, "--output", tmp_path / "o", "--tile", "5")
     for strength in ("-0.1", "1.01", "nan"):
         said = fails(capsys, "dehaze", a, "--output", tmp_path / "o", "--strength", strength)
-        assert f"strength (={strength}) must be from 0 to 1" in said
+        assert f"strength (={strength}) must be a number from 0 to 1" in said
     said = fails(capsys, "dehaze", a, "--output", tmp_path / "o", "--strength", "half")
     assert "argument --strength: invalid float value: 'half'" in said
     assert not (tmp_path / "o").exists()

@@ -51,6 +51,21 @@ def test_a_description_that_is_no_object_is_refused(folder):
         load_checkpoint(folder)
 
 
+def test_a_step_that_is_no_integer_is_refused(folder):
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | {"about": {"step": "x"}}))
+    with pytest.raises(UserError, match=r"damaged or half written: config.json has the step 'x', which must be an integer"):
+        load_checkpoint(folder)
+
+
+def test_weights_of_a_type_that_numpy_does_not_have_are_refused(folder):
+    """By the format's description: the length of the header in 8 bytes, the header as JSON, and the bytes of the tensors."""
+    header = json.dumps({"up3.bias": {"dtype": "F8_E4M3", "shape": [3], "data_offsets": [0, 3]}}).encode()
+    (folder / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + bytes(3))
+    with pytest.raises(UserError, match="is damaged or half written: "):
+        load_checkpoint(folder)
+
+
 def test_no_flipped_bit_of_the_weights_passes(folder):
     """Flips in the header are included; a few bits there, in the padding and the format's name, do not affect the model."""
     content, expected = (folder / WEIGHTS).read_bytes(), bits(load_checkpoint(folder))
@@ -85,7 +100,7 @@ def test_no_changed_setting_passes(folder, name, value):
         load_checkpoint(folder)
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"model": 3}', '{"model": {"depth": 3}}', "", "{"])
+@pytest.mark.parametrize("text", ["[]", "[" * 100_000, "{}", '{"model": 3}', '{"model": {"depth": 3}}', "", "{"])
 def test_a_config_of_something_else_is_refused(folder, text):
     (folder / CONFIG).write_text(text)
     assert refused(folder, None)

@@ -47,6 +47,22 @@ def test_an_empty_argument_is_refused(tmp_path, capsys, monkeypatch, command, ar
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "dehaze docs/pictures/aitzgorri.jpg --output o --model ?",
+        "eval --data ?",
+        "train --config ?",
+        "convert-vgg ? --output o.safetensors",
+        "export ? --format onnx --output o",
+    ],
+)
+def test_a_path_that_the_system_refuses_is_one_line(capsys, command):
+    """A file name has at most 255 bytes on all common file systems."""
+    said = fails(capsys, *command.replace("?", "a" * 300).split())
+    assert "a" * 300 in said and "File name too long" in said
+
+
 @pytest.mark.parametrize("model", ["shipped", pytest.param("of a run", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("platform", ["cuda", "nonsense"])
 def test_a_platform_that_is_not_there_is_one_line(request, model, platform):

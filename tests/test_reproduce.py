@@ -172,6 +172,22 @@ def test_a_damaged_results_file_is_refused(tmp_path, capsys):
     assert "table2/results.csv is not a results file of reproduce" in said and not (tmp_path / "runs").exists()
 
 
+def test_a_results_file_that_is_no_text_is_refused(tmp_path, capsys):
+    """The fields of CSV files have at most 131,072 characters in Python."""
+    (tmp_path / "table2").mkdir()
+    (tmp_path / "table2/results.csv").write_text("x" * 200_000)
+    assert "table2/results.csv is not a results file of reproduce" in fails(capsys, *command(tmp_path, "--rows", "base"))
+
+
+def test_results_of_rows_that_are_no_longer_there_are_refused(tmp_path, capsys):
+    numbers = "0,20.0,0.8,11.0,0.7,20,100,100,2,1.0,small,scenes:4:32x24,scenes"
+    fields = "row,seed,psnr,ssim,input_psnr,input_ssim,images,parameters,macs,steps,minutes,scale,data,test"
+    (tmp_path / "table2").mkdir()
+    (tmp_path / "table2/results.csv").write_text(f"{fields}\nformer,{numbers}\n")
+    said = fails(capsys, *command(tmp_path, "--rows", "base"))
+    assert "table2/results.csv has rows that table2 does not have (former): choose another --output" in said
+
+
 def test_a_table_that_does_not_exist(tmp_path, capsys):
     said = fails(capsys, *command(tmp_path / "out", table="table9"))
     assert said == "aecr_jax: there is no table table9 to reproduce; there are table2, table3, table4" and not (tmp_path / "out").exists()
@@ -181,6 +197,23 @@ def test_a_rate_greater_than_the_batch(tmp_path, capsys):
     said = fails(capsys, *command(tmp_path / "out", "--rows", "1:9", "--features", "random", table="table4"))
     assert "row 1:9 of table4: loss.negatives (=9) must be at most optim.batch / optim.accumulate (=8)" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_other_haze_needs_data_without_haze(tmp_path, capsys):
+    """The first row could be trained, but not the second, which needs haze that is made on the fly."""
+    for part in ("hazy", "clear"):
+        (tmp_path / "pairs" / part).mkdir(parents=True)
+        for i in range(52):  # 50 are held out
+            Image.new("RGB", (32, 24), (i, 0, 0)).save(tmp_path / "pairs" / part / f"{i}.png")
+    options = ("--rows", "1:1,rehazed", "--features", "random", "--test", "scenes/test:5:32x24")
+    said = fails(capsys, *command(tmp_path / "out", *options, table="table4", data=str(tmp_path / "pairs")))
+    assert "row rehazed of table4: loss.cr_negatives (=rehazed) must be hazy or lagging" in said and not (tmp_path / "out").exists()
+
+
+def test_a_row_that_the_papers_recipe_does_not_allow(tmp_path, capsys):
+    options = ("--rows", "lagging", "--features", "random", "--scale", "paper", "--test", "scenes/test:5:32x24")
+    said = fails(capsys, *command(tmp_path / "out", *options, table="table4"))
+    assert "row lagging of table4 needs the moving average of the weights, so --scale (=paper) must be small" in said
 
 
 def test_features_with_too_few_levels(tmp_path, capsys):
@@ -243,6 +276,10 @@ def test_table_3_begins_with_given_weights(tmp_path, monkeypatch):
     assert main(command(tmp_path / "out", *options, table="table3")) == 0
     config = json.loads((tmp_path / "out/runs/ffa_net_seed0/config.json").read_text())
     assert config["run"]["init_from"] == str(tmp_path / "weights") and config["model"]["width"] == 8
+    # The weights may be found in another folder of that name, where a converted file has its digest as the name.
+    (tmp_path / "elsewhere").mkdir()
+    options[-1] = (tmp_path / "weights").rename(tmp_path / "elsewhere/weights")
+    assert main(command(tmp_path / "out", *options, table="table3")) == 0
     assert config["optim"]["learning_rate"] == 1e-4 and config["loss"]["cr"] == 0
 
 
@@ -251,6 +288,8 @@ def test_the_authors_file_is_converted_once(tmp_path):
     rows = find_table("table3").rows
     start, again = (settings.load_start(str(tmp_path / "authors.npz"), rows, tmp_path / "weights") for _ in range(2))
     assert start == again and start.model.NAME == "ffa_net"
+    (Path(start.path) / "config.json").unlink()  # as if the conversion had been killed
+    assert settings.load_start(str(tmp_path / "authors.npz"), rows, tmp_path / "weights") == start
     assert [str(path) for path in (tmp_path / "weights").iterdir()] == [start.path]
 
 
@@ -302,6 +341,8 @@ def test_one_scene_decides_nothing():
     assert paired_interval({"a": 2.0}, {"a": 1.0}, {"a": "a"}) == (1.0, -math.inf, math.inf)
     with pytest.raises(ValueError, match="not scored on the same images"):
         paired_interval({"a": 2.0}, {"b": 1.0}, {"a": "a", "b": "b"})
+    with pytest.raises(ValueError, match="scored on other images than those of today, such as a"):
+        paired_interval({"a": 2.0}, {"a": 1.0}, {"b": "b"})
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,21 @@ def check_samples(samples: Sequence[Sample], *, crop: tuple[int, int], batch: in
     Source(samples, least=crop)[0]
 
 
+def check_haze(samples: Sequence[Sample], *, haze_truth: bool, rehazed: int) -> None:
+    """Check that the haze of the samples is made on the fly, if `haze_truth` or `rehazed` of `train_batches` need that.
+
+    Raises:
+      UserError: it is not.
+    """
+    if any(sample.kind == "pair" for sample in samples):
+        if haze_truth:
+            raise UserError("loss.haze must be 0 for data with hazy images, whose haze is not known; it is known for data with depth")
+        if rehazed:
+            raise UserError(
+                "loss.cr_negatives (=rehazed) must be hazy or lagging for data with hazy images: their haze is not made on the fly"
+            )
+
+
 def train_batches(
     samples: Sequence[Sample],
     data: DataConfig,
@@ -178,13 +193,7 @@ def train_batches(
         than a crop.
     """
     check_samples(samples, crop=data.crop_size, batch=batch, process_count=process_count)
-    if any(sample.kind == "pair" for sample in samples):
-        if haze_truth:
-            raise UserError("loss.haze must be 0 for data with hazy images, whose haze is not known; it is known for data with depth")
-        if rehazed:
-            raise UserError(
-                "loss.cr_negatives (=rehazed) must be hazy or lagging for data with hazy images: their haze is not made on the fly"
-            )
+    check_haze(samples, haze_truth=haze_truth, rehazed=rehazed)
     source = Source(samples, least=data.crop_size, cache=data.cache)
     augment = Augment(data, haze, source=source, haze_truth=haze_truth, rehazed=rehazed)
     dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(augment)

@@ -28,7 +28,8 @@ def dehaze(image: AnyImage, model: Network | str | Path | None = None, *, tile: 
 
     Args:
       image: an array `[H, W, 3]` or `[N, H, W, 3]` of uint8, uint16, or floating point in [0, 1]; or a PIL image. The alpha channel of a
-        PIL image is kept, and a grey image is restored as RGB and converted back to grey. Colours are taken as they are, and the EXIF
+        PIL image is kept, as is a transparent colour, as an alpha channel; a grey image of 8 or 16 bits is restored as RGB and
+        converted back to grey. Colours are taken as they are, and the EXIF
         orientation is not applied: the result's `info` has the image's profile, EXIF data and resolution.
       model: a network, or a name or path that `load_checkpoint` accepts; by default the default one of the shipped models. A model that
         is given by its name or path is loaded only once.
@@ -38,8 +39,8 @@ def dehaze(image: AnyImage, model: Network | str | Path | None = None, *, tile: 
         integers are returned unchanged.
 
     Returns:
-      An image of the same kind: an array of the same shape, type and range, or a PIL image of the same mode (RGB or RGBA
-      for modes other than L, LA, RGB, RGBA and I;16).
+      An image of the same kind: an array of the same shape, type and range, or a PIL image of the mode L, LA, RGB, RGBA or
+      I;16, with an alpha channel if the image has transparency and 8 bits per channel.
 
     Raises:
       ValueError: the image has an unsupported shape, type or range, or does not fit into memory, or `tile` or `strength` is out of range.
@@ -73,6 +74,8 @@ def _dehaze_pil(image: Image.Image, restorer: Restorer, tile: int, strength: flo
     elif image.mode in ("I", "F"):
         raise ValueError(f"image has mode {image.mode}, whose range is unknown: pass an array of uint8, uint16 or floating point in [0, 1]")
     else:
+        if image.mode == "La":  # Pillow converts it only to LA
+            image = image.convert("LA")
         colours = image.convert("RGBA") if image.has_transparency_data else image
         result = Image.fromarray(_dehaze_array(np.asarray(colours.convert("RGB")), restorer, tile, strength))
         if image.has_transparency_data:
@@ -87,7 +90,7 @@ def _dehaze_pil(image: Image.Image, restorer: Restorer, tile: int, strength: flo
 
 def _to_unit(image: np.ndarray) -> np.ndarray:
     """Convert the values of an array to float32 in [0, 1]."""
-    if image.dtype in (np.uint8, np.uint16):
+    if image.dtype.newbyteorder("=") in (np.uint8, np.uint16):
         return image.astype(np.float32) / np.iinfo(image.dtype).max
     if not np.issubdtype(image.dtype, np.floating):
         raise ValueError(f"image has type {image.dtype} and must be uint8, uint16 or floating point in [0, 1]")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from aecr_jax.errors import UserError
 from aecr_jax.networks.arrays import get_arrays, replace_arrays
 from aecr_jax.networks.network import Network
 from aecr_jax.networks.tiles import Tile, looking_at
-from aecr_jax.validation import check_weight
+from aecr_jax.validation import as_int, check_weight
 
 # Neighbouring tiles overlap by this many pixels and are blended there.
 OVERLAP = 128
@@ -26,15 +27,15 @@ LEAST_TILE, USUAL_TILE = 2 * OVERLAP, 1536
 
 
 def check_tile(tile: int) -> None:
-    """Raise UserError unless `tile` is 0 (no tiles) or large enough to overlap."""
-    if tile < 0 or 0 < tile < LEAST_TILE:
-        raise UserError(f"tile (={tile}) must be 0 or at least {LEAST_TILE}")
+    """Raise UserError unless `tile` is 0 (no tiles) or an integer large enough to overlap."""
+    if (side := as_int(tile)) is None or side < 0 or 0 < side < LEAST_TILE:
+        raise UserError(f"tile (={tile!r}) must be 0 or an integer of at least {LEAST_TILE}")
 
 
 def check_strength(strength: float) -> None:
     """Raise UserError unless `strength` is a number from 0 to 1."""
-    if not 0 <= strength <= 1:
-        raise UserError(f"strength (={strength}) must be from 0 to 1")
+    if not isinstance(strength, numbers.Real) or not 0 <= strength <= 1:
+        raise UserError(f"strength (={strength!r}) must be a number from 0 to 1")
 
 
 def blend(hazy: np.ndarray, restored: np.ndarray, strength: float) -> np.ndarray:

@@ -38,7 +38,7 @@ from aecr_jax.networks.registry import (
 )
 from aecr_jax.renamed import migrate
 from aecr_jax.storage import as_path, check_readable, is_remote, resolve
-from aecr_jax.validation import check_weight
+from aecr_jax.validation import as_int, check_weight
 
 # The models that are shipped with the package, one folder for each, and the folder of the one that is used by default.
 SHIPPED = Path(__file__).parents[1] / "pretrained"
@@ -155,6 +155,11 @@ def save_checkpoint(model: Network, path: str | Path, about: dict[str, Any] | No
         config_file.write_text(text + "\n")
 
 
+def is_exported(path: str | Path) -> bool:
+    """Return whether a folder holds all files of an exported model."""
+    return all((as_path(path) / name).is_file() for name in (_WEIGHTS, _CONFIG))
+
+
 def refuse_model(path: str | Path, *, overwrite: bool = False) -> None:
     """Check that a model can be exported to a folder.
 
@@ -243,6 +248,9 @@ def _load_exported(path: Path) -> tuple[Network, dict[str, Any]]:
             raise ValueError(f"{_CONFIG} has no settings under 'model'")
         if not isinstance(about := config.get("about", {}), dict):
             raise ValueError(f"{_CONFIG} has {about!r} under 'about', which must be an object")
+        step = about.get("step")
+        if step is not None and as_int(step) is None:
+            raise ValueError(f"{_CONFIG} has the step {step!r}, which must be an integer")
         arrays = load((path / _WEIGHTS).read_bytes()) if is_remote(path) else load_file(path / _WEIGHTS)
         # Models that were exported before checksums were introduced have none.
         if config.get("sha256", expected := _sha256(arrays, config["model"])) != expected:
@@ -254,11 +262,12 @@ def _load_exported(path: Path) -> tuple[Network, dict[str, Any]]:
             raise UserError(f"model {path} cannot be used: {error}") from error
         dtype = jnp.dtype(model_config.param_dtype)
         model = build_network(model_config, {name: array.astype(dtype) for name, array in arrays.items()})
-        model.name, model.step = str(about.get("name", resolve(path).name)), about.get("step")
+        model.name, model.step = str(about.get("name", resolve(path).name)), step
         return model, config
     except UserError:
         raise
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError, SafetensorError) as error:
+        # NumPy has no type for some of safetensors (AttributeError), and JSON may be nested without end (RecursionError).
         raise UserError(f"model {path} is damaged or half written: {first_line(error)}") from error
 
 

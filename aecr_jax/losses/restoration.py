@@ -114,6 +114,7 @@ def _differentiate(function: Callable[[Array], tuple[Array, Any]], x: Array) -> 
     """Return a function's value, its gradient, and its second result.
 
     The value has this gradient in `x`, so that whoever differentiates it does not differentiate the function a second time.
+    A second derivative of it is 0, because the gradient is a constant.
     """
     (value, rest), gradient = jax.value_and_grad(function, has_aux=True)(lax.stop_gradient(x))
     return _attach_gradient(x, value, gradient), gradient, rest

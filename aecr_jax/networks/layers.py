@@ -123,12 +123,12 @@ class FastDeconv(nnx.Module):
 
     EPSILON, NEWTON_SCHULZ_STEPS, MOMENTUM, SAMPLING_STRIDE = 1e-5, 5, 0.1, 3
 
-    def __init__(self, features: int = 3, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs):
-        size = 9 * features
+    def __init__(self, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs):
+        size = 27
         init = uniform_within(size)
         self.dtype = dtype
-        self.kernel = nnx.Param(init(rngs.params(), (3, 3, features, features), param_dtype))
-        self.bias = nnx.Param(init(rngs.params(), (features,), param_dtype))
+        self.kernel = nnx.Param(init(rngs.params(), (3, 3, 3, 3), param_dtype))
+        self.bias = nnx.Param(init(rngs.params(), (3,), param_dtype))
         self.running_mean = nnx.BatchStat(jnp.zeros(size, param_dtype))
         self.running_deconv = nnx.BatchStat(jnp.eye(size, dtype=param_dtype))
         self.use_running_average = False

@@ -18,6 +18,7 @@ from aecr_jax.networks.registry import abstract_network
 def count_macs(jaxpr: Any) -> int:
     """Count the multiply-adds of the matrix products and convolutions of a jaxpr, including those in its loops and calls.
 
+    Of the branches of a condition, the one with the most counts, and the body of a loop whose length is not known counts once.
     Operations that have no effect and whose results are not used do not count, because XLA removes them.
     """
     total = 0
@@ -35,11 +36,11 @@ def count_macs(jaxpr: Any) -> int:
             # The zeros that dilation inserts between the inputs are not counted, because an efficient program skips them.
             total += equation.outvars[0].aval.size * math.prod(kernel) // kernel[spec[0]] // math.prod(equation.params["lhs_dilation"])
         times = equation.params["length"] if name == "scan" else 1
-        inner = list(jaxprs_in_params(equation.params))
+        inner = [count_macs(jaxpr) for jaxpr in jaxprs_in_params(equation.params)]
         if name == "cond":
             # The branches are alternatives. `lax.platform_dependent` has the usual form last, for all platforms without one of their own.
-            inner = inner[-1:]
-        total += times * sum(count_macs(jaxpr) for jaxpr in inner)
+            inner = inner[-1:] if equation.params.get("branches_platforms") else [max(inner)]
+        total += times * sum(inner)
     return total
 
 

@@ -37,10 +37,12 @@ def paired_interval(scores: Mapping[str, float], base: Mapping[str, float], scen
       The interval; it is infinite if there are fewer than two scenes.
 
     Raises:
-      ValueError: the two rows were not scored on the same images.
+      ValueError: the two rows were not scored on the same images, or on images without a scene.
     """
     if scores.keys() != base.keys() or not scores:
         raise ValueError("the rows were not scored on the same images")
+    if other := sorted(scores.keys() - scenes.keys()):
+        raise ValueError(f"they were scored on other images than those of today, such as {other[0]}")
     differences = {image: score - base[image] for image, score in scores.items()}
     count = len(differences)
     mean = math.fsum(differences.values()) / count

@@ -56,7 +56,7 @@ def read_results(path: Path) -> list[Result]:
             return [Result(**{name: kind(line[name]) for name, kind in kinds.items()}) for line in csv.DictReader(file)]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise UserError(
             f"{path} is not a results file of reproduce ({first_line(error)}): move it away or choose another --output"
         ) from error
@@ -82,7 +82,7 @@ def read_scores(folder: Path) -> dict[str, float]:
     try:
         with open(path, newline="", encoding="utf-8") as file:
             return {line["image"]: float(line["psnr"]) for line in csv.DictReader(file)}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read ({first_line(error)}): remove its row from results.csv to score it again") from error
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from aecr_jax.data.images import read_image, unique_names, write_image
+from aecr_jax.data.pipeline import check_haze
 from aecr_jax.data.reader import eval_images
 from aecr_jax.data.samples import Sample
 from aecr_jax.data.sources import open_samples, split_samples
@@ -118,10 +119,15 @@ def reproduce(
     results = read_results(out.results)
     table = find_table(name, r=largest_rate(scale), rows=[*rows, *(result.row for result in results)])
     chosen = choose_rows(table, rows)
+    if unknown := {result.row for result in results} - {row.name for row in table.rows}:
+        raise UserError(f"{out.results} has rows that {name} does not have ({', '.join(sorted(unknown))}): choose another --output")
     if not 1 <= seeds <= 1000:
         raise UserError(f"--seeds (={seeds}) must be from 1 to 1000")
     if scale == "paper" and not test:
         raise UserError("--test DATA is missing: --scale paper trains on all of --data and needs other images to score on")
+    for row in chosen:
+        if scale == "paper" and row.loss.get("cr_negatives") == "lagging":
+            raise UserError(f"row {row.name} of {name} needs the moving average of the weights, so --scale (=paper) must be small")
     with_cr = [row for row in chosen if row.loss.get("cr", load_config(row.config).loss.cr)]
     inputs = Inputs(data, test, check_features(features, with_cr), load_start(weights, chosen, Path(output) / "weights"))
     # All rows with one seed come first, so that a table is complete early.
@@ -131,6 +137,12 @@ def reproduce(
         for row in chosen
     ]
     images = _open_test(jobs[0].config, test)
+    training = split_samples(jobs[0].config.data).train
+    for job in jobs:  # each row's training would say so too, but after the rows before it
+        try:
+            check_haze(training, haze_truth=bool(job.config.loss.haze), rehazed=job.config.loss.rehazed)
+        except UserError as error:
+            raise UserError(f"row {job.row.name} of {name}: {error}") from error
     here = f"scale {scale}, data {data}, {len(images.samples)} images of {images.name}"
     for result in results:
         there = f"scale {result.scale}, data {result.data}, {result.images} images of {result.test}"

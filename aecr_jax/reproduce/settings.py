@@ -12,11 +12,11 @@ from typing import Literal
 
 from aecr_jax.convert.networks import convert
 from aecr_jax.errors import UserError, first_line
-from aecr_jax.inference.weights import has_checkpoint, load_checkpoint
+from aecr_jax.inference.weights import has_checkpoint, is_exported, load_checkpoint
 from aecr_jax.losses.vgg import VGG19Features
 from aecr_jax.networks.aecr_net import AECRNetConfig
 from aecr_jax.networks.network import NetworkConfig
-from aecr_jax.reproduce.tables import Row
+from aecr_jax.reproduce.tables import PAPERS_RATE, Row
 from aecr_jax.training.checkpoint import changed_settings
 from aecr_jax.training.config import Config, DataConfig, LossConfig, OptimConfig, RunConfig, load_config
 from aecr_jax.training.runlog import CONFIG
@@ -56,7 +56,6 @@ _OTHERS = Small(OptimConfig(steps=700, batch=4, warmup=20, clip_norm=1))
 SMALL = {"table2": _AECR_NET, "table3": _OTHERS, "table4": _AECR_NET}
 # The learning rate at which training continues from the weights of a network's authors.
 FINE_TUNING_RATE = 1e-4
-_PAPERS_RATE = 10
 # The settings of the loss that the small scale has too.
 _REGULARIZATION = ("cr", "positives", "negatives", "cr_negatives", "cr_after", "cr_layers", "cr_weights", "features")
 # Where the data are is not part of a run's identity: a resumed run compares the images themselves.
@@ -86,7 +85,7 @@ class Inputs:
 
 def largest_rate(scale: Scale) -> int:
     """Return r of Table 4: 10 in the paper, the batch at the small scale."""
-    return SMALL["table4"].optim.batch if scale == "small" else _PAPERS_RATE
+    return SMALL["table4"].optim.batch if scale == "small" else PAPERS_RATE
 
 
 def row_config(table: str, row: Row, scale: Scale, inputs: Inputs, *, seed: int, workdir: Path) -> Config:
@@ -166,7 +165,7 @@ def load_start(weights: str | None, rows: Sequence[Row], folder: Path) -> Start 
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         path = folder / digest[:12]
-        if not path.is_dir():
+        if not is_exported(path):  # or only a part of it, if the conversion was interrupted
             convert(weights, path, overwrite=True)
     model = load_checkpoint(path).config
     networks = {row.name: load_config(row.config).model.NAME for row in rows}
@@ -189,7 +188,11 @@ def check_run(config: Config) -> None:
     if not has_checkpoint(workdir) or not (workdir / CONFIG).is_file():
         return
     try:
-        changes = changed_settings(json.loads((workdir / CONFIG).read_text()), config)
+        written = json.loads((workdir / CONFIG).read_text())
+        begun = written["run"]["init_from"]
+        if begun and Path(begun).name == Path(config.run.init_from).name:  # the same weights, in an output folder that was moved
+            config = dataclasses.replace(config, run=dataclasses.replace(config.run, init_from=begun))
+        changes = changed_settings(written, config)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{workdir / CONFIG} is damaged: {first_line(error)}; move {workdir} away to start the row again") from error
     if changes := [change for change in changes if not change.startswith(_PLACES)]:

@@ -111,13 +111,13 @@ _TABLE3 = Table(
 )
 
 # The paper's scores by numbers of positives and negatives, where 10 is its r.
-_RATES: dict[tuple[int, int], tuple[float, float]] = {
+_RATES: dict[tuple[int, ...], tuple[float, float]] = {
     (1, 1): (37.17, 0.9901),
     (1, 10): (37.41, 0.9906),
     (10, 1): (35.61, 0.9862),
     (10, 10): (35.65, 0.9861),
 }
-_PAPERS_R = 10
+PAPERS_RATE = 10
 
 # Rows that the paper does not have, each with its claim. They are run only if they are named. Before step 300, a lagging average equals the
 # network too closely to be a negative.
@@ -143,7 +143,8 @@ _MORE: dict[str, list[tuple[Row, Claim]]] = {
 
 
 def _rate(positives: int, negatives: int, r: int) -> Row:
-    psnr, ssim = _RATES.get((_PAPERS_R if positives == r else positives, _PAPERS_R if negatives == r else negatives), (None, None))
+    rate = tuple(PAPERS_RATE if number == r else number for number in (positives, negatives))
+    psnr, ssim = _RATES.get(rate, (None, None))
     folder = "cr" if positives == negatives == 1 else f"rate_{positives}_{negatives}"
     loss = {"positives": positives, "negatives": negatives}
     return Row(f"{positives}:{negatives}", "configs/its.py", psnr, ssim, loss, folder)
@@ -159,7 +160,7 @@ def _table4(r: int, more: Sequence[str]) -> Table:
     return Table("table4", "Table 4: rates of positives to negatives", rows, claims)
 
 
-def find_table(name: str, *, r: int = _PAPERS_R, rows: Sequence[str] = ()) -> Table:
+def find_table(name: str, *, r: int = PAPERS_RATE, rows: Sequence[str] = ()) -> Table:
     """Return a table of the paper.
 
     Args:
