@@ -66,6 +66,15 @@ def test_weights_of_a_type_that_numpy_does_not_have_are_refused(folder):
         load_checkpoint(folder)
 
 
+def test_a_model_in_float64_needs_jaxs_setting(folder):
+    """Without it, JAX would silently compute in float32."""
+    config = json.loads((folder / CONFIG).read_text())
+    config["model"]["param_dtype"] = "float64"
+    (folder / CONFIG).write_text(json.dumps({name: value for name, value in config.items() if name != "sha256"}))
+    with pytest.raises(UserError, match=r"cannot be used: it has the type float64, for which JAX_ENABLE_X64=1 must be set"):
+        load_checkpoint(folder)
+
+
 def test_no_flipped_bit_of_the_weights_passes(folder):
     """Flips in the header are included; a few bits there, in the padding and the format's name, do not affect the model."""
     content, expected = (folder / WEIGHTS).read_bytes(), bits(load_checkpoint(folder))

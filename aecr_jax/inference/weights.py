@@ -256,6 +256,8 @@ def _load_exported(path: Path) -> tuple[Network, dict[str, Any]]:
         if config.get("sha256", expected := _sha256(arrays, config["model"])) != expected:
             raise ValueError("its weights or settings differ from what was written")
         model_config = config_from_dict(config["model"])
+        if "float64" in (model_config.dtype, model_config.param_dtype) and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+            raise UserError(f"model {path} cannot be used: it has the type float64, for which JAX_ENABLE_X64=1 must be set")
         try:
             _check_arrays(arrays)
         except ValueError as error:
