@@ -271,6 +271,7 @@ def _prepare_data(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _check_data(options: argparse.Namespace, rest: list[str]) -> int:
     from aecr_jax.data.check import check_data, draw_sheet
+    from aecr_jax.data.images import check_picture_name
     from aecr_jax.data.sources import open_samples, split_samples
     from aecr_jax.files import refuse_existing
     from aecr_jax.training.config import load_config
@@ -281,6 +282,7 @@ def _check_data(options: argparse.Namespace, rest: list[str]) -> int:
         raise UserError("--test and --data-dir must be used with --data; with --config, use --data.eval and --data.data_dir")
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit (={options.limit}) must be at least 1")
+    check_picture_name(options.output)
     refuse_existing(options.output, overwrite=options.overwrite)
     problems: list[str] = []
     if options.config:

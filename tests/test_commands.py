@@ -15,8 +15,10 @@ from aecr_jax import load_checkpoint
 from aecr_jax.__main__ import main
 from aecr_jax.data.images import read_image
 from aecr_jax.data.samples import Pair
+from aecr_jax.errors import UserError
 from aecr_jax.inference.weights import DEFAULT_MODEL, load_with_info
 from aecr_jax.networks.arrays import get_arrays
+from aecr_jax.training import trainer
 
 
 def fails(capsys, *arguments):
@@ -178,8 +180,16 @@ def test_a_damaged_training_image_stops_the_run_and_loses_no_step(config_file, t
     monkeypatch.undo()
     assert [p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()] == ["2"]
     damaged.write_bytes(whole)
+
+    def fail(*arguments):
+        raise UserError("the image does not fit into memory")
+
+    monkeypatch.setattr(trainer._Run, "_score", fail)
+    said = fails(capsys, *arguments)
+    assert "the image does not fit into memory; the state after step 4 is saved in" in said
+    monkeypatch.undo()
     assert main(arguments) == 0
-    assert "continuing from step 2" in capsys.readouterr().out
+    assert "continuing from step 4" in capsys.readouterr().out
     load_checkpoint(workdir)
 
 
@@ -244,6 +254,9 @@ def test_eval_refuses_bad_input(model_dir, tmp_path, capsys):
         picture(tmp_path / "set" / side / "1.png")
     said = fails(capsys, "eval", "--checkpoint", model_dir, "--data", tmp_path / "set", "--output", tmp_path / "set", "--save-images")
     assert "would be overwritten" in said
+    picture(tmp_path / "mine" / "restored" / "1.png")
+    said = fails(capsys, "eval", "--checkpoint", model_dir, "--data", "scenes", "--output", tmp_path / "mine", "--save-images")
+    assert f"{tmp_path}/mine/restored contains files that eval has not written: choose another --output" in said
     assert "--save-images needs --output" in fails(capsys, "eval", "--data", "scenes", "--save-images")
 
 

@@ -6,6 +6,7 @@ from PIL import Image
 
 from aecr_jax.__main__ import main
 from aecr_jax.data.images import read_image
+from aecr_jax.errors import UserError
 from aecr_jax.inference.compare import compare
 from aecr_jax.metrics import psnr, ssim
 
@@ -43,6 +44,8 @@ def test_a_sheet_has_a_row_for_each_image_and_a_column_for_each_model(pictures, 
 
 def test_without_clear_images_there_are_no_scores(pictures, model_dir, tmp_path):
     assert compare([pictures / "hazy" / "1400_1.png"], [model_dir], tmp_path / "sheet.png", width=20) == ""
+    with pytest.raises(UserError, match=r"sheet.psd must end in one of \.png, "):
+        compare([pictures / "hazy" / "1400_1.png"], ["none"], tmp_path / "sheet.psd")
     assert Image.open(tmp_path / "sheet.png").size == (2 * 20 + 3 * GAP, LINE + 12 + 2 * GAP)  # reduced to half
 
 

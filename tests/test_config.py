@@ -130,6 +130,10 @@ def test_features_that_do_not_fit_are_refused(tmp_path):
             ["--loss.cr_layers", "relu5_4", "--loss.cr_weights", "1", "--loss.cr_network", "vgg16"],
             r"^loss.cr_layers: layer relu5_4 is not one",
         ),
+        (
+            ["--loss.features", "random", "--data.crop_width", "8"],
+            r"^data.crop_width \(=8\) must be at least 16 for the features of relu1_1",
+        ),
         (["--loss.features", "random", "--data.crop", "15"], r"data.crop \(=15\) must be at least 16 for the features of relu1_1, relu2_1"),
     ]:
         with pytest.raises(UserError, match=message) as error:
@@ -235,6 +239,10 @@ def test_bad_config_files(tmp_path):
     (tmp_path / "empty.py").write_text("x = 1\n")
     with pytest.raises(UserError, match=r"must set `config = Config\(...\)`, not NoneType"):
         load_config(tmp_path / "empty.py")
+    for value in ("[Config()]", "{1: Config()}"):
+        (tmp_path / "list.py").write_text(f"from aecr_jax.training.config import *\nconfigs = {value}\n")
+        with pytest.raises(UserError, match="must set `configs` to a dict of names and configs"):
+            load_config(f"{tmp_path}/list.py:first")
     (tmp_path / "typo.py").write_text("from aecr_jax.training.config import *\nconfig = Config(optim=OptimConfig(stesp=3))\n")
     with pytest.raises(UserError, match=r"unknown setting optim.stesp; nearest: --optim\.steps"):
         load_config(tmp_path / "typo.py")

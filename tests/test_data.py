@@ -174,6 +174,23 @@ def test_write_image_rounds_and_reports(tmp_path):
         write_image(tmp_path / "file" / "a.png", np.zeros((2, 2, 3)))
 
 
+def test_write_image_refuses_what_the_format_cannot_hold(tmp_path):
+    """Pillow reads PSD and writes none, and a side of a WebP picture has at most 16,383 pixels."""
+    for name in ("a.psd", "a.txt", "a"):
+        with pytest.raises(UserError, match=f"{name} must end in one of .png, .jpg, .jpeg, .webp, .tif, .tiff"):
+            write_image(tmp_path / name, np.zeros((2, 2, 3)))
+    with pytest.raises(UserError, match=r"a.webp was not written: .*limit"):
+        write_image(tmp_path / "a.webp", np.zeros((1, 16_384, 3)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_grey_pfm_file_has_floating_point_values(tmp_path):
+    """Pillow names the format PPM, as for files of integers."""
+    values = np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)
+    Image.fromarray(values).save(tmp_path / "a.pfm")
+    np.testing.assert_allclose(read_image(tmp_path / "a.pfm"), np.repeat(values[..., None], 3, -1), atol=1e-6)
+
+
 def test_panel_has_white_gaps():
     image = panel([[np.zeros((2, 3, 3))] * 2] * 2, gap=1)
     assert image.shape == (5, 7, 3) and image[2].min() == 1 and image[:, 3].min() == 1 and image[0, 0].max() == 0

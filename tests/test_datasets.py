@@ -149,6 +149,8 @@ def test_what_is_missing_is_named(tmp_path, capsys):
     assert "there is no folder" in fails(capsys, "prepare-data", "nh_haze", "--source", tmp_path / "no", "--data-dir", tmp_path / "b")
     assert "there is no data set 'reside/x'; choose one of reside/its" in fails(capsys, "prepare-data", "reside/x", "--source", tmp_path)
     assert "prepare-data reside/its --source FOLDER" in fails(capsys, "eval", "--data", "reside/its", "--data-dir", tmp_path / "b")
+    said = fails(capsys, "prepare-data", "nh_haze", "--source", tmp_path, "--data-dir", "gs://bucket/built")
+    assert "--data-dir (=gs://bucket/built) must be on this machine" in said
     make(tmp_path, LAYOUTS["nh-haze"][1])
     prepare("nh_haze", tmp_path, tmp_path / "b")
     assert "has already been prepared" in fails(capsys, "prepare-data", "nh_haze", "--source", tmp_path, "--data-dir", tmp_path / "b")

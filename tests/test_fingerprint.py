@@ -11,6 +11,7 @@ from aecr_jax.__main__ import main
 from aecr_jax.data import fingerprint
 from aecr_jax.data.builders import open_dataset, prepare
 from aecr_jax.data.folders import find_dataset
+from aecr_jax.errors import UserError
 
 
 @pytest.fixture
@@ -73,6 +74,19 @@ def test_a_built_data_set_counts_by_its_record_files(tmp_path):
     data[-1] ^= 1
     shard.write_bytes(data)
     assert str(fingerprint.fingerprint(open_dataset("nh_haze", tmp_path / "built")[0])) != before
+
+
+def test_another_clear_image_of_a_hazy_one_is_noticed(tmp_path):
+    """Both hazy images have the clear image 1 first, and then the second has one of its own, by the rules for names."""
+    picture(tmp_path / "hazy" / "1_1.png"), picture(tmp_path / "hazy" / "1_2.png", seed=1), picture(tmp_path / "clear" / "1.png", seed=2)
+    samples = find_dataset(tmp_path)
+    saved = fingerprint.fingerprint(samples)
+    (tmp_path / "w").mkdir()
+    saved.write(tmp_path / "w")
+    picture(tmp_path / "clear" / "1_2.png", seed=3)
+    samples = find_dataset(tmp_path)
+    with pytest.raises(UserError, match="but the data are now 2 images"):
+        fingerprint.check_same_data(str(saved), fingerprint.fingerprint(samples), samples, tmp_path / "w")
 
 
 def test_a_run_does_not_go_on_with_replaced_images(pairs, config_file, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -273,6 +274,10 @@ def test_what_cannot_be_pushed_is_refused(hub, model_dir, capsys, monkeypatch, t
     assert "is not a summary.json of eval" in fails(capsys, "push", model_dir, "a/b", *mit, "--scores", "x=wrong.json")
     assert "front matter is invalid" in fails(capsys, "push", model_dir, "a/b", *mit, "--datasets", "NYU Depth v2")
     assert "there is no checkpoint folder" in fails(capsys, "push", "none", "a/b", *mit)
+    model = shutil.copytree(model_dir, tmp_path / "model")
+    for scores in ("", " [1]", " {sots_indoor: {psnr: 30}}"):
+        (model / "README.md").write_text(f"---\nlicense: mit\nscores:{scores}\n---\n\n# A card\n")
+        assert "README.md has scores that are not those of a shipped model's card" in fails(capsys, "push", model, "a/b")
     assert not hub.requests
     logged_out(monkeypatch)
     assert "log in with `hf auth login` and a token that may access a/b" in fails(capsys, "push", model_dir, "a/b", *mit)

@@ -106,3 +106,6 @@ def test_regularization_belongs_to_the_restoration_loss():
     config = small_config("dehaze_net", loss=LossConfig(kind="transmission", cr=0.1))
     with pytest.raises(UserError, match=r"loss.cr \(=0.1\) must be 0 if loss.kind is transmission"):
         config.validate()
+    config = small_config("dehaze_net", loss=LossConfig(kind="transmission", cr=0, perceptual=0.04))
+    with pytest.raises(UserError, match=r"loss.perceptual \(=0.04\) must be 0 if loss.kind is transmission"):
+        config.validate()

@@ -247,6 +247,12 @@ def test_another_network_does_not_continue_a_run(run, config_file, capsys):
     assert (run / "config.json").read_text() == before
 
 
+def test_weight_decay_does_not_begin_in_the_middle_of_a_run(run, config_file, capsys):
+    """The state of the optimizer would have another structure, for which the checkpoints were taken for damaged."""
+    said = fails(capsys, "train", "--config", config_file, "--run.workdir", run, "--optim.weight_decay", "0.1")
+    assert "holds another run: optim.weight_decay is 0.0 there and 0.1 here, of which one is 0; choose another run.workdir" in said
+
+
 def test_a_complete_run_only_evaluates(run, config_file, capsys):
     assert main(["train", "--config", config_file, "--run.workdir", str(run), "--optim.clip_norm", "1", "--optim.offset_rate", "0.5"]) == 0
     assert "continuing from step 4" in (said := capsys.readouterr().out) and "done: step 4" in said

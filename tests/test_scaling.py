@@ -26,6 +26,8 @@ def test_predicted_seconds():
     compute, communicate = step_seconds(CHIPS["TPU v5e"], 16, 197e9, {"all-reduce": [999_000, 1000], "all-gather": [10**9]}, 0.5)
     assert compute == pytest.approx(2e-3)
     assert communicate == pytest.approx(1e-5 * 15 / 16 + 16e-6)
+    # A torus of 16x16x8 chips: 8 + 8 + 4 hops of 1 us there, and as many back.
+    assert step_seconds(CHIPS["TPU v5p"], 2048, 1, {"all-reduce": [0]}, 0.5)[1] == pytest.approx(40e-6)
 
 
 @pytest.mark.slow

@@ -223,6 +223,16 @@ def test_high_dynamic_range_is_refused(run, tmp_path, capsys):
 
 
 @needs_av
+def test_sound_that_ffmpeg_does_not_know_is_left_out(run, tmp_path, capsys):
+    """In Matroska, the codec is named by a string; a name that is no codec's has no decoder."""
+    source = write_clip(tmp_path / "a.mkv", [flat(48, 64)] * 5, sound="flac")
+    source.write_bytes(source.read_bytes().replace(b"A_FLAC", b"A_XLAC"))
+    assert run(source, "--output", tmp_path / "o.mkv") == 0
+    assert f"not copied from {source}: 1 audio stream(s)" in capsys.readouterr().out
+    assert read_clip(tmp_path / "o.mkv")[1]["sound"] == []
+
+
+@needs_av
 def test_sound_that_the_container_cannot_hold(run, tmp_path, capsys):
     source = write_clip(tmp_path / "a.mkv", [flat(48, 64)] * 50, sound="pcm_u8")
     assert "cannot hold the sound" in fails(capsys, "dehaze", source, "--output", tmp_path / "b.mp4")

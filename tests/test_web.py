@@ -6,6 +6,8 @@ Expected pixels are those of the networks in JAX and of `blend_tiles`. The slow 
 import json
 import re
 import shutil
+import socket
+import struct
 import subprocess
 import threading
 import urllib.error
@@ -193,6 +195,7 @@ def test_options_that_have_no_meaning_together_are_refused(capsys):
 
 def test_the_server(capsys):
     site = {"index.html": b"page", "runtime/a.mjs": b"code", "runtime/b.wasm": b"binary", "models/m.onnx": b"model"}
+    site["runtime/large.wasm"] = bytes(50_000_000)
     with make_server(site, 0) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         host, port = server.server_address
@@ -209,6 +212,10 @@ def test_the_server(capsys):
             found.value.close()
         with pytest.raises(UserError, match=rf"--port \(={port}\) cannot be used: .*; choose another, or 0 for a free one"):
             make_server(site, port)
+        with socket.create_connection((host, port)) as browser:  # that closes the page while a file is on its way
+            browser.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close at once, by a reset
+            browser.sendall(b"GET /runtime/large.wasm HTTP/1.1\r\nHost: a\r\n\r\n")
+            browser.recv(1)
         server.shutdown()
     with pytest.raises(UserError, match=r"--port \(=70000\) cannot be used"):
         make_server(site, 70_000)

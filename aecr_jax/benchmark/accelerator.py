@@ -8,7 +8,6 @@ of the parts before. On a CPU, the parts run with tiny shapes, as a trial of the
 from __future__ import annotations
 
 import gc
-import json
 import os
 import subprocess
 import tempfile
@@ -34,13 +33,13 @@ from aecr_jax.benchmark.speed import (
     take_turns,
     torch_row,
     without_cache,
+    write_json,
 )
 from aecr_jax.benchmark.work import Prepared, Work, prepare
 from aecr_jax.data.images import write_image
 from aecr_jax.data.scenes import render_scene
 from aecr_jax.data.sources import DataConfig, open_samples
 from aecr_jax.errors import UserError, first_line
-from aecr_jax.files import replacing
 from aecr_jax.ops.deform_conv import has_kernels
 from aecr_jax.training.config import Config, OptimConfig
 from aecr_jax.training.flops import device_peak, matmul_peak
@@ -157,18 +156,13 @@ def benchmark_accelerator(
             reasons = [f"  {key}: {result[key]}" for key in ("skipped", "unfinished", "error") if key in result]
             print("\n".join([*reasons, f"  {result['seconds']:.1f} s"]), flush=True)
             good &= "error" not in result and all(row.get("ok", row.get("fits") is not True) for row in result.get("rows", []))
-            _write(output, figures)
+            write_json(output, figures)
     print(f"figures: {output}")
     return figures, good
 
 
 def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
-
-
-def _write(output: Path, figures: dict[str, Any]) -> None:
-    with replacing(output) as partial:
-        partial.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def _device(bench: _Bench, result: dict[str, Any]) -> None:

@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from aecr_jax.benchmark.speed import write_json
+from aecr_jax.benchmark.speed import check_writable, write_json
 from aecr_jax.data.haze import haze_for
 from aecr_jax.data.images import to_float
 from aecr_jax.data.outdoor import Window, draw_depth
 from aecr_jax.data.pipeline import Augment, cache_bytes, train_batches
 from aecr_jax.data.reader import Source
 from aecr_jax.data.samples import Sample
-from aecr_jax.files import make_folder
 from aecr_jax.training.config import Config
 
 
@@ -49,6 +48,8 @@ def benchmark_data(
     Raises:
       UserError: a file cannot be read, or the output cannot be written.
     """
+    if output is not None:
+        check_writable(output)
     (height, width), batch = config.data.crop_size, config.optim.batch
     stages = _measure_stages(samples, config, seconds)
     print(f"one thread, crops of {width}x{height}, batches of {batch}; {len(samples)} images, {os.cpu_count()} CPU cores")
@@ -77,7 +78,6 @@ def benchmark_data(
         "pipelines": pipelines,
     }
     if output is not None:
-        make_folder(Path(output).parent)
         write_json(output, figures)
     return figures
 

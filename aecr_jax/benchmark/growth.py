@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from aecr_jax.benchmark.speed import (
     write_json,
 )
 from aecr_jax.benchmark.work import Work, prepare
+from aecr_jax.compilation import available_memory
 from aecr_jax.errors import UserError
 
 _BATCH_SIZE = 128
@@ -112,14 +112,7 @@ def _available() -> int | None:
     stats = jax.devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
-    memory = Path("/proc/meminfo")
-    if not memory.exists():
-        return None
-    free = next(1024 * int(line.split()[1]) for line in memory.read_text().splitlines() if line.startswith("MemAvailable:"))
-    group = Path("/sys/fs/cgroup")  # the memory limit of a container, if there is one
-    with contextlib.suppress(OSError, ValueError):
-        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    return free
+    return available_memory() if jax.default_backend() == "cpu" else None
 
 
 def _import_pyplot() -> Any:

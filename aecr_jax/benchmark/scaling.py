@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aecr_jax.benchmark.speed import write_json
 from aecr_jax.errors import UserError
-from aecr_jax.files import replacing
 
 _KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
@@ -94,7 +94,7 @@ def step_seconds(chip: Chip, devices: int, flops: float, sent: dict[str, list[in
 
     Args:
       chip: the chip.
-      devices: number of chips, in a torus whose sides are as equal as powers of two can be.
+      devices: number of chips, a power of two, in a torus whose sides are powers of two as equal as can be.
       flops: floating-point operations of one device in a step.
       sent: the collectives.
       utilization: the share of the peak that the computation reaches.
@@ -102,8 +102,9 @@ def step_seconds(chip: Chip, devices: int, flops: float, sent: dict[str, list[in
     Returns:
       Seconds of computation, and seconds of communication.
     """
-    side = math.ceil(devices ** (1 / chip.axes))
-    hops = 2 * chip.axes * (side // 2)
+    doublings = int(math.log2(devices))
+    sides = [2 ** (doublings // chip.axes + (axis < doublings % chip.axes)) for axis in range(chip.axes)]
+    hops = 2 * sum(side // 2 for side in sides)
     reduced = sent.get("all-reduce", [])
     transfer = 2 * sum(reduced) / (chip.gbits * 1e9 / 8) * (devices - 1) / devices
     return flops / (chip.tflops * 1e12 * utilization), transfer + len(reduced) * hops * _HOP_S
@@ -145,8 +146,7 @@ def benchmark_scaling(
                     f" {count * images / (compute + communicate):.0f} images/s, {100 * share:.0f}% of linear"
                 )
     figures = {"programs": programs, "utilization": utilization, "predicted": rows}
-    with replacing(output) as partial:
-        partial.write_text(json.dumps(figures, indent=2) + "\n")
+    write_json(output, figures)
     return figures
 
 

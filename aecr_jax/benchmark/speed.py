@@ -20,7 +20,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from aecr_jax.benchmark.opponent import TURN_S, Opponent, check_opponent, count_cores, fastest
 from aecr_jax.benchmark.work import Prepared, Work, prepare
 from aecr_jax.errors import UserError
-from aecr_jax.files import make_folder
+from aecr_jax.files import make_folder, replacing
 from aecr_jax.training.flops import matmul_peak
 
 # PyTorch's threads keep spinning for a while after their work, which would slow down the next run.
@@ -232,8 +232,6 @@ def check_writable(path: str | Path) -> None:
 
 
 def write_json(path: str | Path, figures: dict[str, Any]) -> None:
-    """Write a JSON file; raise UserError if that fails."""
-    try:
-        Path(path).write_text(json.dumps(figures, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    """Write a JSON file completely or not at all; raise UserError if that fails."""
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(figures, indent=2) + "\n")

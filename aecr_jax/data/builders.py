@@ -27,6 +27,7 @@ from aecr_jax.data.layouts import DATASETS, Layout, Part, find_layout, missing_i
 from aecr_jax.data.samples import Sample, fit_clear
 from aecr_jax.errors import UserError, first_line
 from aecr_jax.files import make_folder
+from aecr_jax.storage import has_scheme
 
 _RTTS_CLASSES = ["bicycle", "bus", "car", "motorbike", "person"]
 # The name that tensorflow-datasets gives the folder of a build until the build is complete.
@@ -213,6 +214,8 @@ def prepare(name: str, source: str | Path, data_dir: str | Path | None = None, s
       UserError: the name is unknown, the data set is not in `source` or has been built already, an image is damaged, or the folder cannot
         be written. Nothing that was written remains.
     """
+    if has_scheme(str(data_dir or "")):
+        raise UserError(f"--data-dir (={data_dir}) must be on this machine")
     folder = _folder(name, data_dir)
     if folder.exists():
         raise UserError(f"{name} has already been prepared in {folder}: delete that folder to prepare it again")

@@ -72,7 +72,7 @@ def decode(file: BinaryIO, name: str) -> Picture:
     values = np.asarray(upright)[..., None]
     if "I;12" in layout:
         values = values / np.float32(4095)
-    elif format == "PPM":  # Pillow scales the file's own range to 16 bits, stored in 32
+    elif format == "PPM" and upright.mode != "F":  # Pillow scales the file's own range to 16 bits, stored in 32
         values = values.astype(np.uint16)
     return Picture(_as_srgb(values, profile, name), None, exif)
 

@@ -13,12 +13,10 @@ from PIL import Image
 
 from aecr_jax.data import exif as exif_data
 from aecr_jax.data.decode import Picture, srgb_profile
-from aecr_jax.data.images import to_float
+from aecr_jax.data.images import FORMATS, to_float
 from aecr_jax.errors import UserError
 from aecr_jax.files import replacing
 
-# Pillow's names of the formats, by the extensions of file names that `--format` takes.
-FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP", "tif": "TIFF", "tiff": "TIFF"}
 _LONGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}  # of libjpeg and of the WebP format
 _LONGEST_EXIF = 65533  # bytes of EXIF data in a JPEG file, whose segments have 16 bits for their length
 _QUALITY = 95

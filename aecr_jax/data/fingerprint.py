@@ -102,7 +102,7 @@ def check_same_data(saved: str, now: Fingerprint, samples: Sequence[Sample], wor
     if " (checksum " in saved and saved == _describe_as_0_1_0(samples):
         return str(now)
     then = read_fingerprint(workdir)
-    if then is None or str(then) != saved or then.names != now.names or then.files.keys() != now.files.keys():
+    if then is None or str(then) != saved or then.names != now.names or _names(then) != _names(now):
         raise UserError(f"it was trained on {saved}, but the data are now {now}")
     changed = [
         f"{kind} {name}" for kind in then.files for (name, before), (_, after) in zip(then.files[kind], now.files[kind]) if before != after
@@ -111,6 +111,11 @@ def check_same_data(saved: str, now: Fingerprint, samples: Sequence[Sample], wor
         more = f" and {len(unexplained) - _LISTED} more" if len(unexplained) > _LISTED else ""
         raise UserError(f"it was trained on {saved}, of which {', '.join(unexplained[:_LISTED])}{more} have changed since")
     return saved
+
+
+def _names(fingerprint: Fingerprint) -> dict[str, list[str]]:
+    """Return the names of the files of each kind, without their hashes."""
+    return {kind: [name for name, _ in files] for kind, files in fingerprint.files.items()}
 
 
 def record_damaged(sample: Sample, workdir: Path) -> None:

@@ -20,6 +20,9 @@ from aecr_jax.errors import UserError, first_line
 from aecr_jax.files import replacing
 from aecr_jax.storage import as_path
 
+# Pillow's names of the formats that are written, by the extensions of file names.
+FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP", "tif": "TIFF", "tiff": "TIFF"}
+
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"})
 _MISSING = "it does not exist"
 
@@ -166,15 +169,30 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
     """Write an image `[H, W, 3]`, clipped to [0, 1], rounded to 8 bits and marked as sRGB. It is written completely or not at all.
 
     Raises:
-      UserError: the image has NaN or infinite values, or the file cannot be written.
+      UserError: the image has NaN or infinite values or is too large for the format, the extension is that of no known format, or the
+        file cannot be written.
     """
     path, image = as_path(path), np.asarray(image, np.float32)
     if not np.isfinite(image).all():
         raise UserError(f"{path} was not written: the image contains NaN or infinite values")
     pixels = np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
-    format = Image.registered_extensions().get(path.suffix.lower(), "PNG")
+    format = _format(path)
     with replacing(path) as partial, open(partial, "wb") as file:
-        Image.fromarray(pixels).save(file, format=format, icc_profile=srgb_profile())
+        try:
+            Image.fromarray(pixels).save(file, format=format, icc_profile=srgb_profile())
+        except ValueError as error:  # WebP has at most 16,383 pixels per side
+            raise UserError(f"{path} was not written: {first_line(error)}") from error
+
+
+def check_picture_name(path: str | Path) -> None:
+    """Raise UserError unless a file name has the extension of a format that `write_image` writes."""
+    _format(Path(path))
+
+
+def _format(path: Path) -> str:
+    if (format := FORMATS.get(path.suffix.lower().removeprefix("."))) is None:
+        raise UserError(f"{path} must end in one of {', '.join(f'.{extension}' for extension in FORMATS)}")
+    return format
 
 
 def panel(rows: Sequence[Sequence[np.ndarray]], gap: int = 4) -> np.ndarray:

@@ -119,6 +119,8 @@ def open_samples(spec: str, *, data_dir: str = "", training: bool = False, probl
     part = _PART.match(spec)
     if part and not Path(spec).exists():
         samples, name = open_samples(part["data"], data_dir=data_dir, training=training, problems=problems)
+        if not samples:  # there is nothing to split, and `problems` gives the reason
+            return samples, name
         try:
             parts = apply_split(part["split"], samples)
             if part["part"] not in parts:
@@ -236,6 +238,8 @@ def _hold_out(count: int, part: _Part) -> tuple[list[Sample], list[Sample]]:
     """Split samples into those of all scenes but the last `count`, and those of the last ones."""
     # Split by clear image: the ten hazy versions of one scene must not be on both sides.
     scenes = sorted({sample.scene for sample in part.samples})
+    if not scenes:  # `problems` gives the reason
+        return [], []
     if count >= len(scenes):
         raise UserError(f"data.holdout (={count}) must be less than the {len(scenes)} clear images in {part.name}")
     # Hold out the last scenes instead of every n-th, because neighbours in NYU show the same room.

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from aecr_jax.data.folders import clear_names
-from aecr_jax.data.images import list_images, read_image, write_image
+from aecr_jax.data.images import check_picture_name, list_images, read_image, write_image
 from aecr_jax.errors import UserError
 from aecr_jax.files import refuse_existing
 from aecr_jax.inference.photographs import restore_any_size
@@ -65,6 +65,7 @@ def compare(
     check_tile(tile)
     if not 16 <= width <= 4096:
         raise UserError(f"--width (={width}) must be from 16 to 4096")
+    check_picture_name(output)
     refuse_existing(output, overwrite=overwrite)
     partners = [find_clear(Path(image), clear, single=len(images) == 1) for image in images]
     networks = [load_checkpoint(model) for model in models]

@@ -130,7 +130,12 @@ def push(
     license = license or old.get("license") or about.get("license")
     if not license:
         raise UserError(f"the licence of {network.name} is not known: add --license, such as --license apache-2.0")
-    found = found or _known_scores(old)
+    try:
+        found = found or _known_scores(old)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{source / _CARD} has scores that are not those of a shipped model's card: {type(error).__name__}: {error}"
+        ) from error
     changed = {"license": license, "library_name": _LIBRARY, "pipeline_tag": _PIPELINE}
     tags = {"tags": ["image-dehazing", network.config.NAME.replace("_", "-"), "jax", "flax"]}
     metadata = tags | old | changed | ({"datasets": list(datasets)} if datasets else {}) | _index(about["name"], found)

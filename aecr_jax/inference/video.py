@@ -170,7 +170,8 @@ def _examine(source: Path) -> _Source:
                 f"{source} is truncated: it ends after {end:.1f} of {announced:.1f} seconds; make a video of what is left with another"
                 f" program, as with `ffmpeg -i {source.name} -c copy whole{source.suffix}`"
             )
-        other = [stream.type for stream in clip.streams if stream.type != "audio" and stream.index != video.index]
+        kept = {video.index, *(stream.index for stream in _sound(clip))}
+        other = [stream.type for stream in clip.streams if stream.index not in kept]
     if first is None:
         raise UserError(f"{source} has no frame that can be decoded")
     if first.color_trc in _HIGH_RANGE:
@@ -192,12 +193,13 @@ def _transcode(source: Path, partial: Path, output: Path, about: _Source, restor
         video = _video_stream(clip, source)
         video.thread_type = "AUTO"
         encoder = _add_encoder(result, video, about.first, crf)
-        copies = {stream.index: _add_copy(result, stream, output) for stream in clip.streams.audio}
+        sound = _sound(clip)
+        copies = {stream.index: _add_copy(result, stream, output) for stream in sound}
         result.metadata.update(clip.metadata)
         result.start_encoding()
         step = max(1, round(1 / (video.guessed_rate * video.time_base))) if video.guessed_rate else 1
         with tqdm(total=about.packets, desc="dehazing", unit="frame", disable=None) as bar:
-            for packet in _reading(clip.demux(video, *clip.streams.audio), source):
+            for packet in _reading(clip.demux(video, *sound), source):
                 if packet.stream_index in copies:
                     if packet.dts is not None:  # the last one of each stream is empty
                         packet.stream = copies[packet.stream_index]
@@ -239,6 +241,11 @@ def _add_encoder(result: Any, video: Any, first: Any, crf: float) -> Any:
     encoder.set_display_matrix(_display_matrix(first))
     encoder.metadata.update({key: value for key, value in video.metadata.items() if key == "language"})
     return encoder
+
+
+def _sound(clip: Any) -> list[Any]:
+    """Return the sound streams that can be copied: PyAV copies none that FFmpeg has no decoder for."""
+    return [stream for stream in clip.streams.audio if stream.codec_context is not None]
 
 
 def _add_copy(result: Any, stream: Any, output: Path) -> Any:

@@ -235,6 +235,10 @@ class Checkpoints:
         for part, name in (("run", "seed"), ("optim", "optimizer"), *(("haze", name) for name in now["haze"])):
             if (there := saved[part][name]) != (here := now[part][name]):
                 raise UserError(f"{other}: {part}.{name} is {there} there and {here} here; choose another run.workdir")
+        # Weight decay has a part in the state of the optimizer, if there is any; its value may change.
+        there, here = (settings["optim"]["weight_decay"] for settings in (saved, now))
+        if bool(there) != bool(here):
+            raise UserError(f"{other}: optim.weight_decay is {there} there and {here} here, of which one is 0; choose another run.workdir")
         try:
             return check_data(data)
         except UserError as error:

@@ -87,7 +87,7 @@ class LossConfig:
     def validate(self) -> None:
         """Raise UserError if the settings are inconsistent."""
         if self.kind != "restoration":
-            for name in ("cr", "haze"):
+            for name in ("cr", "haze", "perceptual"):
                 if value := getattr(self, name):
                     raise UserError(f"loss.{name} (={value}) must be 0 if loss.kind is {self.kind}")
         if not self.cr:
@@ -297,6 +297,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             raise UserError(f"config file {path}: TrainConfig is now OptimConfig and RunConfig (--help lists their settings)") from error
         raise UserError(f"config file {path} fails: {type(error).__name__}: {first_line(error)}") from error
     configs = found.get("configs", {"": found.get("config")})
+    if not isinstance(configs, dict) or not all(isinstance(name, str) for name in configs):
+        raise UserError(f"config file {path} must set `configs` to a dict of names and configs")
     if variant and variant not in configs:
         known = f"; it has {', '.join(configs)}" if "configs" in found else "; it has one config without a name"
         raise UserError(f"config file {path} has no config {variant!r}{known}")

@@ -18,7 +18,7 @@ from aecr_jax.losses.vgg import VGG16Features, VGG19Features, VGGFeatures
 from aecr_jax.networks.kddn import KDDNConfig, KDDNTeacher
 from aecr_jax.networks.network import Network
 from aecr_jax.networks.registry import find_network
-from aecr_jax.training.config import Config
+from aecr_jax.training.config import Config, DataConfig
 
 
 def make_loss(config: Config, *, regularize: bool = True) -> Loss:
@@ -36,10 +36,10 @@ def make_loss(config: Config, *, regularize: bool = True) -> Loss:
     if loss.kind == "transmission":
         return TransmissionLoss(find_network(config.model.NAME))
     if loss.kind == "distillation":
-        return _make_distillation(config, _load_features(VGG19Features, loss.features, config.data.crop))
+        return _make_distillation(config, _load_features(VGG19Features, loss.features, config.data))
     cr = loss.cr if regularize else 0.0
     features = _load_cr_features(config) if cr else None
-    perceptual = _load_features(VGG16Features, loss.perceptual_features, config.data.crop) if loss.perceptual else None
+    perceptual = _load_features(VGG16Features, loss.perceptual_features, config.data) if loss.perceptual else None
     restoration = RestorationLoss(
         features,
         cr=cr,
@@ -75,13 +75,15 @@ def _load_cr_features(config: Config) -> VGGFeatures:
         network.check_layers(layers)
     except ValueError as error:
         raise UserError(f"loss.cr_layers: {error}") from error
-    return _load_features(network, config.loss.features, config.data.crop, layers=layers, normalize=config.loss.cr_normalize)
+    return _load_features(network, config.loss.features, config.data, layers=layers, normalize=config.loss.cr_normalize)
 
 
-def _load_features(network: type[VGGFeatures], file: str, crop: int, **options: Any) -> Any:
+def _load_features(network: type[VGGFeatures], file: str, data: DataConfig, **options: Any) -> Any:
     features = network.random(**options) if file == "random" else network.load(file, **options)
-    if crop < features.least:
-        raise UserError(f"data.crop (={crop}) must be at least {features.least} for the features of {', '.join(features.layers)}")
+    height, width = data.crop_size
+    if min(height, width) < features.least:
+        name, side = ("data.crop_width", width) if width < height else ("data.crop", height)
+        raise UserError(f"{name} (={side}) must be at least {features.least} for the features of {', '.join(features.layers)}")
     return features
 
 

@@ -233,11 +233,16 @@ class _Run:
                     self.say(written)
                     meter.restart()
                 if evaluating:
-                    self._evaluate(step)
+                    try:
+                        self._evaluate(step)
+                    except UserError as error:  # for example, a whole image does not fit into memory
+                        raise UserError(f"{error}{self._keep(step)}") from error
                 if evaluating or stopping or step % run.save_every == 0:
                     self._save(step, self.summary["psnr"] if evaluating else -np.inf)
                 if stopping:
+                    self.checkpoints.wait()  # here, where a second signal does not end the process
                     raise _stopped(stopping, step, self.workdir)
+            self.checkpoints.wait()
 
     def result(self) -> dict[str, Any]:
         """Return the last evaluation's summary; a run that was already complete is evaluated first."""
@@ -259,7 +264,10 @@ class _Run:
             if isinstance(error, UserError):
                 raise UserError(f"{error}{kept}") from error
             if (stopping := stop.at(step)) is not None:
-                raise _stopped(stopping, step - 1, self.workdir) from error
+                if kept:
+                    raise _stopped(stopping, step - 1, self.workdir) from error
+                lost = f"stopped by {stopping.name} after step {step - 1}; the steps since the last checkpoint are lost"
+                raise Stopped(lost, STATUS[stopping]) from error
             raise UserError(
                 f"the input ended at step {step}: {first_line(error)}; if a worker was killed because memory ran out, reduce"
                 f" data.workers or data.threads, or set data.cache to False{kept}"
@@ -312,7 +320,7 @@ class _Run:
         assert self.log is not None
         values = self.meter.read(self.config.optim.batch)
         self.log.write(step, "train", values)
-        if not self._warned and (warning := self.network.explain(values, self.config.data.crop)):
+        if not self._warned and (warning := self.network.explain(values, min(self.config.data.crop_size))):
             self._warned = True
             self.say(f"warning: at step {step} {warning}")
         if not sys.stderr.isatty():  # where there is no progress bar

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import posixpath
+import sys
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -21,6 +22,12 @@ _TYPES = {
     ".jpg": "image/jpeg",
     ".svg": "image/svg+xml",
 }
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # browsers drop connections when a run is cancelled or the page is closed
+            super().handle_error(request, client_address)
 
 
 def make_server(site: Mapping[str, bytes], port: int) -> ThreadingHTTPServer:
@@ -64,7 +71,7 @@ def make_server(site: Mapping[str, bytes], port: int) -> ThreadingHTTPServer:
             pass  # a line for each file would hide the address
 
     try:
-        return ThreadingHTTPServer((HOST, port), Handler)
+        return _Server((HOST, port), Handler)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--port (={port}) cannot be used: {reason}; choose another, or 0 for a free one") from error

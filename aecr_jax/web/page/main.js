@@ -40,12 +40,14 @@ async function open(file) {
 }
 
 async function openSample(path) {
+  const number = ++opened;
   try {
     const response = await fetch(path);
     if (!response.ok) throw new Error(`The sample could not be loaded (status ${response.status}).`);
-    open(new File([await response.blob()], path.split("/").pop()));
+    const sample = new File([await response.blob()], path.split("/").pop());
+    if (number === opened) open(sample);
   } catch (error) {
-    showProblem(error.message);
+    if (number === opened) showProblem(error.message);
   }
 }
 
@@ -112,6 +114,7 @@ function makeWorker() {
 }
 
 function finish({ data, seconds, problem }) {
+  const focused = document.activeElement === ui.cancel;
   setRunning(false);
   if (problem) {
     worker.terminate();
@@ -119,6 +122,7 @@ function finish({ data, seconds, problem }) {
     ui.status.textContent = "";
     showProblem(problem);
     ui.again.hidden = false;
+    if (focused) ui.again.focus();
     return;
   }
   const { width, height } = current.original;
@@ -127,6 +131,7 @@ function finish({ data, seconds, problem }) {
   current.seconds = seconds;
   ui.status.textContent = `Restored in ${formatSeconds(seconds)}`;
   showResult();
+  if (focused) ui.png.focus();
 }
 
 function cancel() {
@@ -210,7 +215,10 @@ function connectResult() {
     showPurpose();
     if (current) restore();
   });
-  ui.again.addEventListener("click", restore);
+  ui.again.addEventListener("click", () => {
+    restore();
+    ui.cancel.focus(); // the button that had the focus is hidden now
+  });
   ui.cancel.addEventListener("click", () => {
     cancel();
     ui.status.textContent = "Cancelled";
