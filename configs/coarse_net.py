@@ -1,11 +1,12 @@
 """CoarseNet, with haze that is made on the fly and supervised: for rooms, and for photographs.
 
 Command: `python train.py --config configs/coarse_net.py:indoor --data.train NYU`, where NYU is a folder with `rgb/` and `depth/`; then
-`:indoor_whole`, twice, or `:photo` with `--data.train "NYU + 2*outdoor:CLEAR"`, where CLEAR is a folder of clear photographs. Each run
-begins with the parameters of one before it, by `--run.init_from`; docs/results.md has the commands.
+`:indoor_whole`, three times, or `:photo` with `--data.train "NYU + 2*outdoor:CLEAR"`, where CLEAR is a folder of clear photographs. Each
+run begins with the parameters of one before it, by `--run.init_from`; docs/results.md has the commands.
 Hardware: 2 CPU cores, 6 GB of memory.
-Time: 0.4 s a step; 59 minutes for `indoor`, 9 + 75 for `indoor_whole`, 66 for `photo`, beside other work.
-Expected score: 27.9 dB on 100 images of SOTS indoor after `indoor_whole` (hazy input 11.16 dB), and 25.0 dB on 25 images of SOTS outdoor
+Time: 59 minutes for `indoor`, 9 + 75 for `indoor_whole`, 66 for `photo`, beside other work (Intel Xeon, 0.4 s a step); 58 for the last
+`indoor_whole` (AMD EPYC, 0.14 s).
+Expected score: 28.5 dB on 100 images of SOTS indoor after `indoor_whole` (hazy input 11.16 dB), and 25.0 dB on 25 images of SOTS outdoor
 after `photo` (hazy input 15.13 dB).
 
 `indoor_whole` has nearly whole frames instead of crops, because the network takes a mean over the whole image.
