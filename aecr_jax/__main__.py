@@ -175,7 +175,9 @@ def _make_parser() -> argparse.ArgumentParser:
         help="what to measure: psnr, ssim, ssim_valid, psnr_y, ciede2000, lpips (default: psnr,ssim)",
     )
     evaluate.add_argument("--lpips", metavar="FILE", help="weights that convert-lpips wrote, for the metric lpips")
-    evaluate.add_argument("--save-images", action="store_true", help="also write hazy/, restored/ and clear/ to --output")
+    evaluate.add_argument(
+        "--save-images", action="store_true", help="also write hazy/, restored/ and clear/ to --output, in place of files of the same names"
+    )
 
     add_dehaze_options(commands.add_parser("dehaze", help="dehaze photographs and videos", allow_abbrev=False))
 

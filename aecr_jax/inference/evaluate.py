@@ -19,18 +19,7 @@ from aecr_jax.data.sources import drawn_test_scenes, open_samples
 from aecr_jax.errors import UserError
 from aecr_jax.files import make_folder
 from aecr_jax.inference.restore import Restorer
-from aecr_jax.inference.scores import (
-    DEFAULT_METRICS,
-    METRICS,
-    SUMMARY,
-    Measure,
-    Score,
-    check_metrics,
-    definitions,
-    summarize,
-    table,
-    write_results,
-)
+from aecr_jax.inference.scores import DEFAULT_METRICS, METRICS, Measure, Score, check_metrics, definitions, summarize, table, write_results
 from aecr_jax.inference.weights import DEFAULT_MODEL, load_with_info
 from aecr_jax.losses.lpips import LPIPS
 from aecr_jax.processes import no_bar
@@ -113,7 +102,7 @@ def evaluate(
       data: the images to score on, in the notation of `DataConfig`: a folder, HAZY,CLEAR, a built data set, "scenes", or a part of a
         named split.
       output: folder for `per_image.csv`, `summary.json` and `panel.png` (hazy | restored | clear).
-      save_images: also write `hazy/`, `restored/` and `clear/` into `output`.
+      save_images: also write `hazy/`, `restored/` and `clear/` into `output`, in place of files of the same names.
       data_dir: folder of the built data sets; `~/tensorflow_datasets` by default.
       metrics: different names of "psnr", "ssim", "ssim_valid", "psnr_y", "ciede2000" and "lpips".
       lpips: the weights of LPIPS, a file that `convert-lpips` wrote; "lpips" needs it.
@@ -177,5 +166,3 @@ def _check_folders(output: Path, samples: list[Sample]) -> None:
     for kind in _FOLDERS:
         if resolve(folder := output / kind) in inputs:
             raise UserError(f"{folder} contains images to evaluate on and would be overwritten: choose another --output")
-        if not (output / SUMMARY).exists() and folder.is_dir() and any(folder.iterdir()):
-            raise UserError(f"{folder} contains files that eval has not written: choose another --output")

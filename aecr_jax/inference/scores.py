@@ -39,8 +39,6 @@ class Metric(NamedTuple):
     version: str = "1"
 
 
-# The file with the means of an evaluation.
-SUMMARY = "summary.json"
 METRICS = {
     "psnr": Metric("PSNR (dB)", 2, metrics.psnr, "PSNR in dB over all RGB values, floating point in [0, 1], as the official code"),
     "ssim": Metric("SSIM", 4, metrics.ssim, "SSIM of RGB, 11x11 Gaussian window, sigma 1.5, zero padding, as the official code"),
@@ -161,7 +159,7 @@ def write_results(folder: str | Path, scores: Sequence[Score], summary: dict[str
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    with replacing(folder / SUMMARY) as partial:
+    with replacing(folder / "summary.json") as partial:
         partial.write_text(json.dumps(_without_nan(summary), indent=2, allow_nan=False) + "\n")
 
 

@@ -236,7 +236,7 @@ class Checkpoints:
             if (there := saved[part][name]) != (here := now[part][name]):
                 raise UserError(f"{other}: {part}.{name} is {there} there and {here} here; choose another run.workdir")
         # Weight decay has a part in the state of the optimizer, if there is any; its value may change.
-        there, here = (settings["optim"]["weight_decay"] for settings in (saved, now))
+        there, here = (settings["optim"].get("weight_decay", 0.0) for settings in (saved, now))
         if bool(there) != bool(here):
             raise UserError(f"{other}: optim.weight_decay is {there} there and {here} here, of which one is 0; choose another run.workdir")
         try:
