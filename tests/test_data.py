@@ -177,7 +177,7 @@ def test_write_image_rounds_and_reports(tmp_path):
 def test_write_image_refuses_what_the_format_cannot_hold(tmp_path):
     """Pillow reads PSD and writes none, and a side of a WebP picture has at most 16,383 pixels."""
     for name in ("a.psd", "a.txt", "a"):
-        with pytest.raises(UserError, match=f"{name} must end in one of .png, .jpg, .jpeg, .webp, .tif, .tiff"):
+        with pytest.raises(UserError, match=f"{name} must end in one of .png, .jpg, .jpeg, .webp, .tif, .tiff, .bmp"):
             write_image(tmp_path / name, np.zeros((2, 2, 3)))
     with pytest.raises(UserError, match=r"a.webp was not written: .*limit"):
         write_image(tmp_path / "a.webp", np.zeros((1, 16_384, 3)))

@@ -1,6 +1,7 @@
 """The lock on a run's folder: who holds it, how a dead owner is detected, and what happens to two runs at once."""
 
 import contextlib
+import errno
 import json
 import os
 import subprocess
@@ -133,6 +134,45 @@ def test_another_machine_that_touches_its_lock_is_alive(tmp_path, quick):
     thread.join()
     assert "is from another machine (elsewhere)" in said[0]
     assert json.loads((tmp_path / "lock.json").read_text())["token"] == "x"
+
+
+def unavailable(monkeypatch, where, name):
+    """Let a function that reads files fail as on a network file system whose server does not answer; return its calls."""
+    calls = []
+
+    def fail(path):
+        calls.append(path)
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    monkeypatch.setattr(where, name, fail, raising=False)
+    return calls
+
+
+def wait(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_an_owner_that_cannot_read_its_lock_keeps_it(tmp_path, quick, monkeypatch):
+    """The file system may become available again, as it does here."""
+    with FolderLock(tmp_path) as held:
+        with monkeypatch.context() as context:
+            calls = unavailable(context, Path, "read_bytes")
+            wait(lambda: len(calls) > 2)
+        before = os.stat(tmp_path / "lock.json").st_mtime_ns
+        wait(lambda: os.stat(tmp_path / "lock.json").st_mtime_ns != before)  # it is touched again
+        held.check()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_cannot_be_watched_is_not_taken_over(tmp_path, quick, monkeypatch):
+    other_machine(tmp_path)
+    calls = unavailable(monkeypatch, lock, "open")
+    with pytest.raises(UserError, match=r"process .* on elsewhere has been training there since then"):
+        FolderLock(tmp_path, lambda line: None).__enter__()
+    assert len(calls) > 3 and json.loads((tmp_path / "lock.json").read_text())["token"] == "x"
 
 
 @pytest.mark.parametrize("damaged", [False, True])

@@ -20,8 +20,9 @@ from aecr_jax.errors import UserError, first_line
 from aecr_jax.files import replacing
 from aecr_jax.storage import as_path
 
-# Pillow's names of the formats that are written, by the extensions of file names.
+# Pillow's names of the formats of results, by the extensions of file names.
 FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP", "tif": "TIFF", "tiff": "TIFF"}
+_WRITTEN = FORMATS | {"bmp": "BMP"}
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"})
 _MISSING = "it does not exist"
@@ -190,8 +191,8 @@ def check_picture_name(path: str | Path) -> None:
 
 
 def _format(path: Path) -> str:
-    if (format := FORMATS.get(path.suffix.lower().removeprefix("."))) is None:
-        raise UserError(f"{path} must end in one of {', '.join(f'.{extension}' for extension in FORMATS)}")
+    if (format := _WRITTEN.get(path.suffix.lower().removeprefix("."))) is None:
+        raise UserError(f"{path} must end in one of {', '.join(f'.{extension}' for extension in _WRITTEN)}")
     return format
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -129,9 +130,10 @@ class _File:
         _take_away(self.path, owner)
 
     def release(self) -> None:
-        """Remove the lock if it still is this one."""
-        if self._is_mine():
-            self.path.unlink(missing_ok=True)
+        """Remove the lock if it still is this one; one that cannot be read stays, and is taken over later."""
+        with contextlib.suppress(OSError):
+            if self._is_mine():
+                self.path.unlink(missing_ok=True)
 
     def _is_mine(self) -> bool:
         return (_read(self.path) or {}).get("token") == self._token
@@ -222,13 +224,11 @@ def _create(mine: Path, path: Path) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Return the owner that a lock file names: None if the file is gone, an empty dict if it cannot be read or parsed."""
+    """Return the owner that a lock file names: None if the file is gone, an empty dict if it cannot be parsed."""
     try:
         return _parse(path.read_bytes())
     except FileNotFoundError:
         return None
-    except OSError:
-        return {}
 
 
 def _parse(content: bytes) -> dict[str, Any]:
@@ -250,26 +250,29 @@ def _is_alive(owner: dict[str, Any], file: _File | _Object, say: Callable[[str],
             return False
     period = 3 * file.heartbeat
     say(f"{file.path} is from another machine ({owner.get('host')}): waiting {period:.0f} s to see whether its run is active")
-    before = file.touched()
+    before = None
     deadline = time.monotonic() + period
-    while time.monotonic() < deadline:
+    while True:
+        with contextlib.suppress(OSError):  # a network file system may be unavailable for a while
+            if (now := file.touched()) is None:
+                return False
+            if before is not None and now != before:
+                return True
+            before = now
+        if time.monotonic() >= deadline:
+            return before is None  # the owner of a lock that cannot be read may be alive
         time.sleep(file.heartbeat / 5)
-        if (now := file.touched()) is None:
-            return False
-        if now != before:
-            return True
-    return False
 
 
 def _touched(path: Path) -> int | None:
-    """Return when the file was last touched, in nanoseconds by the clock of its file system, or None if it cannot be opened.
+    """Return when the file was last touched, in nanoseconds by the clock of its file system, or None if it is gone.
 
     The file is opened because network file systems cache the result of a plain `stat`.
     """
     try:
         with open(path) as file:
             return os.fstat(file.fileno()).st_mtime_ns
-    except OSError:
+    except FileNotFoundError:
         return None
 
 
