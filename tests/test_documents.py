@@ -194,7 +194,7 @@ def tiny(arguments):
             "growth": "--sizes 8 16 --batches 1 2 --width 4 --rounds 1",
             "accelerator": "--minutes 0.1",  # test_accelerator runs all of it
         }
-        for option in ("--size", "--columns", "--rounds", "--minutes"):
+        for option in ("--size", "--columns", "--width", "--rounds", "--minutes"):
             if option in rest:
                 del rest[rest.index(option) : rest.index(option) + 2]
         rest += sizes[rest[0]].split()
