@@ -68,7 +68,7 @@ def test_the_slider_follows_mouse_touch_and_keyboard(compared, tmp_path):
 
 def test_controls_have_names_and_tab_follows_the_page(compared):
     page = compared
-    # Chromium 150 goes on from what was scrolled into view last.
+    # In Chromium 150, Tab begins at the element that was last scrolled into view.
     page.run("document.activeElement.blur(); document.querySelector('h1').scrollIntoView()")
     reached = []
     for _ in range(8):

@@ -20,7 +20,7 @@ from aecr_jax.errors import UserError, first_line
 from aecr_jax.files import replacing
 from aecr_jax.storage import as_path
 
-# Pillow's names of the formats of results, by the extensions of file names.
+# The formats of results: Pillow's name of each, by file name extension.
 FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP", "tif": "TIFF", "tiff": "TIFF"}
 _WRITTEN = FORMATS | {"bmp": "BMP"}
 
@@ -170,8 +170,8 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
     """Write an image `[H, W, 3]`, clipped to [0, 1], rounded to 8 bits and marked as sRGB. It is written completely or not at all.
 
     Raises:
-      UserError: the image has NaN or infinite values or is too large for the format, the extension is that of no known format, or the
-        file cannot be written.
+      UserError: the image has NaN or infinite values, or is too large for the format; the extension is unknown; or the file cannot be
+        written.
     """
     path, image = as_path(path), np.asarray(image, np.float32)
     if not np.isfinite(image).all():

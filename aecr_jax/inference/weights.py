@@ -269,7 +269,7 @@ def _load_exported(path: Path) -> tuple[Network, dict[str, Any]]:
     except UserError:
         raise
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError, SafetensorError) as error:
-        # NumPy has no type for some of safetensors (AttributeError), and JSON may be nested without end (RecursionError).
+        # NumPy lacks some of the types of safetensors (AttributeError), and JSON may be nested too deeply (RecursionError).
         raise UserError(f"model {path} is damaged or half written: {first_line(error)}") from error
 
 

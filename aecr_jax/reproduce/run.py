@@ -17,7 +17,7 @@ from aecr_jax.data.images import read_image, unique_names, write_image
 from aecr_jax.data.pipeline import check_haze
 from aecr_jax.data.reader import eval_images
 from aecr_jax.data.samples import Sample
-from aecr_jax.data.sources import open_samples, split_samples
+from aecr_jax.data.sources import SplitSamples, open_samples, split_samples
 from aecr_jax.errors import UserError
 from aecr_jax.files import replacing
 from aecr_jax.inference.compare import draw_sheet, make_cell
@@ -136,11 +136,11 @@ def reproduce(
         for seed in range(seeds)
         for row in chosen
     ]
-    images = _open_test(jobs[0].config, test)
-    training = split_samples(jobs[0].config.data).train
+    split = split_samples(jobs[0].config.data)
+    images = _open_test(split, test)
     for job in jobs:  # each row's training would say so too, but after the rows before it
         try:
-            check_haze(training, haze_truth=bool(job.config.loss.haze), rehazed=job.config.loss.rehazed)
+            check_haze(split.train, haze_truth=bool(job.config.loss.haze), rehazed=job.config.loss.rehazed)
         except UserError as error:
             raise UserError(f"row {job.row.name} of {name}: {error}") from error
     here = f"scale {scale}, data {data}, {len(images.samples)} images of {images.name}"
@@ -169,10 +169,9 @@ def reproduce(
     return out.page
 
 
-def _open_test(config: Config, test: str) -> _Test:
+def _open_test(split: SplitSamples, test: str) -> _Test:
     if test:
         return _Test(*open_samples(test))
-    split = split_samples(config.data)
     if not split.evaluation:
         raise UserError("--test DATA is missing: nothing of --data is held out")
     return _Test(split.evaluation, split.evaluated_on)

@@ -56,7 +56,7 @@ _OTHERS = Small(OptimConfig(steps=700, batch=4, warmup=20, clip_norm=1))
 SMALL = {"table2": _AECR_NET, "table3": _OTHERS, "table4": _AECR_NET}
 # The learning rate at which training continues from the weights of a network's authors.
 FINE_TUNING_RATE = 1e-4
-# The settings of the loss that the small scale has too.
+# The settings of a row's loss that also apply at the small scale.
 _REGULARIZATION = ("cr", "positives", "negatives", "cr_negatives", "cr_after", "cr_layers", "cr_weights", "features")
 # Where the data are is not part of a run's identity: a resumed run compares the images themselves.
 _PLACES = ("data.train", "data.eval", "data.data_dir")
