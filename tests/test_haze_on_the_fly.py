@@ -7,6 +7,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 from test_commands import fails
 from test_data import picture
 
@@ -118,6 +119,20 @@ def test_the_sky_is_found_and_is_farthest(landscape):
     green = np.full((40, 40, 3), [80, 200, 60], np.uint8)
     assert not find_sky(green).any()
     assert not find_sky(np.full((40, 40, 3), 30, np.uint8)).any()
+
+
+def test_the_sky_behind_clouds_and_a_tower_is_one_region():
+    """Expected: the drawn sky, without the tower that stands before it; only pixels next to an edge may differ."""
+    picture = np.empty((90, 120, 3), np.uint8)
+    picture[:60], picture[60:] = [110, 160, 230], [60, 90, 40]
+    rows, columns = np.mgrid[:90, :120]
+    for row, column in ((12, 30), (25, 70), (40, 100), (45, 15)):
+        picture[((rows - row) / 5) ** 2 + ((columns - column) / 14) ** 2 < 1] = [250, 248, 240]
+    picture[20:60, 52:64] = [50, 45, 40]
+    expected = (rows < 60) & ~((rows >= 20) & (columns >= 52) & (columns < 64))
+    different = (find_sky(picture) == 255) != expected
+    assert different.mean() < 0.02
+    assert not ndimage.binary_erosion(different, iterations=2).any()
 
 
 def test_outdoor_photographs(landscape):

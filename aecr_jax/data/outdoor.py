@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from scipy import ndimage
 
 # Longest side in pixels of the maps in which the sky is found and depth is drawn; both are smooth.
 _MAP_SIDE = 128
@@ -20,10 +21,11 @@ NEAR, _FAR, _SKY = 1.95, 4.35, 4.5  # depth of the nearest point, of the farthes
 _RAMP, _OCTAVES = (0.3, 1.7), {2: 0.8, 4: 0.7, 8: 0.35}
 # Depth is a logistic curve of the field. These set how far it leans to near or far, and the spread within an image.
 _LEAN, _STEEPNESS = (-0.8, 0.9), (1.2, 2.3)
-# Sky: the least brightness, the largest step between neighbours, and the largest distance from the colour at the top of the column;
-# less than _LEAST_SKY of the picture is no sky.
-_BRIGHT, _STEP, _CHANGE, _LEAST_SKY = 0.35, 0.06, 0.45, 0.03
-_NEIGHBOURS = 9  # columns whose median decides where edges, such as those of clouds, are passed over
+# Sky: the least brightness of a blue or grey pixel, how much its red and green may exceed its blue, the brightness from which any pale
+# colour counts, the largest mean slope of the brightness around (per pixel of the map), and the least share of the picture.
+_BRIGHT, _REDDER, _PALE, _ROUGH, _LEAST_SKY = 0.35, 0.03, 0.7, 0.035, 0.03
+_AROUND = 2  # how far around a pixel the slope is averaged
+_COLUMNS = 15  # the lower end of the sky is the median over so many columns
 
 
 class Window(NamedTuple):
@@ -36,11 +38,11 @@ class Window(NamedTuple):
 
 
 def find_sky(pixels: np.ndarray) -> np.ndarray:
-    """Find the sky: bright, blue or grey, without edges, and connected with the top of the picture.
+    """Find the sky: bright, blue or pale, without texture, and connected with the top of the picture.
 
-    Every column is followed from the top down to the first edge or change of colour; edges above the median of the neighbouring columns are
-    passed over, as they are clouds. This is a rule of thumb, which takes bright walls for sky and misses a sunset; it only decides which
-    places get the largest depth.
+    Its lower end is smoothed over the columns, and what lies above and has the colour of sky belongs to it too, such as clouds and what is
+    behind branches. This is a rule of thumb, which takes bright walls for sky and misses a sunset; it only decides which places get the
+    largest depth.
 
     Args:
       pixels: an image `[H, W, 3]`, uint8, or floating-point in [0, 1].
@@ -55,14 +57,27 @@ def find_sky(pixels: np.ndarray) -> np.ndarray:
     # Channels first and contiguous, because NumPy is slow at maxima over a short last axis.
     small = np.asarray(image.resize(size, Image.Resampling.BOX)).transpose(2, 0, 1).astype(np.float32, order="C") / 255
     red, green, blue = small
-    colour = (small.max(0) > _BRIGHT) & (blue > red - 0.03) & (blue > green - 0.03) & (np.abs(small - small[:, :1]).max(0) < _CHANGE)
-    smooth = np.ones_like(colour)
-    smooth[1:] = np.abs(np.diff(small, axis=1)).max(0) < _STEP
-    ends = np.logical_and.accumulate(colour & smooth, axis=0).sum(0)
-    around = np.lib.stride_tricks.sliding_window_view(np.pad(ends, _NEIGHBOURS // 2, mode="edge"), _NEIGHBOURS)
-    passed_over = np.arange(len(colour))[:, None] < np.sort(around, axis=-1)[:, _NEIGHBOURS // 2]
-    sky = np.logical_and.accumulate(colour & (smooth | passed_over), axis=0)
+    least, greatest = small.min(0), small.max(0)
+    colour = (greatest > _BRIGHT) & (blue > red - _REDDER) & (blue > green - _REDDER) | (least > _PALE)
+    grey = small.mean(0)
+    slope = np.hypot(ndimage.sobel(grey, 0), ndimage.sobel(grey, 1)) / 8
+    plain = ndimage.uniform_filter(slope, 2 * _AROUND + 1) < _ROUGH
+    certain = _from_top(colour & (plain | (least > _PALE)))
+    # Pixels next to an edge have a slope around them, and are not plain.
+    certain = colour & ndimage.binary_dilation(certain, iterations=_AROUND + 1)
+    rows = len(certain)
+    ends = np.where(certain.any(0), rows - np.argmax(certain[::-1], 0), 0)
+    ends = ndimage.median_filter(ends, _COLUMNS, mode="nearest")
+    sky = np.pad(colour & (np.arange(rows)[:, None] < ends), 4, mode="edge")
+    sky = ndimage.binary_opening(ndimage.binary_closing(sky, iterations=2))[4:-4, 4:-4]
+    sky = _from_top(sky)
     return np.uint8(255) * (sky if sky.mean() > _LEAST_SKY else np.zeros_like(sky))
+
+
+def _from_top(mask: np.ndarray) -> np.ndarray:
+    """Return the parts of a mask `[h, w]` that touch its first row."""
+    labels, _ = ndimage.label(mask)
+    return mask & np.isin(labels, labels[0])
 
 
 def draw_depth(
