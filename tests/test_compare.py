@@ -1,4 +1,5 @@
 import re
+import weakref
 
 import numpy as np
 import pytest
@@ -47,6 +48,23 @@ def test_without_clear_images_there_are_no_scores(pictures, model_dir, tmp_path)
     with pytest.raises(UserError, match=r"sheet.psd must end in one of \.png, "):
         compare([pictures / "hazy" / "1400_1.png"], ["none"], tmp_path / "sheet.psd")
     assert Image.open(tmp_path / "sheet.png").size == (2 * 20 + 3 * GAP, LINE + 12 + 2 * GAP)  # reduced to half
+
+
+def test_one_image_at_a_time_is_in_memory(pictures, model_dir, tmp_path, monkeypatch):
+    """Expected: when an image is read, at most the one before it and its clear image are still held."""
+    images: list[weakref.ref] = []
+    alive = []
+
+    def read(path):
+        alive.append(sum(image() is not None for image in images))
+        image = read_image(path)
+        images.append(weakref.ref(image))
+        return image
+
+    monkeypatch.setattr("aecr_jax.inference.compare.read_image", read)
+    hazy = [pictures / "hazy" / f"{number}_1.png" for number in (1400, 1401, 1400, 1401)]
+    compare(hazy, [model_dir], tmp_path / "sheet.png", clear=pictures / "clear", width=20)
+    assert max(alive) <= 3
 
 
 def test_a_clear_file_serves_one_image(pictures, model_dir, tmp_path):

@@ -164,6 +164,7 @@ class Record(Sample):
     dataset: str = field()
     source: Any = field(hash=False)  # its class is not hashable
     position: int
+    file: Path
     name: str = field()
     scene: str = field()
 
@@ -177,7 +178,7 @@ class Record(Sample):
     @property
     def files(self) -> dict[str, Path]:
         """The record file that contains the pair."""
-        return {"records": Path(_record_file(self.source, self.position))}
+        return {"records": self.file}
 
     def read(self) -> dict[str, np.ndarray]:
         """Return `hazy` and `clear`, each `[H, W, 3]`, as `read_pixels` returns them.
@@ -188,9 +189,7 @@ class Record(Sample):
         try:
             record = self.source[self.position]
         except Exception as error:  # array_record and protobuf raise many exception types for damaged files
-            raise UserError(
-                f"{_record_file(self.source, self.position)} is damaged: {self.origin} cannot be read ({first_line(error)})"
-            ) from error
+            raise UserError(f"{self.file} is damaged: {self.origin} cannot be read ({first_line(error)})") from error
         names = f"{self.origin} hazy", f"{self.origin} clear"
         hazy = read_pixels(record["hazy"], names[0])
         clear = record["clear"]
@@ -302,7 +301,10 @@ def open_dataset(name: str, data_dir: str | Path | None = None) -> tuple[list[Re
             raise _damaged(folder / file, error) from error
     try:
         builder = _builder(name, data_dir)
-        splits = {split: zip(info.filepaths, info.shard_lengths, strict=True) for split, info in builder.info.splits.items()}
+        splits = {
+            split: [(Path(path), count) for path, count in zip(info.filepaths, info.shard_lengths, strict=True)]
+            for split, info in builder.info.splits.items()
+        }
     except Exception as error:  # tensorflow-datasets may raise anything for JSON that it did not write
         raise _damaged(folder / "dataset_info.json", error) from error
     split = split or ("test" if "test" in splits else next(iter(splits), ""))
@@ -311,17 +313,18 @@ def open_dataset(name: str, data_dir: str | Path | None = None) -> tuple[list[Re
     if name == "reside/rtts" or (name, split) == ("reside/hsts", "real"):
         raise UserError(f"{name}:{split} has no clear images to train on or to score against; use `dehaze` with its folder of hazy images")
     for path, count in splits[split]:
-        _check_records(Path(path), count)
+        _check_records(path, count)
     # Get the files' own bytes, so that records and files are decoded alike. For the sequence in HSTS, tfds cannot skip decoding.
     skip = {key: tfds.decode.SkipDecoding() for key in ("hazy", "clear") if isinstance(builder.info.features[key], tfds.features.Image)}
     source = builder.as_data_source(split=split, decoders=skip)
+    files = [path for path, count in splits[split] for _ in range(count)]
     try:
         metadata = builder.info.metadata
-        records = list(zip(metadata["names"][split], metadata["scenes"][split], range(len(source)), strict=True))
+        records = list(zip(range(len(source)), files, metadata["names"][split], metadata["scenes"][split], strict=True))
         about = f"{name}:{split}, {metadata['release']}"
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(folder / "metadata.json", f"it does not name the {len(source)} images of {split}") from error
-    return [Record(name, source, i, image, scene) for image, scene, i in records], about
+    return [Record(name, source, *record) for record in records], about
 
 
 def _check_records(path: Path, count: int) -> None:
@@ -332,12 +335,6 @@ def _check_records(path: Path, count: int) -> None:
         raise _damaged(path, error) from error
     if found != count:
         raise _damaged(path, f"it has {found} records instead of {count}")
-
-
-def _record_file(source: Any, position: int) -> str:
-    """Return the path of the file that contains record `position`."""
-    split = source.dataset_info.splits[source.split]
-    return str(split.filepaths[int(np.searchsorted(np.cumsum(split.shard_lengths), position, side="right"))])
 
 
 def _damaged(path: Path, why: Exception | str) -> UserError:

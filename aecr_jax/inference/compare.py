@@ -67,28 +67,30 @@ def compare(
         raise UserError(f"--width (={width}) must be from 16 to 4096")
     check_picture_name(output)
     refuse_existing(output, overwrite=overwrite)
-    partners = [find_clear(Path(image), clear, single=len(images) == 1) for image in images]
+    pairs = [(Path(image), find_clear(Path(image), clear, single=len(images) == 1)) for image in images]
     networks = [load_checkpoint(model) for model in models]
-    hazy = [read_image(image) for image in images]
-    targets = [None if partner is None else read_image(partner) for partner in partners]
-    for image, x, y in zip(images, hazy, targets):
-        if y is not None and x.shape != y.shape:
-            raise UserError(f"{image} is {x.shape[1]}x{x.shape[0]} and its clear image {y.shape[1]}x{y.shape[0]}: they must have one size")
-    columns = [[make_cell(x, y, width) for x, y in zip(hazy, targets)]]
-    steps = tqdm(total=len(networks) * len(images), desc="restoring", unit="image", leave=False, disable=no_bar())
-    for network in networks:
-        restorer = Restorer(network)
-        column = []
-        for image, x, y in zip(images, hazy, targets):
-            column.append(make_cell(restore_any_size(restorer, x, tile, f"{network.name}, {image}"), y, width))
-            steps.update()
-        columns.append(column)
-    steps.close()
+    restorers = [Restorer(network) for network in networks]
+    # Images are read twice: first all, to refuse what does not fit before time is spent, then one at a time, to hold no more than one.
+    hazy_cells, clear_cells = [], []
+    for pair in pairs:
+        hazy, target = _read_pair(*pair)
+        hazy_cells.append(make_cell(hazy, target, width))
+        if target is not None:
+            clear_cells.append(make_cell(target, None, width))
+    rows: list[list[Cell]] = []
+    with tqdm(total=len(networks) * len(images), desc="restoring", unit="image", leave=False, disable=no_bar()) as bar:
+        for pair in pairs:
+            hazy, target = _read_pair(*pair)
+            rows.append([])
+            for network, restorer in zip(networks, restorers):
+                rows[-1].append(make_cell(restore_any_size(restorer, hazy, tile, f"{network.name}, {pair[0]}"), target, width))
+                bar.update()
+    columns = [hazy_cells, *map(list, zip(*rows))]
     titles = ["hazy", *(network.name for network in networks)]
-    table = _table([Path(image).name for image in images], titles, columns) if clear is not None else ""
+    table = _table([image.name for image, _ in pairs], titles, columns) if clear is not None else ""
     if clear is not None:
         titles.append("clear")
-        columns.append([make_cell(y, None, width) for y in targets if y is not None])
+        columns.append(clear_cells)
     write_image(output, draw_sheet(titles, columns))
     return table
 
@@ -111,6 +113,19 @@ def find_clear(image: Path, clear: str | Path | None, *, single: bool) -> Path |
     if not single:
         raise UserError(f"--clear (={clear}) must be a folder, because there are several images")
     return clear
+
+
+def _read_pair(image: Path, clear: Path | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """Read an image and, if there is one, its clear image.
+
+    Raises:
+      UserError: one cannot be read, or their sizes differ.
+    """
+    hazy, target = read_image(image), None if clear is None else read_image(clear)
+    if target is not None and hazy.shape != target.shape:
+        sizes = [f"{x.shape[1]}x{x.shape[0]}" for x in (hazy, target)]
+        raise UserError(f"{image} is {sizes[0]} and its clear image {sizes[1]}: they must have one size")
+    return hazy, target
 
 
 def draw_sheet(titles: Sequence[str], columns: Sequence[Sequence[Cell]]) -> np.ndarray:
