@@ -167,6 +167,11 @@ def _make_parser() -> argparse.ArgumentParser:
         " @NAME/PART for a part of a named split",
     )
     evaluate.add_argument("--data-dir", default="", metavar="DIR", help="folder of built data sets (default: ~/tensorflow_datasets)")
+    evaluate.add_argument(
+        "--haze",
+        metavar="CONFIG",
+        help="a config (FILE or FILE:NAME) with whose settings haze is made where data have none; RESIDE's by default",
+    )
     evaluate.add_argument("--output", metavar="DIR", help="folder for per_image.csv, summary.json and panel.png")
     evaluate.add_argument(
         "--metrics",
@@ -252,10 +257,16 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
 def _eval(options: argparse.Namespace, rest: list[str]) -> int:
     from aecr_jax.inference.evaluate import evaluate
 
+    haze = None
+    if options.haze:
+        from aecr_jax.training.config import load_config
+
+        haze = load_config(options.haze).haze
     evaluate(
         options.checkpoint,
         options.data,
         options.output,
+        haze=haze,
         save_images=options.save_images,
         data_dir=options.data_dir,
         metrics=options.metrics.split(","),

@@ -1,6 +1,7 @@
 """Haze made for training: its settings, outdoor photographs without depth, mixed data, and crops of whole frames."""
 
 import dataclasses
+import json
 import pickle
 import zlib
 
@@ -14,6 +15,7 @@ from test_data import picture
 from aecr_jax.__main__ import main
 from aecr_jax.data.fingerprint import fingerprint
 from aecr_jax.data.haze import HazeConfig
+from aecr_jax.data.images import to_float
 from aecr_jax.data.outdoor import Window, draw_depth, find_sky
 from aecr_jax.data.pipeline import Augment, cache_bytes, train_batches
 from aecr_jax.data.reader import Source, eval_images
@@ -77,6 +79,25 @@ def test_the_defaults_make_the_haze_that_was_made_before_there_were_settings():
         assert airlight is None or batch["airlight"][:, 0, 0, 0].tolist() == airlight
         assert zlib.crc32(pixels.tobytes()) == checksum
     assert [int(np.round(image.hazy * 255).sum()) for image in eval_images(SCENES, seed=2)] == [361990, 448076, 441592]
+
+
+def test_evaluation_under_other_haze(model_dir, tmp_path, capsys):
+    """Expected: where depth is 1, thick haze has the colour of the airlight; `clear` and `reside` would leave it out."""
+    haze = HazeConfig(airlight=(0.5, 0.5), beta=(10, 10), clear=1, reside=1)
+    for image, scene in zip(eval_images(SCENES, haze=haze), SCENES):
+        np.testing.assert_allclose(image.hazy[scene.depth == 1], 0.5, atol=0.003)
+        np.testing.assert_array_equal(image.clear, to_float(scene.clear))
+    dark = next(eval_images(SCENES, haze=HazeConfig(darken=1))).clear
+    assert dark.mean() < to_float(SCENES[0].clear).mean()
+    config = tmp_path / "config.py"
+    config.write_text(
+        "from aecr_jax import Config\nfrom aecr_jax.data.haze import HazeConfig\nconfig = Config(haze=HazeConfig(beta=(0, 0)))\n"
+    )
+    command = ["eval", "--model", str(model_dir), "--data", "scenes:2:32x24", "--output", str(tmp_path / "out")]
+    assert main([*command, "--haze", str(config)]) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["input_psnr"] > 50 and summary["haze"]["beta"] == [0, 0]  # no haze: only rounding remains
+    assert "there is no config file none.py" in fails(capsys, *command, "--haze", "none.py")
 
 
 # ---- outdoor photographs

@@ -24,8 +24,8 @@ class HazeConfig:
     """The haze that is made on the fly for training, and what else happens to a scene before and after.
 
     By default, haze is that of RESIDE, and everything else is off. The settings apply to data with depth and to outdoor photographs. Hazy
-    images of pairs and the constant haze of `constant:FOLDER` are left as they are. Evaluation always uses the defaults, so that scores of
-    different runs can be compared.
+    images of pairs and the constant haze of `constant:FOLDER` are left as they are. The evaluations of a run use the defaults, so that
+    scores of different runs can be compared; `eval --haze` chooses others.
     """
 
     airlight: tuple[float, float] = bounded((0.7, 1.0), 0, 1)

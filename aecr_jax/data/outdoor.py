@@ -80,6 +80,11 @@ def _from_top(mask: np.ndarray) -> np.ndarray:
     return mask & np.isin(labels, labels[0])
 
 
+def draw_near(rng: np.random.Generator, nearer: float) -> float:
+    """Draw the depth of the nearest point of an image: RESIDE's or, with the probability `nearer`, one between 0 and that."""
+    return float(rng.uniform(0, NEAR)) if nearer and rng.random() < nearer else NEAR
+
+
 def draw_depth(
     sky: np.ndarray, size: tuple[int, int], window: Window, shape: tuple[int, int], rng: np.random.Generator, near: float = NEAR
 ) -> np.ndarray:

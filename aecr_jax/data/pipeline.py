@@ -18,7 +18,7 @@ from PIL import Image
 
 from aecr_jax.data.haze import RESCALING, RESIDE, Haze, HazeConfig, darken, degrade, haze_for
 from aecr_jax.data.images import to_float
-from aecr_jax.data.outdoor import NEAR, Window, draw_depth
+from aecr_jax.data.outdoor import Window, draw_depth, draw_near
 from aecr_jax.data.reader import Source
 from aecr_jax.data.samples import Sample
 from aecr_jax.data.sources import DataConfig
@@ -103,8 +103,7 @@ class Augment(grain.transforms.RandomMap):
     def _make_depth(self, element: dict[str, np.ndarray], window: Window, rng: np.random.Generator, settings: HazeConfig) -> np.ndarray:
         """Return the depth of the crop: for an outdoor photograph random, for a scene its own or that of a crop of another scene."""
         if "sky" in element:
-            nearer = settings.outdoor_near and rng.random() < settings.outdoor_near
-            near = rng.uniform(0, NEAR) if nearer else NEAR
+            near = draw_near(rng, settings.outdoor_near)
             return draw_depth(element["sky"], element["clear"].shape[:2], window, self._crop, rng, near)
         if len(self._scenes) < 2 or not rng.random() < settings.foreign_depth:
             return self._cut(element["depth"], window)

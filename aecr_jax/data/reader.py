@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from aecr_jax.data.haze import haze_for
+from aecr_jax.data.haze import RESIDE, HazeConfig, darken, degrade, haze_for
 from aecr_jax.data.images import to_float, unique_names
-from aecr_jax.data.outdoor import Window, draw_depth
+from aecr_jax.data.outdoor import Window, draw_depth, draw_near
 from aecr_jax.data.samples import Sample
 from aecr_jax.errors import UserError
 
@@ -70,31 +71,43 @@ class Source:
         raise UserError(f"{sample.origin} is {w}x{h}, smaller than a crop: {advice}")
 
 
-def to_pair(read: dict[str, np.ndarray], seed: int | tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+def to_pair(read: dict[str, np.ndarray], seed: int | tuple[int, ...], haze: HazeConfig = RESIDE) -> tuple[np.ndarray, np.ndarray]:
     """Convert the result of a sample's `read` to (hazy, clear), float32 `[H, W, 3]`; if it has no haze, that is drawn from `seed`.
 
-    Haze has the parameters of RESIDE, whatever the settings of a run are.
+    Of the settings `haze`, those are not used that replace or leave out the haze of a crop or change what it shows: `clear`, `reside`,
+    `resize` and `foreign_depth`.
     """
     clear = to_float(read["clear"])
     if "hazy" in read:
         return to_float(read["hazy"]), clear
     rng = np.random.default_rng(seed)
-    if "sky" not in read:
-        return haze_for(clear, read.get("depth"), rng).hazy, clear
-    h, w = clear.shape[:2]
-    depth = draw_depth(read["sky"], (h, w), Window(0, 0, h, w), (h, w), rng)
-    return haze_for(clear, depth, rng, outdoor=True).hazy, clear
+    depth = read.get("depth")
+    if "sky" in read:
+        h, w = clear.shape[:2]
+        depth = draw_depth(read["sky"], (h, w), Window(0, 0, h, w), (h, w), rng, draw_near(rng, haze.outdoor_near))
+    if depth is None:
+        return haze_for(clear, None, rng).hazy, clear
+    clear = darken(clear, rng, haze)
+    hazy = haze_for(clear, depth, rng, dataclasses.replace(haze, clear=0.0), outdoor="sky" in read).hazy
+    return degrade(hazy, rng, haze), clear
 
 
 def eval_images(
-    samples: Sequence[Sample], *, limit: int | None = None, seed: int = 0, process_index: int = 0, process_count: int = 1
+    samples: Sequence[Sample],
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    haze: HazeConfig = RESIDE,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> Iterator[EvalImage]:
     """Yield whole samples in order; if they have no haze, that is drawn from `seed` and the index, so that it is the same at every call.
 
-    With `limit`, at most that many samples are used, evenly spread. In a run of several processes, each process yields its share.
+    `haze` has the settings of that haze, as for `to_pair`. With `limit`, at most that many samples are used, evenly spread. In a run of
+    several processes, each process yields its share.
     """
     source = Source(samples)
     count = len(source) if limit is None else min(limit, len(source))
     names = unique_names(sample.name for sample in samples)
     for index in (i * len(source) // count for i in range(process_index, count, process_count)):
-        yield EvalImage(names[index], *to_pair(source[index], (seed, index)))
+        yield EvalImage(names[index], *to_pair(source[index], (seed, index), haze))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from aecr_jax.data.haze import RESIDE, HazeConfig
 from aecr_jax.data.images import panel, write_image
 from aecr_jax.data.reader import EvalImage, eval_images
 from aecr_jax.data.samples import Sample
@@ -90,6 +92,7 @@ def evaluate(
     data: str,
     output: str | Path | None = None,
     *,
+    haze: HazeConfig | None = None,
     save_images: bool = False,
     data_dir: str = "",
     metrics: Sequence[str] = DEFAULT_METRICS,
@@ -102,6 +105,7 @@ def evaluate(
       data: the images to score on, in the notation of `DataConfig`: a folder, HAZY,CLEAR, a built data set, "scenes", or a part of a
         named split.
       output: folder for `per_image.csv`, `summary.json` and `panel.png` (hazy | restored | clear).
+      haze: the settings of the haze that is made where data have none, as for `to_pair`; by default, haze is RESIDE's.
       save_images: also write `hazy/`, `restored/` and `clear/` into `output`, in place of files of the same names.
       data_dir: folder of the built data sets; `~/tensorflow_datasets` by default.
       metrics: different names of "psnr", "ssim", "ssim_valid", "psnr_y", "ciede2000" and "lpips".
@@ -133,7 +137,7 @@ def evaluate(
     shown = {i * len(samples) // _PANEL_ROWS for i in range(_PANEL_ROWS)}
     scores: list[Score] = []
     rows: list[list[np.ndarray]] = []
-    for score, image, restored in score_images(restorer, eval_images(samples), len(samples), measure=measure):
+    for score, image, restored in score_images(restorer, eval_images(samples, haze=haze or RESIDE), len(samples), measure=measure):
         if output is not None and len(scores) in shown:
             add_row(rows, image, restored)
         if output is not None and save_images:
@@ -143,6 +147,8 @@ def evaluate(
     means = summarize(scores, names=metrics)
     about = {"checkpoint": str(checkpoint), "data": data, "split": name, "metrics": definitions(metrics, network)}
     about |= {key: config[key] for key in ("step", "weights") if key in config}
+    if haze:
+        about["haze"] = dataclasses.asdict(haze)
     # Write the files first: the reader of the table may close the pipe (`| head -1`).
     if output is not None:
         write_image(output / "panel.png", panel(rows))

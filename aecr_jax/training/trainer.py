@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import numpy as np
@@ -358,7 +358,14 @@ class _Run:
             self.checkpoints.save(self.state, self.config, self.position, psnr)
 
 
-def _share() -> dict[str, int]:
+class _Share(TypedDict):
+    """Which process this one is among how many, as arguments."""
+
+    process_index: int
+    process_count: int
+
+
+def _share() -> _Share:
     return {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
 
