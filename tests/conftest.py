@@ -26,8 +26,10 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE or os.environ["JAX_COMPILATION_
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
+import numpy as np
 import pytest
 from browser import address, browser, page, site  # noqa: F401
+from PIL import Image
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Traces make and keep millions of objects: looking for cycles among them often, and noting the lines that called each operation in the
@@ -155,3 +157,16 @@ def dehaze(tmp_path, monkeypatch):
         return main(list(map(str, ["dehaze", tmp_path / "in", "--output", output, *options])))
 
     return run
+
+
+@pytest.fixture
+def landscape(tmp_path):
+    """Write a picture with a blue sky above a noisy ground, which begins at half the height, and return its folder."""
+    folder = tmp_path / "outdoor"
+    for i in range(2):
+        image = np.zeros((60, 80, 3), np.float32)
+        image[:30] = np.array([0.45, 0.6, 0.9]) + np.linspace(0, 0.1, 30)[:, None, None]
+        image[30:] = np.random.default_rng(i).random((30, 80, 3)) * [0.6, 0.7, 0.3]
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(np.round(image * 255).astype(np.uint8)).save(folder / f"{i}.png")
+    return folder

@@ -7,8 +7,6 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
-from scipy import ndimage
 from test_commands import fails
 from test_data import picture
 
@@ -16,7 +14,6 @@ from aecr_jax.__main__ import main
 from aecr_jax.data.fingerprint import fingerprint
 from aecr_jax.data.haze import HazeConfig
 from aecr_jax.data.images import to_float
-from aecr_jax.data.outdoor import Window, draw_depth, find_sky
 from aecr_jax.data.pipeline import Augment, cache_bytes, train_batches
 from aecr_jax.data.reader import Source, eval_images
 from aecr_jax.data.samples import ClearImage, DrawnScene, OutdoorImage
@@ -36,19 +33,6 @@ def scene(i, size=(24, 32)):
 
 
 SCENES = [scene(i) for i in range(3)]
-
-
-@pytest.fixture
-def landscape(tmp_path):
-    """Write a picture with a blue sky above a noisy ground, which begins at half the height, and return its folder."""
-    folder = tmp_path / "outdoor"
-    for i in range(2):
-        image = np.zeros((60, 80, 3), np.float32)
-        image[:30] = np.array([0.45, 0.6, 0.9]) + np.linspace(0, 0.1, 30)[:, None, None]
-        image[30:] = np.random.default_rng(i).random((30, 80, 3)) * [0.6, 0.7, 0.3]
-        folder.mkdir(exist_ok=True)
-        Image.fromarray(np.round(image * 255).astype(np.uint8)).save(folder / f"{i}.png")
-    return folder
 
 
 def crops_of(samples, haze, count=100, data=DATA):
@@ -82,7 +66,7 @@ def test_the_defaults_make_the_haze_that_was_made_before_there_were_settings():
 
 
 def test_evaluation_under_other_haze(model_dir, tmp_path, capsys):
-    """Expected: where depth is 1, thick haze has the colour of the airlight; `clear` and `reside` would leave it out."""
+    """Expected: where depth is 1, thick haze has the colour of the airlight; `clear` and `reside` are ignored."""
     haze = HazeConfig(airlight=(0.5, 0.5), beta=(10, 10), clear=1, reside=1)
     for image, scene in zip(eval_images(SCENES, haze=haze), SCENES):
         np.testing.assert_allclose(image.hazy[scene.depth == 1], 0.5, atol=0.003)
@@ -101,59 +85,6 @@ def test_evaluation_under_other_haze(model_dir, tmp_path, capsys):
 
 
 # ---- outdoor photographs
-
-
-def test_depth_outdoors_has_the_statistics_of_resides():
-    """Expected: depth recovered from 84 pairs of SOTS outdoor: 2nd and 98th percentile 1.98 and 4.32, medians of single images 2.4 to 4.1,
-    standard deviation within an image 0.64, mean 2.5 in the lowest eighth and 3.2 in the middle, 95% of the variance in an 8x8 grid."""
-    sky, whole = np.zeros((85, 128), np.uint8), Window(0, 0, 321, 481)
-    depth = np.stack([draw_depth(sky, (321, 481), whole, (64, 96), np.random.default_rng(i)) for i in range(200)])
-    assert np.percentile(depth, [2, 98]) == pytest.approx([1.98, 4.32], abs=0.1)
-    assert np.percentile(np.median(depth, (1, 2)), [2, 98]) == pytest.approx([2.4, 4.1], abs=0.2)
-    assert depth.std((1, 2)).mean() == pytest.approx(0.64, abs=0.05)
-    assert depth[:, -8:].mean() == pytest.approx(2.5, abs=0.15)
-    assert depth[:, 28:36].mean() == pytest.approx(3.2, abs=0.15)
-    blocks = depth.reshape(200, 8, 8, 8, 12).mean((2, 4))
-    assert (blocks.var((1, 2)) / depth.var((1, 2))).mean() > 0.9
-    assert len({value.tobytes() for value in depth}) == 200
-
-
-def test_a_crop_of_the_field_is_that_part_of_the_field():
-    sky = np.zeros((60, 80), np.uint8)
-    sky[:20] = 255
-    whole = draw_depth(sky, (120, 160), Window(0, 0, 120, 160), (120, 160), np.random.default_rng(1))
-    part = draw_depth(sky, (120, 160), Window(20, 30, 40, 50), (40, 50), np.random.default_rng(1))
-    np.testing.assert_allclose(part[1:-1, 1:-1], whole[21:59, 31:79], atol=1e-5)
-    assert part.dtype == np.float32
-
-
-def test_the_sky_is_found_and_is_farthest(landscape):
-    """Expected: the sky of the drawn picture, its upper half, except for the row at the edge."""
-    images = OutdoorImage(landscape / "0.png").read()
-    sky = images["sky"]
-    assert sky.shape == (60, 80) and sky.dtype == np.uint8
-    assert (sky[:29] == 255).all() and not sky[31:].any()
-    depth = draw_depth(sky, (60, 80), Window(0, 0, 60, 80), (60, 80), np.random.default_rng(0))
-    assert depth[:28].min() > depth[31:].max()
-    large = np.kron(images["clear"], np.ones((10, 10, 1), np.uint8))
-    assert max(find_sky(large).shape) == 128
-    green = np.full((40, 40, 3), [80, 200, 60], np.uint8)
-    assert not find_sky(green).any()
-    assert not find_sky(np.full((40, 40, 3), 30, np.uint8)).any()
-
-
-def test_the_sky_behind_clouds_and_a_tower_is_one_region():
-    """Expected: the drawn sky, without the tower that stands before it; only pixels next to an edge may differ."""
-    picture = np.empty((90, 120, 3), np.uint8)
-    picture[:60], picture[60:] = [110, 160, 230], [60, 90, 40]
-    rows, columns = np.mgrid[:90, :120]
-    for row, column in ((12, 30), (25, 70), (40, 100), (45, 15)):
-        picture[((rows - row) / 5) ** 2 + ((columns - column) / 14) ** 2 < 1] = [250, 248, 240]
-    picture[20:60, 52:64] = [50, 45, 40]
-    expected = (rows < 60) & ~((rows >= 20) & (columns >= 52) & (columns < 64))
-    different = (find_sky(picture) == 255) != expected
-    assert different.mean() < 0.02
-    assert not ndimage.binary_erosion(different, iterations=2).any()
 
 
 def test_outdoor_photographs(landscape):

@@ -25,7 +25,7 @@ class HazeConfig:
 
     By default, haze is that of RESIDE, and everything else is off. The settings apply to data with depth and to outdoor photographs. Hazy
     images of pairs and the constant haze of `constant:FOLDER` are left as they are. The evaluations of a run use the defaults, so that
-    scores of different runs can be compared; `eval --haze` chooses others.
+    scores of different runs can be compared; `eval --haze` uses other settings.
     """
 
     airlight: tuple[float, float] = bounded((0.7, 1.0), 0, 1)
@@ -147,7 +147,8 @@ def haze_for(
       clear: float32 `[H, W, 3]` in [0, 1].
       depth: `[H, W]`, as for `add_haze`, or as `draw_depth` returns it if `outdoor`, or None.
       rng: the source of airlight and beta, or of the transmission, uniform in [0, 1).
-      settings: the ranges of airlight and beta, `cast`, `uneven` and `clear`; the others are not used, and without depth none is.
+      settings: the ranges of airlight and beta, `cast`, `uneven`, `clear`, `noise` and `jpeg`; the others are not used, and without depth
+        none is.
       outdoor: whether to use the outdoor ranges.
 
     Returns:
@@ -166,7 +167,7 @@ def haze_for(
     if settings.clear and rng.random() < settings.clear:
         beta = 0.0
     transmission = _transmission(clear, depth, beta)
-    return Haze(_scatter(clear, transmission, airlight), transmission, airlight)
+    return Haze(_degrade(_scatter(clear, transmission, airlight), rng, settings), transmission, airlight)
 
 
 def _draw_shade(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
@@ -189,7 +190,7 @@ def darken(clear: np.ndarray, rng: np.random.Generator, settings: HazeConfig) ->
     return clear
 
 
-def degrade(hazy: np.ndarray, rng: np.random.Generator, settings: HazeConfig) -> np.ndarray:
+def _degrade(hazy: np.ndarray, rng: np.random.Generator, settings: HazeConfig) -> np.ndarray:
     """Return a hazy image, float32 `[H, W, 3]` in [0, 1], with noise and compression by the settings, rounded to 8 bits."""
     if settings.noise:
         hazy = _round(np.clip(hazy + np.float32(rng.uniform(0, settings.noise)) * _draw_noise(hazy.shape, rng), 0, 1))

@@ -20,7 +20,7 @@ from aecr_jax.errors import UserError, first_line
 from aecr_jax.files import replacing
 from aecr_jax.storage import as_path
 
-# The formats of results: Pillow's name of each, by file name extension.
+# Pillow's names of the formats in which results are written, by file name extension.
 FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP", "tif": "TIFF", "tiff": "TIFF"}
 _WRITTEN = FORMATS | {"bmp": "BMP"}
 

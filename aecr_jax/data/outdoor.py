@@ -16,16 +16,16 @@ from scipy import ndimage
 
 # Longest side in pixels of the maps in which the sky is found and depth is drawn; both are smooth.
 _MAP_SIDE = 128
-NEAR, _FAR, _SKY = 1.95, 4.35, 4.5  # depth of the nearest point, of the farthest, and of the sky
+_NEAR, _FAR, _SKY = 1.95, 4.35, 4.5  # depth of the nearest point, of the farthest, and of the sky
 # The ground recedes upwards; weights of that ramp and of noise with 2x2, 4x4 and 8x8 cells.
 _RAMP, _OCTAVES = (0.3, 1.7), {2: 0.8, 4: 0.7, 8: 0.35}
 # Depth is a logistic curve of the field. These set how far it leans to near or far, and the spread within an image.
 _LEAN, _STEEPNESS = (-0.8, 0.9), (1.2, 2.3)
 # Sky: the least brightness of a blue or grey pixel, how much its red and green may exceed its blue, the brightness from which any pale
-# colour counts, the largest mean slope of the brightness around (per pixel of the map), and the least share of the picture.
+# colour counts, the largest slope of the brightness (per pixel of the map, averaged around a pixel), and the least share of the picture.
 _BRIGHT, _REDDER, _PALE, _ROUGH, _LEAST_SKY = 0.35, 0.03, 0.7, 0.035, 0.03
 _AROUND = 2  # how far around a pixel the slope is averaged
-_COLUMNS = 15  # the lower end of the sky is the median over so many columns
+_COLUMNS = 15  # the lower edge of the sky in a column is the median over this many columns
 
 
 class Window(NamedTuple):
@@ -40,9 +40,9 @@ class Window(NamedTuple):
 def find_sky(pixels: np.ndarray) -> np.ndarray:
     """Find the sky: bright, blue or pale, without texture, and connected with the top of the picture.
 
-    Its lower end is smoothed over the columns, and what lies above and has the colour of sky belongs to it too, such as clouds and what is
-    behind branches. This is a rule of thumb, which takes bright walls for sky and misses a sunset; it only decides which places get the
-    largest depth.
+    Its lower edge is smoothed across columns. Everything above that edge that has the colour of sky counts as sky too, such as clouds and
+    the gaps between branches. This is a rule of thumb, which takes bright walls for sky and misses a sunset; it only decides which places
+    get the largest depth.
 
     Args:
       pixels: an image `[H, W, 3]`, uint8, or floating-point in [0, 1].
@@ -80,13 +80,8 @@ def _from_top(mask: np.ndarray) -> np.ndarray:
     return mask & np.isin(labels, labels[0])
 
 
-def draw_near(rng: np.random.Generator, nearer: float) -> float:
-    """Draw the depth of the nearest point of an image: RESIDE's or, with the probability `nearer`, one between 0 and that."""
-    return float(rng.uniform(0, NEAR)) if nearer and rng.random() < nearer else NEAR
-
-
 def draw_depth(
-    sky: np.ndarray, size: tuple[int, int], window: Window, shape: tuple[int, int], rng: np.random.Generator, near: float = NEAR
+    sky: np.ndarray, size: tuple[int, int], window: Window, shape: tuple[int, int], rng: np.random.Generator, nearer: float = 0
 ) -> np.ndarray:
     """Draw a random depth field for an image, and return it for a part of the image.
 
@@ -96,11 +91,12 @@ def draw_depth(
       window: the part of the image.
       shape: height and width of the result, to which the window is scaled.
       rng: the source of the field; the same state gives the same field for every window.
-      near: depth of the nearest point.
+      nearer: probability that the depth of the nearest point is drawn between 0 and RESIDE's, which is 1.95.
 
     Returns:
-      Depth, float32 `shape`, between about `near` and 4.4 on the ground and 4.5 in the sky.
+      Depth, float32 `shape`, between that of the nearest point and about 4.4 on the ground and 4.5 in the sky.
     """
+    near = rng.uniform(0, _NEAR) if nearer and rng.random() < nearer else _NEAR
     rows, columns = sky.shape
     above_bottom = (np.arange(rows, 0, -1, dtype=np.float32) - 0.5) / rows
     field = np.float32(rng.uniform(*_RAMP)) * np.sqrt(above_bottom)[:, None] * np.float32(3)

@@ -16,9 +16,9 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from aecr_jax.data.haze import RESCALING, RESIDE, Haze, HazeConfig, darken, degrade, haze_for
+from aecr_jax.data.haze import RESCALING, RESIDE, Haze, HazeConfig, darken, haze_for
 from aecr_jax.data.images import to_float
-from aecr_jax.data.outdoor import Window, draw_depth, draw_near
+from aecr_jax.data.outdoor import Window, draw_depth
 from aecr_jax.data.reader import Source
 from aecr_jax.data.samples import Sample
 from aecr_jax.data.sources import DataConfig
@@ -70,8 +70,7 @@ class Augment(grain.transforms.RandomMap):
             clear = darken(clear, rng, settings)
 
         def make_haze(settings: HazeConfig) -> Haze:
-            haze = haze_for(clear, depth, rng, settings, outdoor="sky" in element)
-            return haze._replace(hazy=degrade(haze.hazy, rng, settings)) if has_depth else haze
+            return haze_for(clear, depth, rng, settings, outdoor="sky" in element)
 
         haze = make_haze(settings)
         # All crops of a batch must have airlight of one shape, also those of constant haze.
@@ -103,8 +102,7 @@ class Augment(grain.transforms.RandomMap):
     def _make_depth(self, element: dict[str, np.ndarray], window: Window, rng: np.random.Generator, settings: HazeConfig) -> np.ndarray:
         """Return the depth of the crop: for an outdoor photograph random, for a scene its own or that of a crop of another scene."""
         if "sky" in element:
-            near = draw_near(rng, settings.outdoor_near)
-            return draw_depth(element["sky"], element["clear"].shape[:2], window, self._crop, rng, near)
+            return draw_depth(element["sky"], element["clear"].shape[:2], window, self._crop, rng, settings.outdoor_near)
         if len(self._scenes) < 2 or not rng.random() < settings.foreign_depth:
             return self._cut(element["depth"], window)
         assert self._source is not None

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from aecr_jax.data.haze import RESIDE, HazeConfig, darken, degrade, haze_for
+from aecr_jax.data.haze import RESIDE, HazeConfig, darken, haze_for
 from aecr_jax.data.images import to_float, unique_names
-from aecr_jax.data.outdoor import Window, draw_depth, draw_near
+from aecr_jax.data.outdoor import Window, draw_depth
 from aecr_jax.data.samples import Sample
 from aecr_jax.errors import UserError
 
@@ -74,8 +74,8 @@ class Source:
 def to_pair(read: dict[str, np.ndarray], seed: int | tuple[int, ...], haze: HazeConfig = RESIDE) -> tuple[np.ndarray, np.ndarray]:
     """Convert the result of a sample's `read` to (hazy, clear), float32 `[H, W, 3]`; if it has no haze, that is drawn from `seed`.
 
-    Of the settings `haze`, those are not used that replace or leave out the haze of a crop or change what it shows: `clear`, `reside`,
-    `resize` and `foreign_depth`.
+    The settings `clear`, `reside`, `resize` and `foreign_depth` of `haze` are ignored: they omit or replace the haze of a training crop, or
+    change what it shows.
     """
     clear = to_float(read["clear"])
     if "hazy" in read:
@@ -84,12 +84,11 @@ def to_pair(read: dict[str, np.ndarray], seed: int | tuple[int, ...], haze: Haze
     depth = read.get("depth")
     if "sky" in read:
         h, w = clear.shape[:2]
-        depth = draw_depth(read["sky"], (h, w), Window(0, 0, h, w), (h, w), rng, draw_near(rng, haze.outdoor_near))
+        depth = draw_depth(read["sky"], (h, w), Window(0, 0, h, w), (h, w), rng, haze.outdoor_near)
     if depth is None:
         return haze_for(clear, None, rng).hazy, clear
     clear = darken(clear, rng, haze)
-    hazy = haze_for(clear, depth, rng, dataclasses.replace(haze, clear=0.0), outdoor="sky" in read).hazy
-    return degrade(hazy, rng, haze), clear
+    return haze_for(clear, depth, rng, dataclasses.replace(haze, clear=0.0), outdoor="sky" in read).hazy, clear
 
 
 def eval_images(
