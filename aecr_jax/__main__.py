@@ -170,7 +170,7 @@ def _make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--haze",
         metavar="CONFIG",
-        help="a config (FILE or FILE:NAME) with whose settings haze is made where data have none; RESIDE's by default",
+        help="config (FILE or FILE:NAME) whose haze settings are used for data without haze (default: RESIDE's haze)",
     )
     evaluate.add_argument("--output", metavar="DIR", help="folder for per_image.csv, summary.json and panel.png")
     evaluate.add_argument(

@@ -51,7 +51,7 @@ def test_without_clear_images_there_are_no_scores(pictures, model_dir, tmp_path)
 
 
 def test_one_image_at_a_time_is_in_memory(pictures, model_dir, tmp_path, monkeypatch):
-    """Expected: when an image is read, at most the one before it and its clear image are still held."""
+    """Expected: whenever an image is read, at most the previous image, its clear image and one more are in memory."""
     images: list[weakref.ref] = []
     alive = []
 

@@ -77,7 +77,7 @@ def test_a_built_data_set_counts_by_its_record_files(tmp_path):
 
 
 def test_another_clear_image_of_a_hazy_one_is_noticed(tmp_path):
-    """At first, both hazy images share the clear image 1. Then the second one gets its own, because an equal name takes precedence."""
+    """At first, both hazy images share the clear image 1. Then the second one gets its own, because an exact match of names comes first."""
     picture(tmp_path / "hazy" / "1_1.png"), picture(tmp_path / "hazy" / "1_2.png", seed=1), picture(tmp_path / "clear" / "1.png", seed=2)
     samples = find_dataset(tmp_path)
     saved = fingerprint.fingerprint(samples)

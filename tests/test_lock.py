@@ -137,7 +137,7 @@ def test_another_machine_that_touches_its_lock_is_alive(tmp_path, quick):
 
 
 def unavailable(monkeypatch, where, name):
-    """Let a function that reads files fail as on a network file system whose server does not answer; return its calls."""
+    """Make a function fail as it would on a network file system whose server does not answer, and return the list of its calls."""
     calls = []
 
     def fail(path):

@@ -70,7 +70,7 @@ def compare(
     pairs = [(Path(image), find_clear(Path(image), clear, single=len(images) == 1)) for image in images]
     networks = [load_checkpoint(model) for model in models]
     restorers = [Restorer(network) for network in networks]
-    # Images are read twice: first all, to refuse what does not fit before time is spent, then one at a time, to hold no more than one.
+    # Each image is read twice: once to check its size before any time is spent, and again to restore it. So only one is in memory.
     hazy_cells, clear_cells = [], []
     for pair in pairs:
         hazy, target = _read_pair(*pair)
@@ -116,10 +116,10 @@ def find_clear(image: Path, clear: str | Path | None, *, single: bool) -> Path |
 
 
 def _read_pair(image: Path, clear: Path | None) -> tuple[np.ndarray, np.ndarray | None]:
-    """Read an image and, if there is one, its clear image.
+    """Read an image and its clear image, if it has one.
 
     Raises:
-      UserError: one cannot be read, or their sizes differ.
+      UserError: one of them cannot be read, or their sizes differ.
     """
     hazy, target = read_image(image), None if clear is None else read_image(clear)
     if target is not None and hazy.shape != target.shape:

@@ -359,7 +359,7 @@ class _Run:
 
 
 class _Share(TypedDict):
-    """Which process this one is among how many, as arguments."""
+    """The arguments that select the share of this process in the evaluation images."""
 
     process_index: int
     process_count: int
