@@ -54,6 +54,20 @@ def test_haze_of_the_scattering_model_is_removed_exactly_if_it_is_estimated_exac
     np.testing.assert_allclose(offset / gain, np.broadcast_to(airlight, offset.shape), rtol=1e-5)
 
 
+def test_the_airlight_varies_slowly():
+    """From cell to cell of 8 pixels, the airlight of a network with random weights differs by less than it would if each had its own."""
+    model = network(width=12)
+    arrays = get_arrays(model)
+    graph, state = nnx.split(model)
+    model = nnx.merge(graph, replace_arrays(state, {**arrays, "maps.kernel": 20 * arrays["maps.kernel"]}))
+    hazy = jnp.asarray(np.random.default_rng(8).random((1, 128, 192, 3)), jnp.float32)
+    gain, offset = model.estimate_haze(hazy)
+    airlight = np.asarray(offset / gain)
+    assert np.abs(np.diff(airlight, axis=1)).max() < 0.05 and np.abs(np.diff(airlight, axis=2)).max() < 0.05
+    assert airlight.std((1, 2)).min() > 1e-3  # not one value for the whole image
+    assert np.abs(np.diff(np.asarray(jnp.log1p(gain)), axis=1)).max() > 0.3  # the gain may differ between neighbours
+
+
 def test_a_new_network_begins_near_the_hazy_image():
     hazy = jnp.asarray(np.random.default_rng(1).random((1, 64, 64, 3)), jnp.float32)
     assert jnp.abs(network(width=48, blocks=2)(hazy) - hazy).max() < 0.25

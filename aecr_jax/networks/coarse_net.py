@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from aecr_jax.networks.layers import Conv, ResidualBlock
@@ -17,6 +18,8 @@ from aecr_jax.settings import bounded
 
 # Side in pixels of the cells that the first layer sees, and of the cells of the haze's maps.
 STEM_CELL, MAP_CELL = 4, 8
+# Side in cells of the maps of the squares over which the airlight is averaged before it is blurred.
+AIRLIGHT_CELLS = 4
 # The haze of images with more pixels is estimated from a reduced copy, with sides of 1/2, 1/3, ...
 PIXELS = 2**20
 # The least transmission, so that K is at most 49, and what is added to the network's output before the sigmoid that gives it. With it, a
@@ -131,7 +134,7 @@ class CoarseNet(Network):
         maps = maps.astype(jnp.promote_types(images.dtype, jnp.float32))
         transmission = LEAST + (1 - LEAST) * nnx.sigmoid(maps[..., :1] + SHIFT)
         gain = 1 / transmission - 1
-        return gain, gain * nnx.sigmoid(maps[..., 1:])
+        return gain, gain * _smooth_airlight(gain, nnx.sigmoid(maps[..., 1:]), extend)
 
 
 def _same(x: Array) -> Array:
@@ -140,6 +143,29 @@ def _same(x: Array) -> Array:
 
 def _mean(x: Array) -> Array:
     return x.mean((1, 2), keepdims=True)
+
+
+def _smooth_airlight(gain: Array, airlight: Array, extend: Callable[[Array], Array]) -> Array:
+    """Return the airlight's mean over the surroundings of each cell, weighted by the gain, so that it is taken from where haze is dense.
+
+    The airlight of a scene is even or varies slowly. A deviation of 0.01 from cell to cell, where K is 5, would be a patch of 0.05 in the
+    sky.
+    """
+    sums = average_cells(jnp.concatenate([gain, gain * airlight], -1), AIRLIGHT_CELLS)
+    for _ in range(2):
+        sums = extend(sums)
+        for axis in (1, 2):
+            sums = _blur(sums, axis)
+    sums = enlarge_bilinear(extend(sums), AIRLIGHT_CELLS)
+    return sums[..., 1:] / (sums[..., :1] + 1e-6)  # K, and with it the sum, may be 0
+
+
+def _blur(x: Array, axis: int) -> Array:
+    """Return the means of three values along an axis, weighted by 1, 2 and 1; the border is extended by its outermost values."""
+    n = x.shape[axis]
+    widened = jnp.pad(x, [(1, 1) if i == axis else (0, 0) for i in range(x.ndim)], mode="edge")
+    before, after = (lax.slice_in_dim(widened, start, start + n, axis=axis) for start in (0, 2))
+    return (before + 2 * x + after) / 4
 
 
 def _remove(hazy: Array, gain: Array, offset: Array, cell: int) -> Array:

@@ -26,6 +26,17 @@ class ResidualBlock(nn.Module):
         return x + self.conv2(F.relu(self.conv1(x)))
 
 
+def smooth(gain: Tensor, airlight: Tensor) -> Tensor:
+    """Return the mean airlight of the surroundings of each cell, weighted by the gain."""
+    sums = F.avg_pool2d(torch.cat([gain, gain * airlight], 1), 4)
+    weights = torch.tensor([1, 2, 1], dtype=sums.dtype)
+    kernel = (weights[:, None] * weights / 16).expand(4, 1, 3, 3)
+    for _ in range(2):
+        sums = F.conv2d(F.pad(sums, (1, 1, 1, 1), mode="replicate"), kernel, groups=4)
+    sums = F.interpolate(sums, scale_factor=4, mode="bilinear")
+    return sums[:, 1:] / (sums[:, :1] + 1e-6)
+
+
 class CoarseNet(nn.Module):
     """CoarseNet: maps `[N, 3, H, W]` to the same shape."""
 
@@ -44,7 +55,8 @@ class CoarseNet(nn.Module):
         h, w = hazy.shape[2:]
         maps = self.estimate(F.pad(hazy, (0, -w % 32, 0, -h % 32), mode="reflect"))
         gain = 1 / (0.02 + 0.98 * (maps[:, :1] + 2).sigmoid()) - 1
-        enlarged = F.interpolate(torch.cat([1 + gain, gain * maps[:, 1:].sigmoid()], 1), scale_factor=8, mode="bilinear")[:, :, :h, :w]
+        offset = gain * smooth(gain, maps[:, 1:].sigmoid())
+        enlarged = F.interpolate(torch.cat([1 + gain, offset], 1), scale_factor=8, mode="bilinear")[:, :, :h, :w]
         return enlarged[:, :1] * hazy - enlarged[:, 1:]
 
     def estimate(self, x: Tensor) -> Tensor:
