@@ -1,11 +1,11 @@
 """CoarseNet, with haze that is made on the fly and supervised: for rooms, and for photographs.
 
 Command: `python train.py --config configs/coarse_net.py:indoor --data.train NYU`, where NYU is a folder with `rgb/` and `depth/`; then
-`:indoor_whole`, three times, or `:photo` with `--data.train "NYU + 2*outdoor:CLEAR"`, where CLEAR is a folder of clear photographs. Each
-run begins with the parameters of one before it, by `--run.init_from`; docs/results.md has the commands.
+`:indoor_whole`, three times, and then `:photo`, twice, with `--data.train "NYU + 2*outdoor:CLEAR"`, where CLEAR is a folder of clear
+photographs. Each run begins with the parameters of the one before it, by `--run.init_from`; docs/results.md has the commands.
 Hardware: 2 CPU cores, 6 GB of memory.
-Time: 59 minutes for `indoor`, 9 + 75 for `indoor_whole`, 66 for `photo`, beside other work (Intel Xeon, 0.4 s a step); 58 for the last
-`indoor_whole` (AMD EPYC, 0.14 s).
+Time: 59 minutes for `indoor` and 9 + 75 for `indoor_whole` beside other work (Intel Xeon, 0.4 s a step); 58 for the last
+`indoor_whole`, and 42 + 21 for `photo` (AMD EPYC, 0.14 s).
 Expected score: 28.5 dB on 100 images of SOTS indoor after `indoor_whole` (hazy input 11.16 dB), and 25.0 dB on 25 images of SOTS outdoor
 after `photo` (hazy input 15.13 dB).
 
@@ -16,9 +16,9 @@ foreground, and is left out in one crop of twenty, so that clear pictures stay a
 those of photographs. Two crops of five have RESIDE's haze alone. `crop_width` is set so that crops are not turned: what is farther is
 usually higher in the picture.
 
-The configs `haze_*` are short runs, about 10 minutes each, that show what the settings of the haze gain: `haze_all` has all that `photo`
-has, `haze_reside` only RESIDE's haze, `haze_narrow` RESIDE's ranges beside the other settings, and the others leave out what their names
-say.
+The configs `haze_*` are short runs from the parameters of `indoor` (`--run.init_from indoor`), about 4 minutes each, that show what the
+settings of the haze gain: `haze_all` has the haze `varied`, `haze_stronger` more of it, `haze_reside` only RESIDE's haze, `haze_narrow`
+RESIDE's ranges beside the other settings, and the others leave out what their names say.
 """
 
 import dataclasses
@@ -43,36 +43,41 @@ indoor_whole = dataclasses.replace(
     run=dataclasses.replace(indoor.run, workdir="runs/coarse_net_indoor_whole"),
 )
 
+train = "data/nyu_depth_v2 + 2*outdoor:data/outdoor_clear"
+varied = HazeConfig(
+    airlight=(0.5, 1.0),
+    beta=(0.3, 1.8),
+    outdoor_airlight=(0.5, 1.0),
+    outdoor_beta=(0.0, 0.5),
+    outdoor_near=0.7,
+    cast=0.05,
+    uneven=0.5,
+    clear=0.05,
+    darken=0.2,
+    noise=0.02,
+    jpeg=0.3,
+    resize=0.3,
+    foreign_depth=0.1,
+    reside=0.4,
+)
+
 photo = dataclasses.replace(
     indoor,
-    data=dataclasses.replace(indoor.data, train="data/nyu_depth_v2 + 2*outdoor:data/outdoor_clear"),
-    haze=HazeConfig(
-        airlight=(0.5, 1.0),
-        beta=(0.3, 1.8),
-        outdoor_airlight=(0.5, 1.0),
-        outdoor_beta=(0.0, 0.5),
-        outdoor_near=0.7,
-        cast=0.05,
-        uneven=0.5,
-        clear=0.05,
-        darken=0.2,
-        noise=0.02,
-        jpeg=0.3,
-        resize=0.3,
-        foreign_depth=0.1,
-        reside=0.4,
-    ),
-    run=dataclasses.replace(indoor.run, workdir="runs/coarse_net_photo", eval_images=100),
+    data=dataclasses.replace(indoor.data, train=train, crop=320, crop_width=320),
+    haze=dataclasses.replace(varied, outdoor_beta=(0.0, 0.7), cast=0.08, noise=0.03, jpeg=0.5),
+    optim=dataclasses.replace(indoor.optim, steps=20_000, batch=6, accumulate=1, learning_rate=1.2e-3),
+    run=dataclasses.replace(indoor.run, workdir="runs/coarse_net_photo", eval_every=10_000, eval_images=100),
 )
 
 
-def without(name: str, **haze: Any) -> Config:
-    """Return a short run of `photo` with other settings of the haze."""
+def experiment(name: str, **haze: Any) -> Config:
+    """Return a short run with the haze `varied` and other settings of it."""
     return dataclasses.replace(
-        photo,
-        haze=dataclasses.replace(photo.haze, **haze),
-        optim=dataclasses.replace(photo.optim, steps=1500, ema=0.99),
-        run=dataclasses.replace(photo.run, workdir=f"runs/experiments/{name}", eval_every=1500),
+        indoor,
+        data=dataclasses.replace(indoor.data, train=train),
+        haze=dataclasses.replace(varied, **haze),
+        optim=dataclasses.replace(indoor.optim, steps=1000, learning_rate=1e-3, ema=0.99),
+        run=dataclasses.replace(indoor.run, workdir=f"runs/experiments/{name}", eval_every=1000, eval_images=100),
     )
 
 
@@ -82,16 +87,17 @@ configs = {
     "indoor": indoor,
     "indoor_whole": indoor_whole,
     "photo": photo,
-    "haze_all": without("haze_all"),
-    "haze_reside": without("haze_reside", **dataclasses.asdict(reside)),
-    "haze_narrow": without("haze_narrow", **ranges),
-    "haze_no_near": without("haze_no_near", outdoor_near=0.0),
-    "haze_no_cast": without("haze_no_cast", cast=0.0),
-    "haze_no_uneven": without("haze_no_uneven", uneven=0.0),
-    "haze_no_clear": without("haze_no_clear", clear=0.0),
-    "haze_no_darken": without("haze_no_darken", darken=0.0),
-    "haze_no_noise": without("haze_no_noise", noise=0.0, jpeg=0.0),
-    "haze_no_resize": without("haze_no_resize", resize=0.0),
-    "haze_no_foreign_depth": without("haze_no_foreign_depth", foreign_depth=0.0),
-    "haze_no_share": without("haze_no_share", reside=0.0),
+    "haze_all": experiment("haze_all"),
+    "haze_stronger": experiment("haze_stronger", outdoor_beta=(0.0, 0.8), cast=0.1, noise=0.03, jpeg=0.6),
+    "haze_reside": experiment("haze_reside", **dataclasses.asdict(reside)),
+    "haze_narrow": experiment("haze_narrow", **ranges),
+    "haze_no_near": experiment("haze_no_near", outdoor_near=0.0),
+    "haze_no_cast": experiment("haze_no_cast", cast=0.0),
+    "haze_no_uneven": experiment("haze_no_uneven", uneven=0.0),
+    "haze_no_clear": experiment("haze_no_clear", clear=0.0),
+    "haze_no_darken": experiment("haze_no_darken", darken=0.0),
+    "haze_no_noise": experiment("haze_no_noise", noise=0.0, jpeg=0.0),
+    "haze_no_resize": experiment("haze_no_resize", resize=0.0),
+    "haze_no_foreign_depth": experiment("haze_no_foreign_depth", foreign_depth=0.0),
+    "haze_no_share": experiment("haze_no_share", reside=0.0),
 }

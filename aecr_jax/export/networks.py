@@ -150,7 +150,19 @@ def haze_maps(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     maps = conv(x, model.maps).to(np.float32)
     transmission = coarse.LEAST + (1 - coarse.LEAST) * sigmoid(maps.slice([0], [1], [1]) + coarse.SHIFT)
     factor = 1 / transmission
-    return factor, (factor - 1) * sigmoid(maps.slice([1], [4], [1]))
+    gain = factor - 1
+    return factor, gain * _smooth_airlight(gain, sigmoid(maps.slice([1], [4], [1])))
+
+
+def _smooth_airlight(gain: Tensor, airlight: Tensor) -> Tensor:
+    side = coarse.AIRLIGHT_CELLS
+    sums = concat([gain, gain * airlight]).node("AveragePool", kernel_shape=[side, side], strides=[side, side])
+    for _ in range(2):
+        sums = sums.node("Pad", np.array([0, 0, 1, 1] * 2, np.int64), mode="edge")
+        for _ in range(2):  # two means of two values each are a mean of three, weighted by 1, 2 and 1
+            sums = sums.node("AveragePool", kernel_shape=[2, 2], strides=[1, 1])
+    sums = enlarge_bilinear(sums, side)
+    return sums.slice([1], [4], [1]) / (sums.slice([0], [1], [1]) + 1e-6)
 
 
 def aod_net(model: Any, hazy: Tensor) -> Tensor:

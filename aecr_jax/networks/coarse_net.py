@@ -50,7 +50,7 @@ class CoarseNet(Network):
     all layers work at 1/4 to 1/32 of the resolution, and only the enlargement of the maps and the formula at the full one. The first
     layer sees the 48 values of squares of 4x4 pixels, and their least and greatest value in each channel: the dark channel
     prior (He et al., CVPR 2009) uses the least values. The mean of the coarsest features over the whole image is added to them, because
-    the airlight is one for all.
+    the airlight is one for all. The airlight may still vary slowly from place to place, as it does near the sun.
 
     The network maps `[N, H, W, 3]` in [0, 1] to the same shape, approximately in [0, 1], not clipped.
 
