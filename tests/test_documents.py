@@ -121,6 +121,9 @@ def data(tmp_path_factory):
         draw_pair(root / "NYU", [], f"rgb/{i:05d}.png", 200 + i)
         depth = np.linspace(1, 0.3, 24, dtype=np.float32)[:, None, None] * np.ones((1, 32, 3), np.float32)
         write_image(root / "NYU/depth" / f"{i:05d}.png", depth)
+    (root / "HELD").mkdir()
+    (root / "HELD/rooms").symlink_to(root / "NYU")
+    (root / "HELD/photographs").symlink_to(root / "PHOTOS")
     draw_pair(root, ["photo.png"], "more_photos/second.png", 0)
     (root / "photo.png").rename(root / "photo.jpg")  # the format is recognised from the content
     if av:
