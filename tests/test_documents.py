@@ -7,6 +7,7 @@ narrow networks and for a single step, except for those that need several machin
 
 import ast
 import importlib.util
+import json
 import re
 import runpy
 import shlex
@@ -37,6 +38,7 @@ from aecr_jax.data.haze import add_haze
 from aecr_jax.data.images import write_image
 from aecr_jax.data.layouts import DATASETS
 from aecr_jax.data.sources import open_samples, split_samples
+from aecr_jax.inference.weights import SHIPPED
 from aecr_jax.networks import registry
 from aecr_jax.reproduce import settings as reproduce_settings
 from aecr_jax.training.config import Config, OptimConfig, load_config, setting_names
@@ -174,6 +176,10 @@ def tiny(arguments):
         begin = re.sub(r"/checkpoints/\d+$", "/checkpoints/1", run.init_from)
         features = ["--loss.features", "ready-vgg19.safetensors"] if not Path("vgg19.safetensors").exists() else []
         rest += [*TINY, *features, "--run.init_from", begin]
+        start = next((folder for folder in (Path(begin), SHIPPED / begin) if begin and (folder / "config.json").is_file()), None)
+        if start:  # a run that begins with the parameters of another has its size
+            model = json.loads((start / "config.json").read_text())["model"]
+            rest += [part for name in ("width", "blocks") for part in (f"--model.{name}", str(model[name]))]
     elif command == "reproduce":
         first = {"table2": "base", "table3": "grid_dehaze_net", "table4": "1:1"}[rest[0]]
         for option, value in (("--rows", first), ("--features", "ready-vgg19.safetensors"), ("--seeds", "1")):
