@@ -148,8 +148,8 @@ def _mean(x: Array) -> Array:
 def _smooth_airlight(gain: Array, airlight: Array, extend: Callable[[Array], Array]) -> Array:
     """Return the airlight's mean over the surroundings of each cell, weighted by the gain, so that it is taken from where haze is dense.
 
-    The airlight of a scene is even or varies slowly. A deviation of 0.01 from cell to cell, where K is 5, would be a patch of 0.05 in the
-    sky.
+    The airlight of a scene is constant or varies slowly. Where K is 5, a difference of 0.01 between neighbouring cells would show as a
+    patch that is brighter or darker by 0.05.
     """
     sums = average_cells(jnp.concatenate([gain, gain * airlight], -1), AIRLIGHT_CELLS)
     for _ in range(2):
