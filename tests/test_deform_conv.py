@@ -1,4 +1,5 @@
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from reference import load, nhwc
 
 from aecr_jax import deform_conv2d
+from aecr_jax.ops import deform_conv as module
 from aecr_jax.training.mesh import make_mesh
 
 CASES = ["unit", "far", "zero", "stride2_dil2", "groups2", "unmodulated", "k5"]
@@ -29,10 +31,7 @@ def case(name, dtype):
     return arrays, options, nhwc(d["out"]), nhwc(d["cotangent"]).astype(dtype), grads
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-9), (np.float32, 1e-4)])
-def test_equals_torchvision(name, dtype, tolerance, x64):
-    """The output and all gradients equal those of torchvision's deform_conv2d in float64 (tests/golden)."""
+def assert_equals_torchvision(name, dtype, tolerance):
     arrays, options, expected, cotangent, expected_grads = case(name, dtype)
 
     @jax.jit
@@ -45,6 +44,45 @@ def test_equals_torchvision(name, dtype, tolerance, x64):
     np.testing.assert_allclose(out, expected, rtol=0, atol=tolerance * abs(expected).max())
     for key, expected_grad in expected_grads.items():
         np.testing.assert_allclose(grads[key], expected_grad, rtol=0, atol=tolerance * abs(expected_grad).max(), err_msg=key)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-9), (np.float32, 1e-4)])
+def test_equals_torchvision(name, dtype, tolerance, x64):
+    """The output and all gradients equal those of torchvision's deform_conv2d in float64 (tests/golden)."""
+    assert_equals_torchvision(name, dtype, tolerance)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_in_parts_equal_torchvision(name, x64, monkeypatch):
+    """So are those of large outputs computed on a CPU; here, parts of a few positions stand for those of a thousand."""
+    monkeypatch.setattr(module, "_PART", 24)
+    shape = case(name, np.float64)[2].shape
+    assert module._cpu_parts(shape) > 1
+    assert_equals_torchvision(name, np.float64, 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("shape", "parts"),
+    [
+        ((1, 64, 64, 8), 4),
+        ((2, 60, 60, 8), 8),  # 450 positions of each image
+        ((1, 15, 60, 8), 1),
+        ((1, 61, 59, 8), 1),  # these numbers are prime, and 61 positions would be too few
+        ((0, 64, 64, 8), 4),
+    ],
+)
+def test_parts_hold_256_to_1024_positions(shape, parts):
+    assert module._cpu_parts(shape) == parts
+
+
+def test_a_gradient_with_symbols_for_sizes_is_exported():
+    x, offset, kernel = some_inputs(n=1, h=4, w=5)
+    gradient = jax.jit(jax.grad(lambda x, offset: deform_conv2d(x, offset, kernel, padding=1).sum()))
+    symbols = jax.export.symbolic_shape("n, h, w")
+    shapes = [jax.ShapeDtypeStruct((*symbols, size), np.float32) for size in (4, 18)]
+    exported = jax.export.export(gradient)(*shapes)
+    np.testing.assert_allclose(exported.call(x, offset), gradient(x, offset), rtol=0, atol=1e-5)
 
 
 def some_inputs(n=2, h=6, w=5, c=4, o=3, seed=0):

@@ -23,6 +23,9 @@ from aecr_jax.validation import as_floating, as_int
 # the value and the gradient.
 _BORDER = 2
 
+# At most so many positions of the output are computed at a time in the gradient on CPUs.
+_PART = 1024
+
 
 class Geometry(NamedTuple):
     """The numbers of a deformable convolution, each for height and width; `groups` is that of the offsets."""
@@ -135,38 +138,72 @@ def _forward(x: Array, offset: Array, mask: Array, kernel: Array, geometry: Geom
 
 def by_taps_gradient(geometry: Geometry, residuals: tuple[Array, ...], cotangent: Array) -> tuple[Array, ...]:
     """Return the gradients of `by_taps` with respect to its four arrays, which are the `residuals`."""
+    on_cpu, elsewhere = (functools.partial(_gradient, geometry, parts) for parts in (_cpu_parts(cotangent.shape), 1))
+    return lax.platform_dependent(*residuals, cotangent, cpu=on_cpu, default=elsewhere)
+
+
+def _cpu_parts(shape: tuple[int, ...]) -> int:
+    """Return the number of parts of an output of `shape` `[N, H', W', O]` in which a CPU's caches hold the arrays of one tap."""
+    n, h, w, _ = shape
+    if not (isinstance(n, int) and isinstance(h * w, int)):  # an exported program can have symbols for sizes
+        return 1
+    most = _PART // max(n, 1)
+    return next((h * w // size for size in range(most, most // 4, -1) if h * w % size == 0), 1)
+
+
+def _gradient(geometry: Geometry, parts: int, x: Array, offset: Array, mask: Array, kernel: Array, cotangent: Array) -> tuple[Array, ...]:
+    """Return the gradients of `by_taps`, one tap after another, and for each tap one of `parts` equal parts of the output after another."""
     # Without the delays, XLA would make the padded image and the zeros of its gradient in the forward pass, and keep them.
-    x, offset, mask, kernel = delay(residuals, cotangent)
+    x, offset, mask, kernel = delay((x, offset, mask, kernel), cotangent)
     image = pad_image(x, geometry.groups)
     base, steps = tap_positions(x, offset, kernel, geometry)
     n, h_out, w_out, out_channels = cotangent.shape
-    cotangent = cotangent.reshape(n, h_out * w_out, out_channels)
     accumulator = jnp.promote_types(x.dtype, jnp.float32)
-    # Transposing once here, instead of in the product of every tap, is twice as fast on a CPU.
-    transposed = lax.optimization_barrier(cotangent.transpose(2, 0, 1))
+
+    def split(array: Array, axis: int) -> Array:
+        """Return the parts as the leading axis."""
+        size = array.shape[axis] // parts
+        return jnp.moveaxis(array.reshape(*array.shape[:axis], parts, size, *array.shape[axis + 1 :]), axis, 0)
+
+    cotangent = split(cotangent.reshape(n, h_out * w_out, out_channels), 1)
+    tap_offsets, tap_masks, tap_kernels = _by_tap(offset, mask, kernel, geometry.groups)
+    # Transposing once here, instead of in the product of every tap, is faster on a CPU: twice as fast for the cotangent.
+    transposed, tap_kernels = lax.optimization_barrier((cotangent.transpose(0, 3, 1, 2), tap_kernels.transpose(0, 3, 1, 2)))
+    positions = split(base, 1)
 
     def tap(grad_image: Array, inputs: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
         step, tap_offset, tap_mask, tap_kernel = inputs
-        sample = _sample(image, base + step + tap_offset, x.shape)
-        grad_kernel = jnp.einsum("onp,npgc->ogc", transposed, _blend(sample, tap_mask), preferred_element_type=accumulator)
-        grad_modulated = jnp.einsum("npo,gco->npgc", cotangent, tap_kernel)
-        # The gradients of mask and position depend on the features only through these four sums. Their differences nearly
-        # cancel, so the sums are computed in at least float32.
-        exact = grad_modulated.astype(accumulator)
-        sums = [_sum_channels(exact * corner.astype(accumulator)) for corner in sample.corners]
-        grad_mask, grad_position = location_gradients(sample.location, sums)
-        for index, share in zip(sample.indices, sample.location.shares):
-            grad_image = _scatter_add(grad_image, index, grad_modulated * (share * tap_mask)[..., None].astype(x.dtype))
-        return grad_image, (grad_position * tap_mask[..., None], grad_mask, grad_kernel)
+
+        def part(grads: tuple[Array, Array], inputs: tuple[Array, ...]) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+            grad_image, grad_kernel = grads
+            cotangent, transposed, position, offset, mask = inputs
+            sample = _sample(image, position + step + offset, x.shape)
+            blended = _blend(sample, mask)
+            grad_kernel += jnp.einsum("onp,npgc->ogc", transposed, blended, preferred_element_type=accumulator)
+            grad_modulated = jnp.einsum("npo,ogc->npgc", cotangent, tap_kernel)
+            # The gradients of mask and position depend on the features only through these four sums. Their differences nearly
+            # cancel, so the sums are computed in at least float32.
+            exact = grad_modulated.astype(accumulator)
+            sums = [_sum_channels(exact * corner.astype(accumulator)) for corner in sample.corners]
+            grad_mask, grad_position = location_gradients(sample.location, sums)
+            for index, share in zip(sample.indices, sample.location.shares):
+                grad_image = _scatter_add(grad_image, index, grad_modulated * (share * mask)[..., None].astype(x.dtype))
+            return (grad_image, grad_kernel), (grad_position * mask[..., None], grad_mask)
+
+        zeros = jnp.zeros(tap_kernel.shape, accumulator)
+        of_parts = cotangent, transposed, positions, split(tap_offset, 1), split(tap_mask, 1)
+        (grad_image, grad_kernel), (grad_offset, grad_mask) = lax.scan(part, (grad_image, zeros), of_parts)
+        return grad_image, (grad_offset, grad_mask, grad_kernel)
 
     # 4 * taps shares or more may be added to one pixel, so they are also accumulated in float32.
     grad_image, (grad_offset, grad_mask, grad_kernel) = lax.scan(
-        tap, delay(jnp.zeros(image.shape, accumulator), cotangent), (steps, *_by_tap(offset, mask, kernel, geometry.groups))
+        tap, delay(jnp.zeros(image.shape, accumulator), cotangent), (steps, tap_offsets, tap_masks, tap_kernels)
     )
     return (
         crop_image(grad_image, x.shape).astype(x.dtype),
-        jnp.moveaxis(grad_offset, 0, 3).reshape(offset.shape).astype(offset.dtype),  # [K, N, P, G, 2] -> [N, P, G, K, 2]
-        jnp.moveaxis(grad_mask, 0, 3).reshape(mask.shape).astype(mask.dtype),
+        # [K, parts, N, P / parts, G, 2] -> [N, P, G, K, 2], and the same without the last axis for the mask
+        grad_offset.transpose(2, 1, 3, 4, 0, 5).reshape(offset.shape).astype(offset.dtype),
+        grad_mask.transpose(2, 1, 3, 4, 0).reshape(mask.shape).astype(mask.dtype),
         grad_kernel.transpose(0, 2, 3, 1).reshape(kernel.shape).astype(kernel.dtype),  # [K, O, G, C / G] -> [kh, kw, C, O]
     )
 
