@@ -163,8 +163,9 @@ def _make_parser() -> argparse.ArgumentParser:
         "--data",
         required=True,
         metavar="DATA",
-        help="folder with hazy/ and clear/ (or rgb/ and depth/), HAZY,CLEAR, constant:FOLDER, a built data set, or scenes; append"
-        " @NAME/PART for a part of a named split",
+        help="folder with hazy/ and clear/ (or rgb/ and depth/), HAZY,CLEAR, clear=FOLDER,depth=FOLDER, constant:FOLDER,"
+        " outdoor:FOLDER, clear=FOLDER, a built data set, or scenes:COUNT:WIDTHxHEIGHT; append @NAME/PART for a part of a named split,"
+        " and mix data as in A + 2*B",
     )
     evaluate.add_argument("--data-dir", default="", metavar="DIR", help="folder of built data sets (default: ~/tensorflow_datasets)")
     evaluate.add_argument(
@@ -209,8 +210,8 @@ def _make_parser() -> argparse.ArgumentParser:
     prepare.add_argument("--data-dir", metavar="DIR", help="folder to write to (default: ~/tensorflow_datasets)")
 
     check = commands.add_parser("check-data", help="look for mistakes in training data", allow_abbrev=False)
-    check.add_argument("--data", metavar="DATA", help="training data, in the notation of eval; or use --config")
-    check.add_argument("--test", metavar="DATA", help="evaluation data, in the notation of eval")
+    check.add_argument("--data", metavar="DATA", help="training data, as eval takes them; or use --config")
+    check.add_argument("--test", metavar="DATA", help="evaluation data, as eval takes them")
     check.add_argument("--config", metavar="FILE", help="check the data of this config; --data.* options override its settings")
     check.add_argument("--data-dir", default="", metavar="DIR", help="folder of built data sets (default: ~/tensorflow_datasets)")
     check.add_argument("--limit", type=int, metavar="N", help="read only N evenly spaced images of each data set (default: all)")

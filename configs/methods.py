@@ -3,7 +3,7 @@
 Command: `python train.py --config configs/methods.py:ffa_net`, and so on; `:ffa_net:cr` adds contrastive regularization (Table 3), and
 `:ffa_net:laptop --data.train NYU` is a small version of the network on NYU Depth v2 (a folder with `rgb/` and `depth/`), with haze made
 on the fly
-Hardware: made for one accelerator with 40 GB or more, or several; a laptop for the others.
+Hardware: made for one accelerator with 40 GB or more, or several; the configs `:laptop` are for a laptop.
 Time: not measured by this project yet, except for the laptop's versions (docs/networks.md).
 Expected score: the following on SOTS indoor (AECR paper, Table 1); none has been reproduced by this project yet. For GridDehazeNet and the
 methods below it, their own papers have the same numbers; AOD-Net's and DehazeNet's own papers report other data sets.

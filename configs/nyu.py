@@ -5,7 +5,7 @@ Hardware: made for one accelerator with 40 GB or more, or several (the batch mus
 decoded images (`--data.cache False`: none).
 Time: not measured by this project yet.
 Expected score: not measured by this project yet. RESIDE's ITS is made from the same indoor photographs, and the paper's 37.17 dB,
-0.9901 on SOTS indoor is of a training on that. Evaluated on the last 50 images by name, which are not trained on.
+0.9901 on SOTS indoor was reached by training on ITS. Evaluated on the last 50 images by name, which are not trained on.
 
 On a laptop, with a narrow network and less of everything:
 `python train.py --config configs/nyu.py:laptop --data.train NYU --loss.features vgg19.safetensors`; or see `configs/nyu_narrow.py`.

@@ -1,4 +1,4 @@
-"""A narrow AECR-Net on NYU Depth v2 with haze made on the fly, for a CPU: the four runs that made the model that ships.
+"""A narrow AECR-Net on NYU Depth v2 with haze made on the fly, for a CPU: the four runs that made `aecr_net_tiny`.
 
 Command: `python train.py --config configs/nyu_narrow.py:first --data.train NYU` (NYU has `rgb/` and `depth/`), then the same with
 `:large_crops`, `:wider` and `:longer`, each of which begins with the last checkpoint of the one before
@@ -6,7 +6,7 @@ Hardware: 2 CPU cores, 6 GB of memory (2.7 less with `--data.cache False`)
 Time: 42 + 49 + 101 + 131 minutes on 2 slow cores (AMD EPYC, 80 to 105 GMAC/s), beside light work.
 Expected score: 22.9, 24.7, 25.4 and 26.4 dB on 25 of the 50 scenes held out (hazy input 14.19 dB).
 
-L1 alone: at width 24, a step with regularization by the full VGG-19 takes 3.5 times as long. The first run has a constant learning
+L1 alone: at width 24, a step with regularization by the full VGG-19 takes 3.6 times as long. The first run has a constant learning
 rate, and the second takes it to 0.
 The third widens the network: width 24 has 2.1 times the multiplications of width 16, and a step took 1.4 times as long (0.90 and 0.66 s).
 The fourth goes on with that. A learning rate that starts again from its peak first loses much of what was learned: the third run fell from

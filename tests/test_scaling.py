@@ -54,6 +54,7 @@ def test_a_device_receives_the_same_bytes_whatever_the_number_of_devices(config_
     """The programs for 8 and 64 devices reduce each gradient once, because no block is used twice, and beside them only a few values."""
     few, many = (compile_for(devices, 1, config_file, []) for devices in (8, 64))
     assert few["collectives"] == many["collectives"] and set(few["collectives"]) == {"all-reduce"}
+    assert len(few["collectives"]["all-reduce"]) < 12  # in the forms for CPUs, each gradient waits for another one: 30
     assert many["macs"] == pytest.approx(8 * few["macs"], rel=1e-2)
     reduced, gradients = sum(few["collectives"]["all-reduce"]), 4 * few["parameters"]
     assert gradients <= reduced < 1.5 * gradients

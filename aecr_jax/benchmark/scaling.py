@@ -1,7 +1,7 @@
 """How a train step scales over devices: what the compiled program sends in a step, and the time that this suggests.
 
-The program for N devices is compiled for N simulated devices of a CPU, in a process of its own, because JAX fixes their number when it
-starts. Nothing is computed. XLA's CPU compiler reduces the gradients of a block that is used several times once for each use; its
+The program for N devices, with the forms that operations have on TPUs, is compiled for N simulated devices of a CPU, in a process of its
+own, because JAX fixes their number when it starts. Nothing is computed. XLA's CPU compiler reduces the gradients of a block that is used several times once for each use; its
 compilers for GPUs have a pass that adds them first (all-reduce-reassociate), so that the figures of the CPU are an upper bound there.
 """
 
@@ -169,7 +169,8 @@ def _compile(devices: int, per_device: int, file: str, overrides: Sequence[str])
     batch: Any = {key: jax.ShapeDtypeStruct((images, *config.data.crop_size, 3), jnp.float32) for key in ("hazy", "clear")}
     state = init_state(config)
     start = time.perf_counter()
-    step, macs = compile_train_step(config, make_loss(config), make_mesh(), state, batch)
+    # In the CPU's forms, each gradient waits for another one, so that XLA cannot combine their all-reduces.
+    step, macs = compile_train_step(config, make_loss(config), make_mesh(), state, batch, forms_of="tpu")
     seconds = time.perf_counter() - start
     return {
         "devices": devices,

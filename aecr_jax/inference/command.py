@@ -56,8 +56,8 @@ def add_options(parser: Any) -> None:
         type=int,
         default=1536,
         metavar="N",
-        help="restore images of more than N x N pixels in overlapping tiles, which need less memory: the result is nearly that of the"
-        " whole image, and only the overlaps, of 128 pixels, take more time; 0 turns tiling off (default: 1536)",
+        help="restore images of more than N x N pixels in tiles, which overlap by at least 128 pixels and need less memory: the result is"
+        " nearly that of the whole image; coarse_net models, such as photo, never need tiles; 0 turns tiling off (default: 1536)",
     )
 
 

@@ -8,7 +8,7 @@ import argparse
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `reproduce` to its parser."""
     parser.add_argument("table", metavar="TABLE", help="table2, table3 or table4")
-    parser.add_argument("--data", required=True, metavar="DATA", help="training data, in the notation of eval")
+    parser.add_argument("--data", required=True, metavar="DATA", help="training data, as eval takes them")
     parser.add_argument(
         "--scale", default="small", choices=("small", "paper"), help="a narrow network and few steps (default), or the recipe"
     )

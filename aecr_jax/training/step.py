@@ -159,13 +159,15 @@ def _predict(model: Network, loss: Loss, hazy: Array) -> Any:
 
 
 def compile_train_step(
-    config: Config, loss: Loss, mesh: Mesh, state: TrainState, batch: Batch, *, freeze_stats: bool = False
+    config: Config, loss: Loss, mesh: Mesh, state: TrainState, batch: Batch, *, freeze_stats: bool = False, forms_of: str | None = None
 ) -> tuple[Step, int]:
     """Return the compiled step of `make_train_step` for these shapes, and its number of multiply-adds over all devices.
 
     The multiply-adds of all matrix products and convolutions of the step are counted, with those of the gradient, the features of the
     loss and the optimizer. What `model.remat` computes a second time does not count, as model FLOPs utilization is defined (PaLM,
     Chowdhery et al., 2022, appendix B).
+
+    `forms_of` is the platform, "cpu", "gpu" or "tpu", whose forms of the operations are used; by default, that of the devices.
     """
     step: Any = make_train_step(config, loss, mesh, freeze_stats=freeze_stats)
     counted = step.func
@@ -175,18 +177,18 @@ def compile_train_step(
         other: Any = make_train_step(without, loss, mesh, freeze_stats=freeze_stats)
         counted = other.func
     leaves, tree = jax.tree.flatten((*step.args, state, batch))
-    compiled, macs = _compile(step.func, counted, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+    compiled, macs = _compile(step.func, counted, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves), forms_of)
     return functools.partial(compiled, *step.args), macs
 
 
 @functools.lru_cache(8)  # as `_jit_step`, whose functions these are
 def _compile(
-    function: Any, counted: Any, tree: jax.tree_util.PyTreeDef, leaves: tuple[tuple[tuple[int, ...], Any], ...]
+    function: Any, counted: Any, tree: jax.tree_util.PyTreeDef, leaves: tuple[tuple[tuple[int, ...], Any], ...], forms_of: str | None
 ) -> tuple[jax.stages.Compiled, int]:
     arguments = tree.unflatten([jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
     traced = function.trace(*arguments)
     macs = count_macs((traced if counted is function else counted.trace(*arguments)).jaxpr.jaxpr)
-    return traced.lower().compile(), macs
+    return traced.lower(lowering_platforms=forms_of and (forms_of,)).compile(), macs
 
 
 # Returns the prediction and the values that the layers sow. It is Any because flax's annotation does not cover the use as a decorator.
