@@ -35,7 +35,9 @@ def flat(height, width, colour=(200, 100, 50)):
     return np.broadcast_to(np.uint8(colour), (height, width, 3))
 
 
-def write_clip(path, frames, *, codec="libx264", pixels="yuv420p", times=None, sound="", rotation=None, aspect=None, colours=()):
+def write_clip(
+    path, frames, *, codec="libx264", pixels="yuv420p", times=None, sound="", sound_begins=0, rotation=None, aspect=None, colours=()
+):
     """Write frames (uint8 `[H, W, 3]`) at 25 per second, or at `times` in units of 1/90000 s, and two seconds of quiet noise as `sound`."""
     height, width = frames[0].shape[:2]
     with av.open(str(path), "w", options={"movflags": "faststart"} if path.suffix in (".mp4", ".mov") else {}) as clip:
@@ -52,7 +54,7 @@ def write_clip(path, frames, *, codec="libx264", pixels="yuv420p", times=None, s
             audio.codec_context.layout = "mono"
             noise = (np.random.default_rng(0).normal(size=(1, 32000)) / 100).astype(np.float32)
             block = av.AudioFrame.from_ndarray(noise, format="fltp", layout="mono")
-            block.sample_rate, block.pts = 16000, 0
+            block.sample_rate, block.pts = 16000, 16000 * sound_begins
             for part in av.AudioResampler(format=audio.codec_context.format, layout="mono", rate=16000).resample(block):
                 clip.mux(audio.encode(part))
         tags = dict(colours)
@@ -240,6 +242,41 @@ def test_sound_that_the_container_cannot_hold(run, tmp_path, capsys):
     assert run(source, "--output", tmp_path / "b.mkv") == 0
     sound = read_clip(tmp_path / "b.mkv")[1]["sound"]
     assert sound == read_clip(source)[1]["sound"] and sum(len(data) for _, data in sound) == 32000
+
+
+@needs_av
+def test_sound_that_is_found_not_to_fit_when_writing_begins(run, tmp_path, capsys):
+    source = write_clip(tmp_path / "a.mkv", [flat(48, 64)] * 5, sound="flac")
+    assert "cannot hold the sound" in fails(capsys, "dehaze", source, "--output", tmp_path / "b.mov")
+    assert os.listdir(tmp_path) == ["a.mkv"] and not run.seen
+
+
+@needs_av
+@pytest.mark.parametrize("extension", [".mp4", ".mkv"])
+@pytest.mark.parametrize("source", ["a.ts", "a.mkv"])
+def test_a_video_that_begins_late_begins_at_0_in_the_result(run, tmp_path, source, extension):
+    """As recordings of television do. Frames and sound move by the same time, and 2 seconds were written; AAC begins 0.064 s early."""
+    times = [3600 * 90000 + i * 3600 for i in range(50)]
+    late = write_clip(tmp_path / source, [flat(48, 64)] * 50, times=times, sound="aac", sound_begins=3600)
+    assert run(late, "--output", tmp_path / f"b{extension}") == 0
+    before, after = read_clip(late)[1], read_clip(tmp_path / f"b{extension}")[1]
+    assert before["times"][0] > 3599 and len(after["times"]) == 50 and len(after["sound"]) == len(before["sound"]) > 20
+    shifts = np.subtract(np.float64(before["times"]), np.float64(after["times"]))
+    of_sound = [float(early - late) for (early, _), (late, _) in zip(before["sound"], after["sound"])]
+    np.testing.assert_allclose([*shifts, *of_sound], 3600 if source == "a.mkv" else float(before["sound"][0][0]), atol=0.002)
+    with av.open(str(tmp_path / f"b{extension}")) as clip:
+        assert clip.duration / av.time_base == pytest.approx(2, abs=0.15)
+    assert run(tmp_path / f"b{extension}", "--output", tmp_path / "again.mkv") == 0
+
+
+@needs_av
+def test_times_that_jump_back_are_refused(run, tmp_path, capsys):
+    """As in two recordings that were joined with `cat`."""
+    one = write_clip(tmp_path / "one.ts", [flat(48, 64)] * 30)
+    joined = tmp_path / "joined.ts"
+    joined.write_bytes(one.read_bytes() * 2)
+    message = fails(capsys, "dehaze", joined, "--output", tmp_path / "b.mp4")
+    assert "has times that jump back from" in message and "ffmpeg -i joined.ts -c copy" in message and not run.seen
 
 
 @needs_av

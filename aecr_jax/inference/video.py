@@ -30,6 +30,7 @@ CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 # Longer averages hardly reduce the flicker further, and lag more behind a moving camera: see the table in docs/dehazing.md.
 SMOOTHING, LONGEST_SMOOTHING = 0.1, 60.0
 QUALITY = 66
+_JUMP = 0.1  # seconds by which times may go back, because some files are slightly out of order
 
 # Codes of ITU-T H.273, as FFmpeg numbers them: matrices, ranges, and the transfer functions of high dynamic range.
 _BT709, _UNSPECIFIED, _BT601 = 1, 2, 6
@@ -150,27 +151,38 @@ def _examine(source: Path) -> _Source:
     """Read a whole video without decoding more than its first frame, so that a truncated one is reported before hours of work.
 
     Raises:
-      UserError: the file cannot be read, has no video stream or no frame, ends early, or has high dynamic range.
+      UserError: the file cannot be read, has no video stream or no frame, ends early, has times that jump back, or has high dynamic range.
     """
     import av
 
     packets, first, end = 0, None, 0.0
     with _open(source) as clip:
         video = _video_stream(clip, source)
+        kept = {video.index, *(stream.index for stream in _sound(clip))}
+        last: dict[int, float] = {}
         for packet in _reading(clip.demux(), source):
+            if packet.stream_index in kept and packet.dts is not None:
+                time = float(packet.dts * packet.time_base)
+                if time < last.get(packet.stream_index, time) - _JUMP:
+                    raise UserError(
+                        f"{source} has times that jump back from {last[packet.stream_index]:.1f} to {time:.1f} seconds, as after joining"
+                        f" files: give it new times with another program, as with `ffmpeg -i {source.name} -c copy whole.mkv`"
+                    )
+                last[packet.stream_index] = time
             if packet.pts is not None:
                 end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
             if packet.stream_index == video.index:
                 packets += packet.size > 0
                 if first is None:
                     first = next(iter(_decode(packet) or ()), None)
-        announced = 0 if clip.duration is None else (clip.duration + (clip.start_time or 0)) / av.time_base
+        # Matroska counts the duration from 0, other containers from the first packet.
+        start = 0 if "matroska" in clip.format.name else clip.start_time or 0
+        announced = 0 if clip.duration is None else (clip.duration + start) / av.time_base
         if end < announced - 0.5 - 0.01 * announced:
             raise UserError(
                 f"{source} is truncated: it ends after {end:.1f} of {announced:.1f} seconds; make a video of what is left with another"
                 f" program, as with `ffmpeg -i {source.name} -c copy whole{source.suffix}`"
             )
-        kept = {video.index, *(stream.index for stream in _sound(clip))}
         other = [stream.type for stream in clip.streams if stream.index not in kept]
     if first is None:
         raise UserError(f"{source} has no frame that can be decoded")
@@ -196,12 +208,22 @@ def _transcode(source: Path, partial: Path, output: Path, about: _Source, restor
         sound = _sound(clip)
         copies = {stream.index: _add_copy(result, stream, output) for stream in sound}
         result.metadata.update(clip.metadata)
-        result.start_encoding()
+        try:
+            result.start_encoding()
+        except av.FFmpegError as error:
+            if not copies or container == "matroska":
+                raise
+            raise UserError(_cannot_hold_sound(output, error)) from error
+        # A recording of television may begin at any time, and the result begins at 0. Sound that begins before 0 stays there.
+        start = Fraction(max(0, clip.start_time or 0), av.time_base)
+        offsets = {stream.index: round(start / stream.time_base) for stream in (video, *sound)}
         step = max(1, round(1 / (video.guessed_rate * video.time_base))) if video.guessed_rate else 1
         with tqdm(total=about.packets, desc="dehazing", unit="frame", disable=None) as bar:
             for packet in _reading(clip.demux(video, *sound), source):
                 if packet.stream_index in copies:
                     if packet.dts is not None:  # the last one of each stream is empty
+                        packet.dts -= offsets[packet.stream_index]
+                        packet.pts = None if packet.pts is None else packet.pts - offsets[packet.stream_index]
                         packet.stream = copies[packet.stream_index]
                         result.mux(packet)
                     continue
@@ -210,7 +232,7 @@ def _transcode(source: Path, partial: Path, output: Path, about: _Source, restor
                 for frame in frames or ():
                     _check_size(frame, about.first, source)
                     # Some containers have no times, or repeat one; an encoder needs times that increase.
-                    time = frame.pts if frame.pts is not None else 0 if last is None else last + step
+                    time = frame.pts - offsets[video.index] if frame.pts is not None else 0 if last is None else last + step
                     time = time if last is None else max(time, last + 1)
                     seconds = 0.0 if last is None else float((time - last) * video.time_base)
                     restored = _to_frame(restore(_to_image(frame, about.first), seconds), about.first)
@@ -257,9 +279,13 @@ def _add_copy(result: Any, stream: Any, output: Path) -> Any:
     try:
         copy = result.add_stream_from_template(stream)
     except ValueError as error:
-        raise UserError(f"{output} cannot hold the sound ({error}): choose an --output with the extension .mkv") from error
+        raise UserError(_cannot_hold_sound(output, error)) from error
     copy.metadata.update({key: value for key, value in stream.metadata.items() if key in ("language", "title")})
     return copy
+
+
+def _cannot_hold_sound(output: Path, error: Exception) -> str:
+    return f"{output} cannot hold the sound ({error}): choose an --output with the extension .mkv"
 
 
 def _to_image(frame: Any, first: Any) -> np.ndarray:
