@@ -67,6 +67,14 @@ def test_one_image_at_a_time_is_in_memory(pictures, model_dir, tmp_path, monkeyp
     assert max(alive) <= 3
 
 
+@pytest.mark.parametrize("which", ["hazy/1400_1.png", "clear/1400.png"])
+def test_an_input_is_never_replaced(pictures, model_dir, which):
+    before = (pictures / which).read_bytes()
+    with pytest.raises(UserError, match=rf"{which} is an input and would be replaced"):
+        compare([pictures / "hazy" / "1400_1.png"], [model_dir], pictures / which, clear=pictures / "clear", overwrite=True)
+    assert (pictures / which).read_bytes() == before
+
+
 def test_a_clear_file_serves_one_image(pictures, model_dir, tmp_path):
     table = compare([pictures / "hazy" / "1400_1.png"], [model_dir], tmp_path / "s.png", clear=pictures / "clear" / "1400.png")
     assert table.count("/") == 2

@@ -16,6 +16,7 @@ from test_data import picture
 
 from aecr_jax import UserError, compilation, load_checkpoint
 from aecr_jax.__main__ import main
+from aecr_jax.data.images import read_image
 from aecr_jax.inference.restore import Restorer
 from aecr_jax.networks.aecr_net import AECRNet, AECRNetConfig
 from aecr_jax.networks.arrays import get_arrays
@@ -73,8 +74,8 @@ def test_an_input_is_never_replaced(model_dir, tmp_path, capsys, option):
     (tmp_path / "link").symlink_to(tmp_path / "in")
     for output in (tmp_path / "in", tmp_path / "link"):
         assert "is an input and would be replaced" in fails(capsys, "dehaze", a, "--output", output, "--checkpoint", model_dir, *option)
-    b = picture(tmp_path / "a.bmp", (16, 12))
-    assert "is an input and would be replaced" in fails(capsys, "dehaze", b, a, "--output", tmp_path / "in", *option)
+    b, c = picture(tmp_path / "a.bmp", (16, 12)), picture(tmp_path / "in" / "a_bmp.png", (16, 12))
+    assert "is an input and would be replaced" in fails(capsys, "dehaze", b, a, c, "--output", tmp_path / "in", *option)
     assert a.read_bytes() == before
 
 
@@ -114,9 +115,10 @@ def test_what_is_no_picture_is_skipped_and_the_others_go_on(model_dir, tmp_path,
 
 def test_names_at_the_limit_of_the_file_system(model_dir, tmp_path, capsys, monkeypatch):
     """A name may have 255 bytes. An image whose result has a name of this length is restored; one whose result would have a longer name,
-    because "_2" or ".png" is added, is skipped before anything is computed."""
+    because "_jpg" or ".png" is added, is skipped before anything is computed."""
     folder = tmp_path / "in"
-    picture(folder / ("n" * 251 + ".jpg"), (16, 12)), picture(folder / ("n" * 251 + ".bmp"), (16, 12))
+    picture(folder / ("n" * 251 + ".jpg"), (16, 12))
+    picture(folder / ("o" * 247 + ".jpg"), (16, 12)), picture(folder / ("o" * 247 + ".tiff"), (16, 12))
     picture(folder / "z.jpg", (16, 12))
     restored = []
     monkeypatch.setattr(Restorer, "__call__", lambda self, hazy: restored.append(hazy) or hazy)
@@ -125,8 +127,8 @@ def test_names_at_the_limit_of_the_file_system(model_dir, tmp_path, capsys, monk
     assert main(list(map(str, ["dehaze", folder, bare, "--output", tmp_path / "out", "--checkpoint", model_dir]))) == 2
     said = messages(capsys)
     assert len(said) == 2 and all("File name too long" in message for message in said)
-    assert said[0].startswith(f"{folder / ('n' * 251 + '.jpg')}: ") and said[1].startswith(f"{bare}: ")
-    assert sorted(os.listdir(tmp_path / "out")) == ["n" * 251 + ".png", "z.png"] and len(restored) == 2
+    assert said[0].startswith(f"{folder / ('o' * 247 + '.tiff')}: ") and said[1].startswith(f"{bare}: ")
+    assert sorted(os.listdir(tmp_path / "out")) == ["n" * 251 + ".png", "o" * 247 + "_jpg.png", "z.png"] and len(restored) == 3
     assert "there is no file or folder nnn" in fails(capsys, "dehaze", "n" * 300, "--output", tmp_path / "out")
 
 
@@ -138,7 +140,7 @@ def test_names_that_are_not_utf8(model_dir, tmp_path, capsys):
         pytest.skip("this file system takes UTF-8 names only")
     picture(tmp_path / "in" / f"{name}.bmp", (16, 12))
     assert main(list(map(str, ["dehaze", tmp_path / "in", "--output", tmp_path / "out", "--checkpoint", model_dir]))) == 0
-    assert sorted(map(os.fsencode, os.listdir(tmp_path / "out"))) == [b"caf\xe9.png", b"caf\xe9_2.png"]
+    assert sorted(map(os.fsencode, os.listdir(tmp_path / "out"))) == [b"caf\xe9_bmp.png", b"caf\xe9_jpg.png"]
     assert r"caf\udce9.jpg -> " in capsys.readouterr().out
 
 
@@ -152,7 +154,7 @@ def test_renamed_results_and_skipped_sub_folders_are_told(model_dir, tmp_path, c
     assert main(arguments) == 0
     said = capsys.readouterr().out.splitlines()
     arrows = [line for line in said if " -> " in line]
-    names = [("X.webp", "X.png"), ("x.bmp", "x_2.png"), ("x.tiff", "x_3.png")]  # sorted by name as in the C locale
+    names = [("X.webp", "X_webp.png"), ("x.bmp", "x_bmp.png"), ("x.tiff", "x_tiff.png")]  # sorted by name as in the C locale
     assert arrows == [f"{folder / source} -> {out / target}" for source, target in names]
     assert f"{folder} has 2 sub-folders that were not searched: to dehaze their images, add --recursive" in said
     assert main([*arguments, "--overwrite"]) == 0  # the output folder is now inside the input folder and is not reported
@@ -160,6 +162,25 @@ def test_renamed_results_and_skipped_sub_folders_are_told(model_dir, tmp_path, c
     (tmp_path / "only" / "sub").mkdir(parents=True)
     said = fails(capsys, "dehaze", tmp_path / "only", "--output", out)
     assert "no images in" in said and "1 sub-folder" in said
+
+
+def test_no_result_is_taken_for_that_of_an_image_that_was_added(model_dir, tmp_path, capsys):
+    """`a.jpg` is added beside `a.png`, whose result exists: its own result is written, and that of `a.png` stays as it is."""
+    folder, out = tmp_path / "in", tmp_path / "out"
+    picture(folder / "a.png", (16, 12))
+    command = list(map(str, ["dehaze", folder, "--output", out, "--checkpoint", model_dir]))
+    assert main(command) == 0
+    first = (out / "a.png").read_bytes()
+    picture(folder / "a.jpg", (20, 12))
+    assert main([*command, "--skip-existing"]) == 0
+    assert sorted(os.listdir(out)) == ["a.png", "a_jpg.png", "a_png.png"]
+    assert read_image(out / "a_jpg.png").shape == (12, 20, 3) and (out / "a_png.png").read_bytes() == first == (out / "a.png").read_bytes()
+
+
+def test_a_folder_for_results_is_not_named_like_an_image(model_dir, tmp_path, capsys):
+    a = picture(tmp_path / "a.jpg", (16, 12))
+    message = fails(capsys, "dehaze", a, "--output", tmp_path / "b.png", "--checkpoint", model_dir)
+    assert "names an image, but results are written to a folder" in message and os.listdir(tmp_path) == ["a.jpg"]
 
 
 # ---- values that are not finite

@@ -82,6 +82,10 @@ def test_evaluation_under_other_haze(model_dir, tmp_path, capsys):
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["input_psnr"] > 50 and summary["haze"]["beta"] == [0, 0]  # no haze: only rounding remains
     assert "there is no config file none.py" in fails(capsys, *command, "--haze", "none.py")
+    picture(tmp_path / "clear" / "a.png", (32, 24))
+    for data in (f"clear={tmp_path / 'clear'}", f"constant:{tmp_path / 'clear'}"):  # which would ignore the settings
+        said = fails(capsys, "eval", "--model", model_dir, "--data", data, "--haze", config)
+        assert "--haze is for clear images with depth and for outdoor photographs" in said
 
 
 # ---- outdoor photographs

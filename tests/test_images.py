@@ -16,7 +16,7 @@ from PIL import Image, ImageCms
 from aecr_jax import UserError
 from aecr_jax.data import decode
 from aecr_jax.data.folders import find_pairs
-from aecr_jax.data.images import list_images, read_depth, read_image, read_pixels, write_image
+from aecr_jax.data.images import list_images, read_depth, read_image, read_picture, read_pixels, write_image
 from aecr_jax.data.samples import Pair
 
 # ---- files written here byte by byte, so that no library's reader is tested with its own writer
@@ -217,6 +217,21 @@ def test_usual_kinds_stay_8_bits(tmp_path):
         assert pixels.dtype == np.uint8 and pixels.shape == (8, 9, 3)
         with Image.open(path) as image:
             np.testing.assert_array_equal(pixels, np.asarray(image.convert("RGB")))
+
+
+def test_grey_with_premultiplied_alpha(tmp_path):
+    """By hand: a premultiplied 60 at an alpha of 128 is 60 * 255 / 128 = 120, rounded up or down."""
+    values = np.broadcast_to(np.uint8([60, 128]), (8, 9, 2))
+    image = pyvips.Image.new_from_array(np.ascontiguousarray(values)).copy(interpretation="b-w")
+    image.tiffsave(str(tmp_path / "a.tif"))
+    data = bytearray((tmp_path / "a.tif").read_bytes())
+    entry = data.index(struct.pack("<HHI", 338, 3, 1))  # ExtraSamples: 2 is alpha, and 1 is premultiplied alpha
+    data[entry + 8] = 1
+    (tmp_path / "a.tif").write_bytes(data)
+    with Image.open(tmp_path / "a.tif") as image:
+        assert image.mode == "La"
+    picture = read_picture(tmp_path / "a.tif")
+    assert np.abs(picture.pixels.astype(int) - 120).max() <= 1 and (picture.alpha == 128).all()
 
 
 def test_damaged_deep_pictures_are_named(tmp_path):

@@ -58,6 +58,12 @@ def test_a_damaged_image_ends_the_build(tmp_path, capsys, damage):
     assert main(["prepare-data", "nh_haze", "--source", str(tmp_path), "--data-dir", str(tmp_path / "built")]) == 0
 
 
+def test_an_empty_source_is_one_line(tmp_path, capsys):
+    (tmp_path / "source").mkdir()
+    message = fails(capsys, "prepare-data", "nh_haze", "--source", tmp_path / "source", "--data-dir", tmp_path / "built")
+    assert "source is empty: unpack the archives of nh_haze there" in message and not (tmp_path / "built").exists()
+
+
 def test_images_without_clear_ones_are_read_too(tmp_path, capsys):
     make(tmp_path, ["HSTS/synthetic/synthetic/0586.jpg", "HSTS/synthetic/original/0586.jpg", "HSTS/real-world/a.jpg"])
     (tmp_path / "HSTS" / "real-world" / "a.jpg").write_bytes(b"")

@@ -128,6 +128,10 @@ def test_wrong_notations_are_one_line(root, capsys):
         ("scenes:0", "must have at least 1 scene of at least 8x8 pixels"),
         ("scenes:5:4x4", "must have at least 1 scene of at least 8x8 pixels"),
         (f"{root / 'set' / 'hazy'},{root / 'none'}", "there is no folder"),
+        # Empty names, as of variables that are not set, do not mean the current folder.
+        *((spec, "must name each folder") for spec in ("", " ", "constant:", "outdoor:", "clear=", f"{root / 'set' / 'hazy'},", ",x")),
+        (f"clear=,depth={root / 'nyu' / 'depth'}", "must name each folder"),
+        (f"{root / 'set'} + 2*outdoor:", "must name each folder"),
     ]:
         with pytest.raises(UserError, match=message):
             open_samples(spec)

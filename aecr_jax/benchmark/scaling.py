@@ -1,8 +1,9 @@
 """How a train step scales over devices: what the compiled program sends in a step, and the time that this suggests.
 
 The program for N devices, with the forms that operations have on TPUs, is compiled for N simulated devices of a CPU, in a process of its
-own, because JAX fixes their number when it starts. Nothing is computed. XLA's CPU compiler reduces the gradients of a block that is used several times once for each use; its
-compilers for GPUs have a pass that adds them first (all-reduce-reassociate), so that the figures of the CPU are an upper bound there.
+own, because JAX fixes their number when it starts. Nothing is computed. XLA's CPU compiler reduces the gradients of a block that is used
+several times once for each use; its compilers for GPUs have a pass that adds them first (all-reduce-reassociate), so that the figures of
+the CPU are an upper bound there.
 """
 
 from __future__ import annotations

@@ -220,6 +220,8 @@ def prepare(name: str, source: str | Path, data_dir: str | Path | None = None, s
         raise UserError(f"{name} has already been prepared in {folder}: delete that folder to prepare it again")
     if not Path(source).is_dir():
         raise UserError(f"there is no folder {source}")
+    if not any(Path(source).iterdir()):
+        raise UserError(f"the folder {source} is empty: unpack the archives of {name} there")
     with _only_writer(make_folder(folder.parent), say):
         try:
             builder = _builder(name, data_dir)

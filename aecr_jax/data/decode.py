@@ -67,6 +67,8 @@ def decode(file: BinaryIO, name: str) -> Picture:
     if upright.mode[0] not in "IF":
         if upright.mode in ("P", "PA") and upright.has_transparency_data:
             upright = upright.convert("RGBA")  # Pillow warns of any other conversion
+        if upright.mode == "La":  # which Pillow converts to nothing else
+            upright = upright.convert("LA")
         alpha = np.asarray(upright.convert("RGBA").getchannel("A")) if upright.has_transparency_data else None
         return Picture(_8_bit_as_srgb(upright, profile), alpha, exif)
     values = np.asarray(upright)[..., None]

@@ -26,6 +26,7 @@ _COUNTS = {"train": 200, "test": 20}
 _SIZE = (320, 240)
 _SCENES = re.compile(r"scenes(?:/(?P<part>train|test))?(?::(?P<count>\d+))?(?::(?P<width>\d+)x(?P<height>\d+))?$")
 _CONSTANT, _OUTDOOR, _CLEAR = "constant:", "outdoor:", "clear="
+_ROLE = re.compile(r"(^|(?<=,))\s*(constant:|outdoor:|(hazy|clear|depth)=)")
 _PART = re.compile(rf"(?P<data>.+)@(?P<split>\w+)/(?P<part>{'|'.join(PARTS)})$")
 # Mixed data: parts with plus signs between them, each with an optional number of repetitions.
 _PLUS, _TIMES = " + ", re.compile(r"(?P<times>\d+)\*(?P<data>.+)$")
@@ -143,6 +144,9 @@ def open_samples(spec: str, *, data_dir: str = "", training: bool = False, probl
 
         records, name = open_dataset(spec, data_dir or None)
         return list(records), name
+    # An empty name, as of a variable that is not set, would mean the current folder.
+    if not spec.strip() or (not Path(spec).is_dir() and not all(name.strip() for name in _ROLE.sub("", spec).split(","))):
+        raise UserError(f"data (={spec!r}) must name each folder: data must be {NOTATION}")
     if spec.startswith(_CONSTANT) and not Path(spec).is_dir():
         return list(find_clear_images(spec.removeprefix(_CONSTANT), problems)), spec
     if spec.startswith(_OUTDOOR) and not Path(spec).is_dir():

@@ -73,6 +73,7 @@ def run_dehaze(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _images(options: argparse.Namespace, existing: Any) -> bool:
     from aecr_jax.data.encode import Encoding
+    from aecr_jax.data.images import EXTENSIONS
     from aecr_jax.inference.photographs import dehaze_files
     from aecr_jax.inference.video import is_video
 
@@ -82,6 +83,8 @@ def _images(options: argparse.Namespace, existing: Any) -> bool:
         raise UserError(
             f"--output (={options.output}) names a video, but {options.input[0]} is none: name a folder for the results of images"
         )
+    if options.output.lower().endswith(tuple(EXTENSIONS)) and not os.path.isdir(options.output):
+        raise UserError(f"--output (={options.output}) names an image, but results are written to a folder: name a folder")
     return dehaze_files(
         options.input,
         options.output,

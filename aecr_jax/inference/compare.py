@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,9 @@ def compare(
     check_picture_name(output)
     refuse_existing(output, overwrite=overwrite)
     pairs = [(Path(image), find_clear(Path(image), clear, single=len(images) == 1)) for image in images]
+    for source in (path for pair in pairs for path in pair if path is not None):
+        if os.path.exists(output) and os.path.exists(source) and os.path.samefile(output, source):
+            raise UserError(f"{output} is an input and would be replaced: choose another --output")
     networks = [load_checkpoint(model) for model in models]
     restorers = [Restorer(network) for network in networks]
     # Each image is read twice: once to check its size before any time is spent, and again to restore it. So only one is in memory.

@@ -116,8 +116,8 @@ def evaluate(
       (`images`), and what was evaluated, with the definition and version of each metric (`metrics`).
 
     Raises:
-      UserError: the checkpoint, the data, the metrics or the weights of LPIPS are missing or invalid, a result is not finite, or the
-        output cannot be written or would overwrite the data.
+      UserError: the checkpoint, the data, the metrics or the weights of LPIPS are missing or invalid, `haze` does not apply to the data, a
+        result is not finite, or the output cannot be written or would overwrite the data.
     """
     check_metrics(metrics, lpips)
     if save_images and output is None:
@@ -130,6 +130,8 @@ def evaluate(
     if data == "scenes" and "data" in config:  # use the size that the run evaluated on, so that both scores agree
         data = drawn_test_scenes(config["data"]["train"])
     samples, name = open_samples(data, data_dir=data_dir)
+    if haze and not any(sample.kind in ("depth", "outdoor") for sample in samples):
+        raise UserError(f"--haze is for clear images with depth and for outdoor photographs, and {name} has neither: omit it")
     if output is not None:
         output = make_folder(output)
         if save_images:

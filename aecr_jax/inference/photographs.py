@@ -80,7 +80,7 @@ def dehaze_files(
     output = Path(output)
     images, skipped, notes = _list_inputs(inputs, output, recursive)
     stems = [str(folder / source.stem) for source, folder in images]
-    names = unique_names(stems)
+    names = unique_names(_with_extensions(stems, [source.suffix for source, _ in images]))
     todo = [(source, output / f"{name}{suffix}.{encoding.extension}") for (source, _), name in zip(images, names)]
     there = _existing_results(todo, existing)
     model, config = load_with_info(DEFAULT_MODEL if checkpoint is None else checkpoint)
@@ -172,6 +172,17 @@ def _check_name(source: Path, target: Path) -> None:
         pass
     except OSError as error:
         raise UserError(f"{source}: {target} cannot be written: {error.strerror or error}") from error
+
+
+def _with_extensions(stems: Sequence[str], suffixes: Sequence[str]) -> list[str]:
+    """Add the extension to stems that inputs with other extensions have too: a.jpg and a.png become `a_jpg` and `a_png`.
+
+    Numbers would change when a file is added, and `skip` would then keep the result of another image.
+    """
+    found: dict[str, set[str]] = {}
+    for stem, suffix in zip(stems, suffixes):
+        found.setdefault(stem.lower(), set()).add(suffix.lower())
+    return [f"{stem}_{suffix[1:]}" if len(found[stem.lower()]) > 1 and suffix else stem for stem, suffix in zip(stems, suffixes)]
 
 
 def _existing_results(todo: Sequence[tuple[Path, Path]], existing: Existing) -> set[Path]:
