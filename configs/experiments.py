@@ -4,7 +4,7 @@ Command: `python train.py --config configs/experiments.py:NAME --data.train NYU`
 are `direct`, `residual`, and so on, as listed below. `--run.seed 1` and another `--run.workdir` give a second seed.
 Hardware: 2 CPU cores, 6 GB of memory.
 Time: about 5 minutes each (AMD EPYC).
-Expected score: 21.5 to 22.8 dB (hazy input 14.19 dB); docs/results.md has those that were measured.
+Expected score: 21.5 to 22.9 dB (hazy input 14.19 dB); docs/results.md has all of them.
 
 Every run has 1,200 steps of 131,072 pixels, Muon at 3e-3 with a cosine to 0, L1 alone, and width 16, and is compared on 25 images held out.
 Each config differs from `direct`, the paper's form, in what its name says.
