@@ -279,10 +279,10 @@ def test_dehaze_takes_files_and_folders_and_goes_on_after_a_bad_one(model_dir, t
     out = tmp_path / "out"
     arguments = ["dehaze", tmp_path / "in", tmp_path / "a.bmp", "--output", out, "--checkpoint", model_dir]
     assert "broken.png is not an image file" in fails(capsys, *arguments)
-    assert {p.name: read_image(p).shape for p in out.iterdir()} == {"a.png": (10, 21, 3), "b.png": (14, 9, 3), "a_2.png": (8, 8, 3)}
+    assert {p.name: read_image(p).shape for p in out.iterdir()} == {"a_png.png": (10, 21, 3), "b.png": (14, 9, 3), "a_bmp.png": (8, 8, 3)}
     restored = nnx.jit(lambda model, hazy: model(hazy))(load_checkpoint(model_dir), read_image(tmp_path / "in" / "a.png")[None])
     expected = np.clip(restored[0], 0, 1)
-    np.testing.assert_allclose(read_image(out / "a.png"), expected, atol=0.6 / 255)
+    np.testing.assert_allclose(read_image(out / "a_png.png"), expected, atol=0.6 / 255)
 
 
 def test_dehaze_uses_the_shipped_model(tmp_path, capsys):

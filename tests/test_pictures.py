@@ -216,7 +216,7 @@ def test_suffix(dehaze, tmp_path, capsys):
 
 
 def test_sub_folders_are_mirrored(dehaze, tmp_path, capsys):
-    """Links to folders, hidden folders and the output are left out. Equal names in different folders stay, and in one get a number."""
+    """Links to folders, hidden folders and the output are left out. Equal names in different folders stay, and in one get the extension."""
     folder, out = tmp_path / "in", tmp_path / "in" / "out"
     for name in ("a.jpg", "x/a.jpg", "x/a.bmp", "x/y.png/deep.tif", ".hidden/a.png", "z/.b.png", "out/old.png"):
         picture(folder / name, (8, 8))
@@ -224,13 +224,13 @@ def test_sub_folders_are_mirrored(dehaze, tmp_path, capsys):
     (folder / "empty").mkdir()
     assert dehaze("--recursive", output=out) == 0
     results = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
-    assert results == ["a.png", "old.png", "x/a.png", "x/a_2.png", "x/y.png/deep.png"]
+    assert results == ["a.png", "old.png", "x/a_bmp.png", "x/a_jpg.png", "x/y.png/deep.png"]
     said = capsys.readouterr()
     assert (
         f"links to folders in {folder} were not searched (1): to dehaze their images, add them as inputs" in said.out
         and not said.err.count("aecr_jax: ")
     )
-    assert f"{folder}/x/a.bmp -> {out}/x/a.png" in said.out and f"4 images written to {out}" in said.out
+    assert f"{folder}/x/a.bmp -> {out}/x/a_bmp.png" in said.out and f"4 images written to {out}" in said.out
     assert "deep.tif ->" not in said.out
     assert dehaze("--recursive", output=out) == 2
     assert "a.png already exists (4 of 4 results)" in capsys.readouterr().err
