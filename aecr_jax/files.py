@@ -68,6 +68,11 @@ def _uploading(path: Path) -> Iterator[Path]:
         path.write_bytes(partial.read_bytes())
 
 
+def replaces(output: str | Path, source: str | Path) -> bool:
+    """Return whether `source` exists and would be replaced by writing to `output`, also under another name or by a link."""
+    return os.path.exists(output) and os.path.exists(source) and os.path.samefile(output, source)
+
+
 def refuse_existing(path: str | Path, *, overwrite: bool = False) -> None:
     """Raise an error if the output file already exists, unless `overwrite` is set.
 

@@ -255,7 +255,7 @@ def test_sound_that_is_found_not_to_fit_when_writing_begins(run, tmp_path, capsy
 @pytest.mark.parametrize("extension", [".mp4", ".mkv"])
 @pytest.mark.parametrize("source", ["a.ts", "a.mkv"])
 def test_a_video_that_begins_late_begins_at_0_in_the_result(run, tmp_path, source, extension):
-    """As recordings of television do. Frames and sound move by the same time, and 2 seconds were written; AAC begins 0.064 s early."""
+    """A recording of television is such a video. Frames and sound move by the same time; 2 s were written, and AAC begins 0.064 s early."""
     times = [3600 * 90000 + i * 3600 for i in range(50)]
     late = write_clip(tmp_path / source, [flat(48, 64)] * 50, times=times, sound="aac", sound_begins=3600)
     assert run(late, "--output", tmp_path / f"b{extension}") == 0
@@ -271,7 +271,7 @@ def test_a_video_that_begins_late_begins_at_0_in_the_result(run, tmp_path, sourc
 
 @needs_av
 def test_times_that_jump_back_are_refused(run, tmp_path, capsys):
-    """As in two recordings that were joined with `cat`."""
+    """Two recordings that were joined with `cat` have such times."""
     one = write_clip(tmp_path / "one.ts", [flat(48, 64)] * 30)
     joined = tmp_path / "joined.ts"
     joined.write_bytes(one.read_bytes() * 2)

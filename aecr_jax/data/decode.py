@@ -245,7 +245,7 @@ def _as_srgb(values: np.ndarray, profile: bytes | None, name: str) -> np.ndarray
 
 
 def _8_bit_as_srgb(image: Image.Image, profile: bytes | None) -> np.ndarray:
-    channels = 1 if image.mode in ("1", "L", "LA", "La") else 4 if image.mode == "CMYK" else 3
+    channels = 1 if image.mode in ("1", "L", "LA") else 4 if image.mode == "CMYK" else 3
     if profile and (conversion := _conversion(profile, channels)):
         image = conversion.transform.apply(image.convert(conversion.mode))
     return np.asarray(image.convert("RGB"))

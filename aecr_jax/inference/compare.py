@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from tqdm import tqdm
 from aecr_jax.data.folders import clear_names
 from aecr_jax.data.images import check_picture_name, list_images, read_image, write_image
 from aecr_jax.errors import UserError
-from aecr_jax.files import refuse_existing
+from aecr_jax.files import refuse_existing, replaces
 from aecr_jax.inference.photographs import restore_any_size
 from aecr_jax.inference.restore import USUAL_TILE, Restorer, check_tile
 from aecr_jax.inference.scores import Measure
@@ -69,9 +68,8 @@ def compare(
     check_picture_name(output)
     refuse_existing(output, overwrite=overwrite)
     pairs = [(Path(image), find_clear(Path(image), clear, single=len(images) == 1)) for image in images]
-    for source in (path for pair in pairs for path in pair if path is not None):
-        if os.path.exists(output) and os.path.exists(source) and os.path.samefile(output, source):
-            raise UserError(f"{output} is an input and would be replaced: choose another --output")
+    if any(replaces(output, source) for pair in pairs for source in pair if source is not None):
+        raise UserError(f"{output} is an input and would be replaced: choose another --output")
     networks = [load_checkpoint(model) for model in models]
     restorers = [Restorer(network) for network in networks]
     # Each image is read twice: once to check its size before any time is spent, and again to restore it. So only one is in memory.

@@ -175,9 +175,9 @@ def _check_name(source: Path, target: Path) -> None:
 
 
 def _with_extensions(stems: Sequence[str], suffixes: Sequence[str]) -> list[str]:
-    """Add the extension to stems that inputs with other extensions have too: a.jpg and a.png become `a_jpg` and `a_png`.
+    """Add the extension to each stem that inputs with different extensions share: a.jpg and a.png become `a_jpg` and `a_png`.
 
-    Numbers would change when a file is added, and `skip` would then keep the result of another image.
+    Numbers would change when a file is added, and "skip" would then keep the result of another image.
     """
     found: dict[str, set[str]] = {}
     for stem, suffix in zip(stems, suffixes):

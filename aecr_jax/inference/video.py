@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from aecr_jax.data.images import to_float
 from aecr_jax.errors import UserError
-from aecr_jax.files import refuse_existing, replacing
+from aecr_jax.files import refuse_existing, replaces, replacing
 from aecr_jax.inference.photographs import Existing, complain, restore_any_size
 from aecr_jax.inference.restore import USUAL_TILE, Restorer, blend, check_strength, check_tile
 from aecr_jax.inference.smooth import SmoothRestorer
@@ -91,7 +91,7 @@ def dehaze_video(
         raise UserError(f"--output (={output}) must be a file with one of the extensions {', '.join(CONTAINERS)}")
     if not os.path.exists(source):
         raise UserError(f"there is no file {source}")
-    if os.path.exists(output) and os.path.samefile(source, output):
+    if replaces(output, source):
         raise UserError(f"{output} is the input and would be replaced: choose another --output")
     if existing == "skip" and os.path.lexists(output):
         print(f"{output} exists, so {source} was skipped")

@@ -23,7 +23,7 @@ from aecr_jax.validation import as_floating, as_int
 # the value and the gradient.
 _BORDER = 2
 
-# At most so many positions of the output are computed at a time in the gradient on CPUs.
+# On CPUs, the gradient computes at most this many positions of the output at a time.
 _PART = 1024
 
 
@@ -160,16 +160,15 @@ def _gradient(geometry: Geometry, parts: int, x: Array, offset: Array, mask: Arr
     n, h_out, w_out, out_channels = cotangent.shape
     accumulator = jnp.promote_types(x.dtype, jnp.float32)
 
-    def split(array: Array, axis: int) -> Array:
-        """Return the parts as the leading axis."""
-        size = array.shape[axis] // parts
-        return jnp.moveaxis(array.reshape(*array.shape[:axis], parts, size, *array.shape[axis + 1 :]), axis, 0)
+    def split(array: Array) -> Array:
+        """Return the parts as the leading axis: `[N, P, ...] -> [parts, N, P / parts, ...]`."""
+        return jnp.moveaxis(array.reshape(array.shape[0], parts, array.shape[1] // parts, *array.shape[2:]), 1, 0)
 
-    cotangent = split(cotangent.reshape(n, h_out * w_out, out_channels), 1)
+    cotangent = split(cotangent.reshape(n, h_out * w_out, out_channels))
     tap_offsets, tap_masks, tap_kernels = _by_tap(offset, mask, kernel, geometry.groups)
     # Transposing once here, instead of in the product of every tap, is faster on a CPU: twice as fast for the cotangent.
     transposed, tap_kernels = lax.optimization_barrier((cotangent.transpose(0, 3, 1, 2), tap_kernels.transpose(0, 3, 1, 2)))
-    positions = split(base, 1)
+    positions = split(base)
 
     def tap(grad_image: Array, inputs: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
         step, tap_offset, tap_mask, tap_kernel = inputs
@@ -178,8 +177,7 @@ def _gradient(geometry: Geometry, parts: int, x: Array, offset: Array, mask: Arr
             grad_image, grad_kernel = grads
             cotangent, transposed, position, offset, mask = inputs
             sample = _sample(image, position + step + offset, x.shape)
-            blended = _blend(sample, mask)
-            grad_kernel += jnp.einsum("onp,npgc->ogc", transposed, blended, preferred_element_type=accumulator)
+            grad_kernel += jnp.einsum("onp,npgc->ogc", transposed, _blend(sample, mask), preferred_element_type=accumulator)
             grad_modulated = jnp.einsum("npo,ogc->npgc", cotangent, tap_kernel)
             # The gradients of mask and position depend on the features only through these four sums. Their differences nearly
             # cancel, so the sums are computed in at least float32.
@@ -191,7 +189,7 @@ def _gradient(geometry: Geometry, parts: int, x: Array, offset: Array, mask: Arr
             return (grad_image, grad_kernel), (grad_position * mask[..., None], grad_mask)
 
         zeros = jnp.zeros(tap_kernel.shape, accumulator)
-        of_parts = cotangent, transposed, positions, split(tap_offset, 1), split(tap_mask, 1)
+        of_parts = cotangent, transposed, positions, split(tap_offset), split(tap_mask)
         (grad_image, grad_kernel), (grad_offset, grad_mask) = lax.scan(part, (grad_image, zeros), of_parts)
         return grad_image, (grad_offset, grad_mask, grad_kernel)
 

@@ -188,7 +188,7 @@ def _compile(
     arguments = tree.unflatten([jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
     traced = function.trace(*arguments)
     macs = count_macs((traced if counted is function else counted.trace(*arguments)).jaxpr.jaxpr)
-    return traced.lower(lowering_platforms=forms_of and (forms_of,)).compile(), macs
+    return traced.lower(lowering_platforms=(forms_of,) if forms_of else None).compile(), macs
 
 
 # Returns the prediction and the values that the layers sow. It is Any because flax's annotation does not cover the use as a decorator.
