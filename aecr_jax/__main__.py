@@ -287,7 +287,7 @@ def _check_data(options: argparse.Namespace, rest: list[str]) -> int:
     from aecr_jax.data.check import check_data, draw_sheet
     from aecr_jax.data.images import check_picture_name
     from aecr_jax.data.sources import open_samples, split_samples
-    from aecr_jax.files import refuse_existing
+    from aecr_jax.files import refuse_existing, replaces
     from aecr_jax.training.config import load_config
 
     if bool(options.data) == bool(options.config):
@@ -307,6 +307,8 @@ def _check_data(options: argparse.Namespace, rest: list[str]) -> int:
         train, _ = open_samples(options.data, data_dir=options.data_dir, problems=problems)
         test, test_name = open_samples(options.test, data_dir=options.data_dir, problems=problems) if options.test else ([], "")
         crop = (1, 1)
+    if any(replaces(options.output, file) for sample in [*train, *test] for file in sample.files.values()):
+        raise UserError(f"{options.output} belongs to the data and would be replaced: choose another --output")
     report = check_data(train, test, test_name=test_name, problems=problems, crop=crop, limit=options.limit)
     print(report, flush=True)
     if draw_sheet(report, options.output):

@@ -258,6 +258,14 @@ def test_the_picture_does_not_replace_a_file(tmp_path, capsys):
     assert "argument --output: must not be empty" in fails(capsys, "check-data", "--data", root, "--output", "")
 
 
+def test_the_picture_does_not_replace_an_image_of_the_data(tmp_path, capsys):
+    root = haze_folder(tmp_path)
+    image = next(root.glob("*_GT.png"))
+    before = image.read_bytes()
+    line = fails(capsys, "check-data", "--data", root, "--output", image, "--overwrite")
+    assert f"{image} belongs to the data and would be replaced" in line and image.read_bytes() == before
+
+
 def test_constant_haze_may_hide_an_image_or_leave_it_clear(tmp_path, monkeypatch):
     """It is no mistake of the data if the drawn transmission is almost 0 or almost 1, unlike a blank clear image."""
     for i in range(3):

@@ -9,7 +9,6 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from aecr_jax.benchmark.work import Work
 from aecr_jax.errors import MissingFileError, UserError, first_line
@@ -29,6 +28,8 @@ _EVALUATIONS = 4
 _RESERVE = 0.05
 # A schedule of fewer steps is not worth its start.
 _LEAST = 100
+# A year, and far less than any step takes: what is beyond these is a mistake, and may not be a number of steps at all.
+_MOST_MINUTES, _LEAST_MS = 525_600, 0.001
 
 
 @dataclass(frozen=True)
@@ -159,13 +160,13 @@ def plan_run(file: str, overrides: Sequence[str], config: Config, *, minutes: fl
     """Return the text of the command `plan`; one of `benchmark` and `step_ms` must be given.
 
     Raises:
-      UserError: not exactly one of them is given, a number is not positive and finite, or the run cannot be planned.
+      UserError: not exactly one of them is given, a number is not in its range, or the run cannot be planned.
     """
     if (benchmark is None) == (step_ms is None):
         raise UserError("plan needs either --benchmark FILE, which benchmark accelerator writes, or --step-ms MS")
-    numbers: dict[str, Any] = {"minutes": minutes} | ({} if step_ms is None else {"step-ms": step_ms})
-    for name, value in numbers.items():
-        if not 0 < value < math.inf:
-            raise UserError(f"--{name} (={value:g}) must be positive and finite")
+    if not 0 < minutes <= _MOST_MINUTES:
+        raise UserError(f"--minutes (={minutes:g}) must be positive and at most {_MOST_MINUTES}")
+    if step_ms is not None and not _LEAST_MS <= step_ms < math.inf:
+        raise UserError(f"--step-ms (={step_ms:g}) must be finite and at least {_LEAST_MS}")
     step = read_step_time(benchmark, config) if benchmark is not None else StepTime((step_ms or 0) / 1e3)
     return describe_plan(make_plan(config, step, minutes), config, step, minutes, file, overrides)
