@@ -6,7 +6,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
-from test_images import png
+from test_decode import png
 
 from aecr_jax.data.exif import PREFIX, correct, parse
 from aecr_jax.data.images import read_image

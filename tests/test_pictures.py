@@ -12,8 +12,8 @@ from conftest import Unchanged
 from PIL import Image, JpegImagePlugin
 from test_commands import fails
 from test_data import picture
+from test_decode import png, random16, tiff
 from test_exif import exif_data
-from test_images import png, random16, tiff
 
 import aecr_jax
 from aecr_jax import UserError
