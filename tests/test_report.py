@@ -529,5 +529,5 @@ def test_wheel_has_the_template_and_the_models(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = subprocess.run([sys.executable, "-m", "zipfile", "-l", str(wheel)], capture_output=True, text=True).stdout
     assert "aecr_jax/training/report.html.jinja" in names
-    for file in (root / "aecr_jax/pretrained").glob("*/*"):
+    for file in [*(root / "aecr_jax/pretrained").glob("*/*"), root / "aecr_jax/losses/vgg19_relu3_1.safetensors"]:
         assert str(file.relative_to(root)) in names

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,10 +7,14 @@ import pytest
 from flax import nnx
 from jax import lax
 from reference import load, nhwc, vgg19
+from safetensors import safe_open
 from safetensors.numpy import save_file
+from test_data import SHARED, needs_shared
 
 from aecr_jax import UserError, VGG19Features, load_vgg19
-from aecr_jax.losses.vgg import VGG16Features
+from aecr_jax.__main__ import main
+from aecr_jax.losses import vgg
+from aecr_jax.losses.vgg import SHIPPED, VGG16Features
 
 
 def test_all_five_levels():
@@ -67,6 +73,29 @@ def test_bad_weights_are_named():
         changed = {k: v for k, v in (weights | change).items() if v is not None}
         with pytest.raises(ValueError, match=message):
             VGG19Features(changed)
+
+
+def test_the_levels_that_ship():
+    """Expected: the layers and channels of the paper's first three levels. The file names its authors and its licence."""
+    features = VGG19Features.load(SHIPPED)
+    assert features.layers == ("relu1_1", "relu2_1", "relu3_1")
+    maps = features(jnp.full((1, 16, 16, 3), 0.5))
+    assert [x.shape for x in maps] == [(1, 16, 16, 64), (1, 8, 8, 128), (1, 4, 4, 256)]
+    with safe_open(Path(vgg.__file__).with_name(f"{SHIPPED}.safetensors"), "np") as file:
+        about = file.metadata()
+    assert "Simonyan" in about["source"] and "CC BY 4.0" in about["licence"]
+    with pytest.raises(UserError, match="the weights end at relu3_1, before layer relu4_1"):
+        VGG19Features.load(SHIPPED, layers=VGG19Features.LAYERS)
+
+
+@needs_shared
+def test_the_levels_that_ship_are_the_authors(tmp_path):
+    """Expected: the values of the authors' weights, `vgg19_caffe_to_conv5_1.safetensors`."""
+    source = SHARED.with_name("weights") / "vgg19_caffe_to_conv5_1.safetensors"
+    assert main(["convert-vgg", str(source), "--output", str(tmp_path / "vgg19.safetensors")]) == 0
+    shipped, full = VGG19Features.load(SHIPPED), VGG19Features.load(tmp_path / "vgg19.safetensors")
+    for name, values in shipped.weights.items():
+        np.testing.assert_array_equal(np.asarray(values[...], np.float32), np.asarray(full.weights[name][...], np.float32))
 
 
 def test_weights_may_be_lists():

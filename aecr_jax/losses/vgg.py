@@ -21,7 +21,8 @@ from aecr_jax.validation import IN_0_TO_1, as_array, as_floating, check_weight
 HOW_TO_GET = (
     "get torchvision's {file} (or its .safetensors from timm) and run `python -m aecr_jax convert-vgg {file} --output {name}.safetensors`"
 )
-
+# The weights of VGG-19 up to relu3_1, which are in this folder: 1.1 MB in float16, CC BY 4.0 (Simonyan and Zisserman), see NOTICE.md.
+SHIPPED = "vgg19_relu3_1"
 
 # Mean and standard deviation of ImageNet's RGB in [0, 1], with which torchvision's networks were trained.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -170,12 +171,12 @@ class VGGFeatures(nnx.Module):
 
     @classmethod
     def load(cls, path: str | Path, *, layers: Sequence[str] | None = None, normalize: bool = False) -> Self:
-        """Load weights from a file that `python -m aecr_jax convert-vgg` wrote.
+        """Load weights from a file that `python -m aecr_jax convert-vgg` wrote, or those of `SHIPPED` by this name.
 
         Raises:
           UserError: there is no such file, `convert-vgg` did not write it, it holds another network, or it ends before one of `layers`.
         """
-        path = Path(path)
+        path = Path(__file__).with_name(f"{SHIPPED}.safetensors") if str(path) == SHIPPED else Path(path)
         how = HOW_TO_GET.format(name=cls.TITLE.replace("-", "").lower(), file=cls.FILE)
         if not path.is_file():
             raise MissingFileError(f"there is no {cls.TITLE} file {path}: {how}")

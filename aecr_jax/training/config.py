@@ -58,8 +58,9 @@ class LossConfig:
     """Number of steps before regularization begins (this project). "lagging" negatives need at least 1, better several times
     1 / (1 - `optim.ema`), because the average first equals the network, and a ratio would divide by 1e-7."""
     features: str = "vgg19.safetensors"
-    """File of VGG-19 weights (or VGG-16, see `cr_network`), written by `convert-vgg`; or "random" for a narrow network with random weights,
-    to try things out."""
+    """File of VGG-19 weights (or VGG-16, see `cr_network`), written by `convert-vgg`; "vgg19_relu3_1" for the levels of VGG-19 up to
+    relu3_1, which ship with the package and need the first three of `cr_layers` and `cr_weights`; or "random" for a narrow network with
+    random weights, to try things out."""
     cr_network: Literal["vgg19", "vgg16"] = "vgg19"
     """Network of the features that regularization compares: VGG-19 in the paper, or VGG-16 (both Simonyan and Zisserman, 2015)."""
     cr_layers: tuple[str, ...] = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
