@@ -239,7 +239,7 @@ def test_rows_that_the_paper_does_not_have(monkeypatch):
     for name, row, changes in (
         ("table2", "cr_three_levels", {"cr_layers": ("relu1_1", "relu2_1", "relu3_1"), "cr_weights": (1 / 32, 1 / 16, 1 / 8)}),
         ("table4", "rehazed", {"cr_negatives": "rehazed"}),
-        ("table4", "lagging", {"cr_negatives": "lagging", "cr_after": 300}),
+        ("table4", "lagging", {"cr": 0.01, "cr_negatives": "lagging", "cr_after": 300}),
     ):
         table = find_table(name, rows=[row])
         config = row_config(name, table.rows[-1], "small", inputs, seed=0, workdir=Path("w"))
