@@ -1,7 +1,7 @@
 """AECR-Net on Dense-Haze.
 
 Command: `python train.py --config configs/dense_haze.py --loss.features vgg19.safetensors`
-Hardware: made for one accelerator with 40 GB or more, or several (the batch must divide by their number).
+Hardware: made for one accelerator with 40 GB or more, or several (the batch must be divisible by their number).
 Time: not measured by this project yet.
 Expected score: 15.80 dB, 0.4660 (paper, Table 1); not reproduced by this project yet.
 
@@ -10,7 +10,7 @@ checkpoint on 5 images and to score it on 5 others, take the split `dense_haze_4
 `--data.train data/Dense_Haze_NTIRE19@dense_haze_45_5_5/train --data.eval data/Dense_Haze_NTIRE19@dense_haze_45_5_5/validation`,
 then score with `eval.py --data data/Dense_Haze_NTIRE19@dense_haze_45_5_5/test`.
 
-On a laptop, with a narrow network and less of everything:
+On a laptop, with a narrow network, small crops, and 5,000 steps:
 `python train.py --config configs/dense_haze.py:laptop --loss.features vgg19.safetensors`
 """
 

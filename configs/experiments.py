@@ -6,8 +6,9 @@ Hardware: 2 CPU cores, 6 GB of memory.
 Time: about 5 minutes each (AMD EPYC).
 Expected score: 21.5 to 22.9 dB (hazy input 14.19 dB); docs/results.md has all of them.
 
-Every run has 1,200 steps of 131,072 pixels, Muon at 3e-3 with a cosine to 0, L1 alone, and width 16, and is compared on 25 images held out.
-Each config differs from `direct`, the paper's form, in what its name says.
+Every run has Muon at 3e-3 with a cosine to 0, L1 alone, and width 16, and is compared on 25 images held out. All see the same number of
+pixels, in 1,200 steps of 131,072 (`small_batch`: 2,400 steps of 65,536). `residual`, `affine` and `airlight` differ from `direct`, the
+paper's form, in the output alone, and the other configs differ from `affine` in what their names say.
 """
 
 import dataclasses

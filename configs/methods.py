@@ -2,7 +2,7 @@
 
 Command: `python train.py --config configs/methods.py:ffa_net`, and so on; `:ffa_net:cr` adds contrastive regularization (Table 3), and
 `:ffa_net:laptop --data.train NYU` is a small version of the network on NYU Depth v2 (a folder with `rgb/` and `depth/`), with haze made
-on the fly
+on the fly.
 Hardware: made for one accelerator with 40 GB or more, or several; the configs `:laptop` are for a laptop.
 Time: not measured by this project yet, except for the laptop's versions (docs/networks.md).
 Expected score: the following on SOTS indoor (AECR paper, Table 1); none has been reproduced by this project yet. For GridDehazeNet and the
@@ -16,9 +16,9 @@ methods below it, their own papers have the same numbers; AOD-Net's and DehazeNe
     kddn             34.72 dB, 0.9845; with CR 35.18
     pfdn             32.68 dB, 0.9760
 
-The input differs from the authors' in some points: crops are always flipped and turned (not so for GridDehazeNet and AOD-Net), AOD-Net's
-images are cropped and not resized to 640x480, and MSBDN's patches come from images at one scale. PFDN's recipe is not known, so it has
-AECR-Net's.
+The input differs from the authors' in some points: crops are flipped and turned at random, which the authors of GridDehazeNet and AOD-Net
+do not do, AOD-Net's images are cropped and not resized to 640x480, and MSBDN's patches come from images at one scale. PFDN's recipe is not
+known, so it has AECR-Net's.
 
 DehazeNet trains on clear patches with one random transmission each, and KDDN on the features of a teacher that restores clear images from
 themselves: first `configs/methods.py:kddn_teacher`, then `:kddn`, which reads the teacher from `runs/kddn_teacher`.

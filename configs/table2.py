@@ -1,7 +1,7 @@
 """The rows of Table 2 on RESIDE ITS, evaluated on SOTS indoor; its last row, with contrastive regularization, is `configs/its.py`.
 
 Command: `python train.py --config configs/table2.py:base_dfe`, and so on for the other rows
-Hardware: made for one accelerator with 40 GB or more, or several (the batch must divide by their number).
+Hardware: made for one accelerator with 40 GB or more, or several (the batch must be divisible by their number).
 Time: not measured by this project yet.
 Expected score: the paper has 33.85 dB / 0.9820 for base, 34.04 / 0.9838 for base_mixup, 35.50 / 0.9853 for base_dfe, 35.59 / 0.9858 for
 base_dfe_sc, 36.20 / 0.9869 for base_dfe_mixup and 36.46 / 0.9889 for cr_positive; not reproduced by this project yet.

@@ -60,7 +60,7 @@ def _add_speed(kinds: Any) -> None:
     growth.add_argument("--rounds", type=int, default=3, metavar="N", help="measured runs of each; default 3")
     growth.add_argument("--output", default="benchmark-growth.json", metavar="FILE", help="default benchmark-growth.json")
     growth.add_argument("--plot", metavar="FILE", help="picture to draw; needs matplotlib")
-    accelerator = kinds.add_parser("accelerator", help="all there is to know of a new GPU or TPU, unattended", allow_abbrev=False)
+    accelerator = kinds.add_parser("accelerator", help="correctness, speed and memory of a new GPU or TPU, unattended", allow_abbrev=False)
     accelerator.add_argument("--minutes", type=float, default=8.0, metavar="M", help="the time to use; default 8")
     accelerator.add_argument(
         "--torch-python", default=sys.executable, metavar="FILE", help="Python that may have torch and torchvision; default this one"

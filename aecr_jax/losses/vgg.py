@@ -156,7 +156,7 @@ class VGGFeatures(nnx.Module):
     def random(cls, seed: int = 0, width: int = 8, *, layers: Sequence[str] | None = None, normalize: bool = False) -> Self:
         """Return random weights (He initialization) with `width` channels in the first layer instead of 64.
 
-        The demo and the tests use them because they need no file. Random features still compare local structure, but they do not
+        The tests use them, because they are small. Random features still compare local structure, but they do not
         replace trained features in a run that is meant to reach good scores.
         """
         rng = np.random.default_rng(seed)

@@ -13,7 +13,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--scale", default="small", choices=("small", "paper"), help="a narrow network and few steps (default), or the recipe"
     )
     parser.add_argument("--test", default="", metavar="DATA", help="images to score on (default with --scale small: 50 held-out scenes)")
-    parser.add_argument("--features", metavar="FILE", help="VGG-19 written by convert-vgg, for rows with regularization; or random")
+    parser.add_argument(
+        "--features",
+        metavar="FILE",
+        help="VGG-19 written by convert-vgg, for rows with regularization; vgg19_relu3_1 for cr_three_levels; or random",
+    )
     parser.add_argument("--weights", metavar="PATH", help="authors' file or a model's folder from which the rows of its network begin")
     parser.add_argument("--rows", metavar="A,B,...", help="names of rows (default: all); for table4 also rates such as 1:4")
     parser.add_argument("--seeds", type=int, default=2, metavar="N", help="number of runs of each row (default: 2)")

@@ -1,7 +1,7 @@
 """The settings of a run: dataclasses, config files in Python, and typed overrides on the command line.
 
-The defaults are the paper's recipe as its official code runs it. A config file is a Python file with a module-level
-`config = Config(...)`. It is executed, so use only config files that you trust.
+The defaults are the paper's recipe as its official code runs it. A config file is a Python file that sets
+`config = Config(...)`, or `configs` to a dictionary of names and configs. It is executed, so use only config files that you trust.
 """
 
 from __future__ import annotations
