@@ -15,6 +15,7 @@ from aecr_jax.losses.haze import HazeLoss, average_blocks
 from aecr_jax.losses.restoration import RestorationLoss
 from aecr_jax.networks.aecr_net import AECRNet, AECRNetConfig
 from aecr_jax.networks.arrays import get_arrays, replace_arrays
+from aecr_jax.networks.coarse_net import CoarseNet, CoarseNetConfig
 from aecr_jax.ops.resize import enlarge_bilinear
 from aecr_jax.training.config import Config, LossConfig
 from aecr_jax.training.initial import make_loss
@@ -84,7 +85,7 @@ def test_the_loss_of_the_haze():
     t, airlight = rng.uniform(0.2, 1, (2, 4, 6, 1)), rng.uniform(0.5, 1, (2, 1, 1, 3))
     gain, offset, restored, clear = (rng.uniform(size=shape) for shape in ((2, 2, 3, 1), (2, 2, 3, 3), (2, 4, 6, 3), (2, 4, 6, 3)))
     batch = {"hazy": clear, "clear": clear, "transmission": t, "airlight": airlight}
-    loss = HazeLoss(RestorationLoss(None, cr=0), 0.5)
+    loss = HazeLoss(RestorationLoss(None, cr=0), 0.5, 2)
     total, measured = loss((jnp.asarray(restored), jnp.asarray(gain), jnp.asarray(offset)), {k: jnp.asarray(v) for k, v in batch.items()})
     k = (1 / t - 1).reshape(2, 2, 2, 3, 2, 1).mean((2, 4))
     expected = {
@@ -99,7 +100,22 @@ def test_the_loss_of_the_haze():
 def test_blocks_of_padded_maps():
     """Five rows in blocks of two: the last block has row 4 and, by reflection, row 3."""
     x = jnp.arange(5.0).reshape(1, 5, 1, 1) * jnp.ones((1, 5, 4, 1))
-    np.testing.assert_allclose(average_blocks(x, 3, 2)[0, :, 0, 0], [0.5, 2.5, 3.5])
+    np.testing.assert_allclose(average_blocks(x, 2, 3, 2)[0, :, 0, 0], [0.5, 2.5, 3.5])
+
+
+@pytest.mark.parametrize("crop", [(112, 112), (100, 250)])
+def test_the_truth_has_the_cells_of_the_network(crop):
+    """Expected: maps that are the true haze, averaged over cells of 8x8 pixels of the padded crop, have the distance 0."""
+    model = CoarseNet(CoarseNetConfig(width=2, blocks=1), rngs=nnx.Rngs(0))
+    loss = make_loss(Config(model=model.config, data=DataConfig(crop=crop[0], crop_width=crop[1]), loss=LossConfig(cr=0, haze=0.1)))
+    gain = jnp.broadcast_to(jnp.linspace(0, 2, crop[1])[None, None, :, None], (1, *crop, 1))
+    cells = model.pad(gain, 32).reshape(1, -(-crop[0] // 32) * 4, 8, -(-crop[1] // 32) * 4, 8, 1).mean((2, 4))
+    hazy = jnp.zeros((1, *crop, 3))
+    prediction = loss.predict(model, hazy)
+    assert prediction[1].shape == cells.shape
+    batch = {"hazy": hazy, "clear": prediction[0], "transmission": 1 / (1 + gain), "airlight": jnp.ones((1, 1, 1, 3))}
+    total, _ = loss((prediction[0], cells, jnp.broadcast_to(cells, (*cells.shape[:3], 3))), batch)
+    assert float(total) == pytest.approx(0, abs=1e-6)
 
 
 def test_the_truth_of_the_haze_belongs_to_the_batch():

@@ -23,10 +23,11 @@ class HazeLoss(Loss):
     Args:
       restoration: the loss of the restored images.
       weight: factor of the distances.
+      cell: side of those blocks in pixels, `Network.haze_cell` for the size of the images.
     """
 
-    def __init__(self, restoration: Loss, weight: float):
-        self.restoration, self.weight, self.lagging = restoration, weight, restoration.lagging
+    def __init__(self, restoration: Loss, weight: float, cell: int):
+        self.restoration, self.weight, self.cell, self.lagging = restoration, weight, cell, restoration.lagging
 
     def predict(self, model: Network, hazy: Array) -> tuple[Array, Array, Array]:
         """Return the restored images, the gain and the offset.
@@ -40,19 +41,18 @@ class HazeLoss(Loss):
         restored, gain, offset = prediction
         total, measurements = self.restoration(restored, batch)
         full_gain = 1 / batch["transmission"] - 1
-        true_gain, true_offset = (average_blocks(x, *gain.shape[1:3]) for x in (full_gain, full_gain * batch["airlight"]))
+        true_gain, true_offset = (average_blocks(x, self.cell, *gain.shape[1:3]) for x in (full_gain, full_gain * batch["airlight"]))
         transmission = 1 / (1 + true_gain)
         pairs = {"gain": (gain, true_gain), "offset": (offset, true_offset)}
         distances = {name: jnp.mean(transmission * jnp.abs(estimate - truth)) for name, (estimate, truth) in pairs.items()}
         return total + self.weight * (distances["gain"] + distances["offset"]), {**measurements, **distances}
 
 
-def average_blocks(x: Array, rows: int, columns: int) -> Array:
-    """Reduce maps `[N, H, W, C]` to `[N, rows, columns, C]` by the means of square blocks.
+def average_blocks(x: Array, side: int, rows: int, columns: int) -> Array:
+    """Reduce maps `[N, H, W, C]` to `[N, rows, columns, C]` by the means of blocks of `side` x `side` pixels.
 
-    The side of a block is H / rows, rounded up. As networks pad images, so are the maps padded by reflection at the bottom and right.
+    As networks pad images, so are the maps padded by reflection at the bottom and right.
     """
     h, w = x.shape[1:3]
-    side = -(-h // rows)
     x = jnp.pad(x, ((0, 0), (0, side * rows - h), (0, side * columns - w), (0, 0)), mode="reflect")
     return average_cells(x, side)

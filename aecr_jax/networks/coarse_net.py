@@ -89,14 +89,18 @@ class CoarseNet(Network):
     def estimates_haze(cls, config: NetworkConfig) -> bool:
         return True
 
+    @classmethod
+    def haze_cell(cls, height: int, width: int) -> int:
+        return MAP_CELL * _reduction(height, width)
+
     def estimate_haze(self, hazy: ArrayLike) -> tuple[Array, Array]:
         hazy = as_images(hazy)
-        reduction = _reduction(hazy)
+        reduction = _reduction(*hazy.shape[1:3])
         return self._estimate(average_cells(self.pad(hazy, self.MULTIPLE * reduction), reduction))
 
     def remove_haze(self, hazy: ArrayLike, gain: Array, offset: Array) -> Array:
         hazy = as_images(hazy)
-        return _remove(hazy, gain, offset, MAP_CELL * _reduction(hazy))
+        return _remove(hazy, gain, offset, self.haze_cell(*hazy.shape[1:3]))
 
     def canvas_size(self, height: int, width: int) -> tuple[int, int] | None:
         if height * width > PIXELS:  # a canvas would take more memory, and large images have few sizes: those of cameras
@@ -174,11 +178,10 @@ def _remove(hazy: Array, gain: Array, offset: Array, cell: int) -> Array:
     return (factor * hazy - subtracted).astype(hazy.dtype)
 
 
-def _reduction(images: Array) -> int:
-    """Return the factor by which the sides of images are reduced before their haze is estimated."""
-    h, w = images.shape[1:3]
+def _reduction(height: int, width: int) -> int:
+    """Return the factor by which the sides of images of this size are reduced before their haze is estimated."""
     reduction = 1
-    while h * w > PIXELS * reduction**2:  # unlike a square root, this also works for sizes that are symbols
+    while height * width > PIXELS * reduction**2:  # unlike a square root, this also works for sizes that are symbols
         reduction += 1
     return reduction
 

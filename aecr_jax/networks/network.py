@@ -114,6 +114,11 @@ class Network(nnx.Module):
         """Return whether a network with these settings has `estimate_haze`."""
         return False
 
+    @classmethod
+    def haze_cell(cls, height: int, width: int) -> int:
+        """Return the side in pixels of the squares that the values of `estimate_haze` stand for, in images of this size."""
+        return 1
+
     def estimate_haze(self, hazy: ArrayLike) -> tuple[Array, Array]:
         """Return the gain K and the offset B, for which the restored images are `hazy + K hazy - B`.
 

@@ -53,7 +53,9 @@ def make_loss(config: Config, *, regularize: bool = True) -> Loss:
         perceptual_features=perceptual,
         dtype=dtype,
     )
-    return HazeLoss(restoration, loss.haze) if loss.haze else restoration
+    if not loss.haze:
+        return restoration
+    return HazeLoss(restoration, loss.haze, find_network(config.model.NAME).haze_cell(*config.data.crop_size))
 
 
 def _make_distillation(config: Config, features: VGG19Features | None) -> DistillationLoss:
