@@ -190,6 +190,8 @@ def test_a_damaged_training_image_stops_the_run_and_loses_no_step(config_file, t
     monkeypatch.undo()
     assert main(arguments) == 0
     assert "continuing from step 4" in capsys.readouterr().out
+    entries = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries if entry["kind"] == "eval"] == [4] and (workdir / "panels/step_0000004.png").is_file()
     load_checkpoint(workdir)
 
 

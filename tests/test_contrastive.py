@@ -5,6 +5,7 @@ import pytest
 from reference import load, nhwc, vgg19
 
 from aecr_jax import contrastive_distances, contrastive_regularization
+from aecr_jax.losses.contrastive import combine_distances
 
 
 @pytest.mark.parametrize("negatives", [1, pytest.param(0, marks=pytest.mark.slow)])
@@ -180,3 +181,8 @@ def test_refuses_wrong_weights_and_features():
     ]:
         with pytest.raises(ValueError, match=message):
             contrastive_regularization(a, a, a, features)
+
+
+def test_distances_of_other_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"to_negative has shape \(1,\) and must have that of to_positive, \(5,\)"):
+        combine_distances(jnp.ones(5), jnp.ones(1), negatives=1)

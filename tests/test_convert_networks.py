@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from aecr_jax import load_checkpoint
 from aecr_jax.__main__ import main
 from aecr_jax.convert.networks import find_format
-from aecr_jax.inference.weights import save_checkpoint
+from aecr_jax.inference.weights import save_checkpoint, shipped_folder
 from aecr_jax.networks.arrays import get_arrays
 from aecr_jax.networks.dehaze_net import DehazeNetConfig
 from aecr_jax.networks.registry import abstract_network, build_network, find_network
@@ -165,3 +165,8 @@ def test_settings_that_the_authors_dehaze_net_has_not(tmp_path, capsys):
     save_checkpoint(build_network(DehazeNetConfig(radius=9), arrays), tmp_path / "ours")
     assert main(["convert", str(tmp_path / "ours"), "--output", str(tmp_path / "back.npz")]) == 2
     assert "is not the authors' DehazeNet, whose settings are" in capsys.readouterr().err
+
+
+def test_a_network_without_an_authors_format_is_named(tmp_path, capsys):
+    assert main(["convert", str(shipped_folder("photo")), "--output", str(tmp_path / "x.npz")]) == 2
+    assert "photo holds a coarse_net, for which there is no authors' format; there is one for aecr_net, " in capsys.readouterr().err

@@ -51,6 +51,14 @@ def test_a_description_that_is_no_object_is_refused(folder):
         load_checkpoint(folder)
 
 
+@pytest.mark.parametrize("data", ["NYU", {"train": 3}])
+def test_data_that_are_no_object_are_refused(folder, data):
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | {"data": data}))
+    with pytest.raises(UserError, match="under 'data', which must be an object with the text 'train'"):
+        load_checkpoint(folder)
+
+
 def test_a_step_that_is_no_integer_is_refused(folder):
     config = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps(config | {"about": {"step": "x"}}))

@@ -234,6 +234,20 @@ def test_errors_are_one_line_and_write_nothing(tmp_path, capsys, monkeypatch):
     assert output.read_text() == "kept"
 
 
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"form": "torchscript"}, r"--format \(=torchscript\) must be one of onnx, stablehlo"),
+        ({"dtype": "bfloat16"}, r"--dtype \(=bfloat16\) must be one of float32, float16, int8"),
+        ({"deform": "gridsample"}, r"--deform \(=gridsample\) must be one of native, grid-sample"),
+    ],
+)
+def test_an_unknown_choice_is_refused_in_python_too(option, words, tmp_path):
+    with pytest.raises(UserError, match=words):
+        export_model("photo", tmp_path / "x", **option)
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_network_of_the_user_is_refused():
     class Unknown(Network):
         Config = ToyConfig
@@ -245,6 +259,13 @@ def test_a_network_of_the_user_is_refused():
 def test_a_file_that_does_not_run_is_reported(tmp_path):
     (tmp_path / "broken.onnx").write_bytes(b"no model")
     assert "INVALID_PROTOBUF" in measure.measure("onnx", tmp_path / "broken.onnx", 32)["error"]
+
+
+@pytest.mark.slow
+def test_a_program_for_other_sizes_gives_the_reason(tmp_path):
+    """JAX prints a note after its errors, unless it shows whole tracebacks; docs/export.md has the reason."""
+    export_model("photo", tmp_path / "photo.stablehlo", form="stablehlo")
+    assert "Error refining shapes" in measure.measure("stablehlo", tmp_path / "photo.stablehlo", 1056)["error"]
 
 
 def test_the_stated_packages_are_those_of_the_extra():

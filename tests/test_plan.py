@@ -1,7 +1,9 @@
+import dataclasses
 import json
 import shlex
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 
 from aecr_jax.__main__ import main
@@ -90,6 +92,32 @@ def test_only_the_same_step_counts(figures, tmp_path, changes, seconds):
             read_step_time(figures, config)
     else:
         assert read_step_time(figures, config) == StepTime(seconds, 7.0, "figures.json")
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        {},
+        [1],
+        {"median_s": 0, "first_s": 7},
+        {"median_s": "x", "first_s": 7},
+        {"median_s": 0.1, "first_s": None},
+        {"median_s": np.nan, "first_s": 7},
+    ],
+)
+def test_a_damaged_benchmark_is_one_line(tmp_path, times):
+    work = Work("train", batch=2, cr=True, size=16, width=4, dtype="float32")
+    file = tmp_path / "figures.json"
+    file.write_text(json.dumps({"parts": {"train": {"rows": [{**asdict(work), "jax": times}]}}}))
+    with pytest.raises(UserError, match="is no file of benchmark accelerator: ") as error:
+        read_step_time(file, CONFIG)
+    assert "\n" not in str(error.value)
+
+
+def test_no_plan_has_more_steps_than_a_run_may_have():
+    steps = make_plan(CONFIG, StepTime(1e-5), 525_600).steps
+    assert steps == 2**31 - 1
+    dataclasses.replace(CONFIG, optim=dataclasses.replace(CONFIG.optim, steps=steps)).validate()
 
 
 @pytest.mark.parametrize("how", ["--benchmark", "--step-ms"])

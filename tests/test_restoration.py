@@ -79,6 +79,8 @@ def test_missing_features_and_unknown_distances_are_refused():
         RestorationLoss(None, cr=0, perceptual=0.04)
     with pytest.raises(ValueError, match=r"pixel \(='l3'\) must be one of l1, l2, smooth_l1"):
         RestorationLoss(None, cr=0, pixel="l3")
+    with pytest.raises(ValueError, match=r"negative_images \(='rehased'\) must be one of hazy, rehazed, lagging"):
+        RestorationLoss(None, cr=0, negative_images="rehased")
 
 
 def test_the_rate_decays_in_steps():

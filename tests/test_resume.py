@@ -1,5 +1,6 @@
 """Runs that are resumed in this process: where they resume and what they refuse. `test_survival.py` kills and stops processes."""
 
+import errno
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from aecr_jax.__main__ import main
 from aecr_jax.data.sources import draw_scenes
 from aecr_jax.inference.weights import load_with_info
 from aecr_jax.networks.arrays import get_arrays
+from aecr_jax.training import checkpoint
 
 
 def check_same_parameters(*workdirs):
@@ -177,6 +179,36 @@ def test_damaged_metrics_are_a_damaged_checkpoint(run, config_file, tmp_path, ca
     assert (workdir / "damaged-checkpoint-4").is_dir() and load_with_info(workdir / "checkpoints" / "4")[1]["step"] == 4
 
 
+def test_an_unreadable_checkpoint_is_not_taken_for_a_damaged_one(run, config_file, tmp_path, capsys, monkeypatch):
+    """Permissions, devices and memory say nothing about the file: it stays where it is, and the run resumes once they are put right."""
+    workdir = shutil.copytree(run, tmp_path / "w")
+    before = sorted(path.relative_to(workdir) for path in workdir.rglob("*"))
+
+    def refuse(folder, item):
+        raise OSError(errno.EIO, "Input/output error", str(folder))
+
+    monkeypatch.setattr(checkpoint, "read_json", refuse)
+    said = fails(capsys, "train", "--config", config_file, "--run.workdir", workdir)
+    assert "checkpoints/4 cannot be read: " in said and "put that right, and the same command resumes" in said
+    assert sorted(path.relative_to(workdir) for path in workdir.rglob("*") if path.name != "lock.json") == before
+    monkeypatch.undo()
+    assert main(["train", "--config", config_file, "--run.workdir", str(workdir)]) == 0
+    assert "continuing from step 4" in capsys.readouterr().out
+
+
+def test_a_run_replaces_no_model_and_no_other_config(model_dir, config_file, tmp_path, capsys):
+    """A run has a `config.json` of its own, and a model in its folder would be loaded in place of its checkpoints."""
+    model = shutil.copytree(model_dir, tmp_path / "model")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"name": "of another program"}')
+    for folder, words in ((model, "holds a model"), (other, "has a config.json that is not of a run and would be replaced")):
+        before = (folder / "config.json").read_bytes()
+        said = fails(capsys, "train", "--config", config_file, "--run.workdir", folder)
+        assert f"run.workdir (={folder}) {words}: choose another folder" in said
+        assert (folder / "config.json").read_bytes() == before
+
+
 def test_a_run_does_not_begin_anew_if_all_metrics_are_damaged(run, config_file, tmp_path, capsys):
     """A run that started again would truncate its log and still count as resumed."""
     workdir = shutil.copytree(run, tmp_path / "damaged")
@@ -232,7 +264,7 @@ def test_a_folder_whose_name_is_not_utf_8_is_refused(run, config_file, tmp_path,
     assert message in fails(capsys, "eval", "--checkpoint", folder / "w", "--data", "scenes")
 
 
-@pytest.mark.parametrize("line", ['["a list"]}', '{"kind": "train"}', '{"step": "first"}', "{}}"])
+@pytest.mark.parametrize("line", ['["a list"]}', '{"kind": "train"}', '{"step": 1}', '{"step": "first"}', "{}}"])
 def test_a_damaged_log_is_one_line(run, config_file, tmp_path, capsys, line):
     shutil.copytree(run, tmp_path / "w")
     (tmp_path / "w" / "metrics.jsonl").write_text(line + "\n")

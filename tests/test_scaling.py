@@ -7,6 +7,7 @@ from test_commands import fails
 
 from aecr_jax.__main__ import main
 from aecr_jax.benchmark.scaling import CHIPS, collectives, compile_for, step_seconds
+from aecr_jax.errors import UserError
 
 PROGRAM = """
   %all-reduce.1 = f32[3,3,16,16]{3,2,1,0} all-reduce(%a), channel_id=1
@@ -58,3 +59,14 @@ def test_a_device_receives_the_same_bytes_whatever_the_number_of_devices(config_
     assert many["macs"] == pytest.approx(8 * few["macs"], rel=1e-2)
     reduced, gradients = sum(few["collectives"]["all-reduce"]), 4 * few["parameters"]
     assert gradients <= reduced < 1.5 * gradients
+
+
+@pytest.mark.slow
+def test_losses_that_need_more_than_pairs_are_compiled():
+    """The truth of the haze (CoarseNet's config) and other haze of the same scenes."""
+    small = ["--data.crop", "32", "--data.crop_width", "32", "--model.width", "4", "--model.blocks", "1"]
+    assert compile_for(2, 1, "configs/coarse_net.py", small)["images"] == 2
+    rehazed = ["--loss.features", "random", "--loss.cr_negatives", "rehazed", "--loss.negatives", "2"]
+    assert compile_for(2, 1, "configs/its.py", [*small, *rehazed])["images"] == 2
+    with pytest.raises(UserError, match=r"data.crop \(=8\) must be at least 16"):
+        compile_for(1, 1, "configs/its.py", [*small[4:], "--data.crop", "8", "--data.crop_width", "8", "--loss.features", "random"])

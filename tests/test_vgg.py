@@ -1,3 +1,5 @@
+import json
+import struct
 from pathlib import Path
 
 import jax
@@ -14,6 +16,7 @@ from test_data import SHARED, needs_shared
 from aecr_jax import UserError, VGG19Features, load_vgg19
 from aecr_jax.__main__ import main
 from aecr_jax.losses import vgg
+from aecr_jax.losses.lpips import LPIPS
 from aecr_jax.losses.vgg import SHIPPED, VGG16Features
 
 
@@ -67,6 +70,7 @@ def test_bad_weights_are_named():
             {"conv3_3.kernel": np.zeros((3, 3, 8, 8), np.float32)},
             "conv3_3.kernel has the value 0 throughout: these are not trained weights",
         ),
+        ({"conv1_1.kernel": np.array(0.5, np.float32)}, r"tensor conv1_1.kernel has shape \(\) and must have \(3, 3, 3, 1\)"),
         ({"conv1_1.bias": "zeros"}, "tensor conv1_1.bias is a str and must be an array"),
         ({"conv1_2.kernel": np.full((3, 3, 2, 2), 0.5, np.float32)}, "conv1_2.kernel has the value 0.5 throughout"),
     ]:
@@ -112,6 +116,11 @@ def test_a_missing_file_says_how_to_get_one(tmp_path):
     (tmp_path / "text.safetensors").write_text("not weights")
     with pytest.raises(UserError, match="is not a readable safetensors file"):
         load_vgg19(tmp_path / "text.safetensors")
+    header = json.dumps({"x": {"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]}}).encode()
+    (tmp_path / "8bit.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"x")
+    for load_file in (load_vgg19, LPIPS.load):
+        with pytest.raises(UserError, match=r"8bit\.safetensors is not a readable safetensors file"):  # NumPy does not have this type
+            load_file(tmp_path / "8bit.safetensors")
     save_file(tiny_weights(), tmp_path / "plain.safetensors")
     with pytest.raises(UserError, match="was not written by convert-vgg"):
         load_vgg19(tmp_path / "plain.safetensors")

@@ -28,6 +28,8 @@ _EVALUATIONS = 4
 _RESERVE = 0.05
 # A schedule of fewer steps is not worth its start.
 _LEAST = 100
+# The largest value of optim.steps.
+_MOST = 2**31 - 1
 # A year, and far less than any step takes: what is beyond these is a mistake, and may not be a number of steps at all.
 _MOST_MINUTES, _LEAST_MS = 525_600, 0.001
 
@@ -68,16 +70,22 @@ def read_step_time(path: str | Path, config: Config) -> StepTime:
         parts = json.loads(Path(path).read_text())["parts"]
         rows = [row for part in ("train", "sweep") for row in parts.get(part, {}).get("rows", []) if "jax" in row]
         fields = {field.name for field in dataclasses.fields(Work)}
-        found = [(Work(**{name: row[name] for name in fields}), row["jax"]) for row in rows]
+        source = Path(path).name
+        found = [
+            (Work(**{name: row[name] for name in fields}), StepTime(float(row["jax"]["median_s"]), float(row["jax"]["first_s"]), source))
+            for row in rows
+        ]
+        if wrong := [time for _, time in found if not (0 < time.seconds < math.inf and 0 < time.compile_s < math.inf)]:
+            raise ValueError(f"it has a step of {wrong[0].seconds} s that was compiled in {wrong[0].compile_s} s")
     except FileNotFoundError as error:
         raise MissingFileError(f"--benchmark (={path}) does not exist: benchmark accelerator writes it") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--benchmark (={path}) is no file of benchmark accelerator: {first_line(error)}") from error
     usual = dataclasses.replace(config.loss, cr=LossConfig.cr, features=LossConfig.features) == LossConfig()
-    for work, figures in found:
+    for work, time in found:
         same = (work.batch, (work.size, work.size), work.cr) == (config.optim.batch, config.data.crop_size, bool(config.loss.cr))
         if same and usual and config.optim.accumulate == 1 and work.model_config() == config.model:
-            return StepTime(figures["median_s"], figures["first_s"], Path(path).name)
+            return time
     measured = ", ".join(dict.fromkeys(str(work) for work, _ in found)) or "no step"
     raise UserError(f"--benchmark (={path}) has no step of this config, only {measured}; give its time with --step-ms")
 
@@ -98,7 +106,7 @@ def make_plan(config: Config, step: StepTime, minutes: float) -> Plan:
     save_every = max(1, round(_SAVE_EVERY_S / step.seconds))
     step_s = step.seconds + _SAVE_S / save_every
     left = 60 * minutes * (1 - _RESERVE) - fixed
-    steps = math.floor(left / step_s)
+    steps = min(math.floor(left / step_s), _MOST)
     if steps < _LEAST:
         least = (fixed + _LEAST * step_s) / (1 - _RESERVE) / 60
         raise UserError(

@@ -80,7 +80,7 @@ def compile_for(devices: int, per_device: int, file: str, overrides: Sequence[st
     command = [sys.executable, "-m", "aecr_jax.benchmark.scaling", str(devices), str(per_device), file, *overrides]
     # The package need not be installed, and the current folder need not be that of the clone.
     path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": path}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": path, "JAX_TRACEBACK_FILTERING": "off"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["the process ended"])[-1]
@@ -168,6 +168,11 @@ def _compile(devices: int, per_device: int, file: str, overrides: Sequence[str])
     images = devices * per_device
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, batch=images, accumulate=1))
     batch: Any = {key: jax.ShapeDtypeStruct((images, *config.data.crop_size, 3), jnp.float32) for key in ("hazy", "clear")}
+    if config.loss.haze:
+        batch["transmission"] = jax.ShapeDtypeStruct((images, *config.data.crop_size, 1), jnp.float32)
+        batch["airlight"] = jax.ShapeDtypeStruct((images, 1, 1, 3), jnp.float32)
+    if rehazed := config.loss.rehazed:
+        batch["rehazed"] = jax.ShapeDtypeStruct((images, rehazed, *config.data.crop_size, 3), jnp.float32)
     state = init_state(config)
     start = time.perf_counter()
     # In the CPU's forms, each gradient waits for another one, so that XLA cannot combine their all-reduces.

@@ -84,6 +84,8 @@ def _to_theirs(folder: Path, output: Path, network: str | None) -> str:
     config = model.config
     if network not in (None, config.NAME):
         raise UserError(f"--network (={network}) must be {config.NAME}, which is the network in {folder}")
+    if config.NAME not in NETWORKS:
+        raise UserError(f"{folder} holds a {config.NAME}, for which there is no authors' format; there is one for {', '.join(NETWORKS)}")
     form = find_format(config.NAME)
     if form.fixed is not None and config != form.fixed(config):
         raise UserError(f"{folder} is not {form.title}, whose settings are {form.fixed(config)}: it has {config}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from aecr_jax.errors import UserError
 from aecr_jax.inference.command import MODEL
@@ -69,12 +69,15 @@ def export_model(
       The network.
 
     Raises:
-      UserError: the model does not exist or is damaged, the network cannot be exported in this way, a package is missing, or the file
-        exists or cannot be written.
+      UserError: an argument is none of its choices, the model does not exist or is damaged, the network cannot be exported in this way,
+        a package is missing, or the file exists or cannot be written.
     """
     from aecr_jax.files import refuse_existing, replacing
     from aecr_jax.inference.weights import load_with_info
 
+    for option, value, kinds in (("--format", form, Form), ("--dtype", dtype, DType), ("--deform", deform, Deform)):
+        if value not in get_args(kinds):
+            raise UserError(f"{option} (={value}) must be one of {', '.join(get_args(kinds))}")
     output = Path(output)
     if output.is_dir():
         raise UserError(f"--output (={output}) is a folder: name a file, such as {output / 'model.onnx'}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -23,7 +24,8 @@ def measure(form: str, path: str | Path, size: int) -> dict[str, Any]:
     the process fails, the result is only its `error`.
     """
     command = [sys.executable, "-m", "aecr_jax.export.measure", form, str(path), str(size)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    environment = os.environ | {"JAX_TRACEBACK_FILTERING": "off"}  # with the filter, the last line is not the error
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}
     return json.loads(done.stdout.splitlines()[-1])

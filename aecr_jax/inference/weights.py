@@ -175,6 +175,27 @@ def refuse_model(path: str | Path, *, overwrite: bool = False) -> None:
         refuse_existing(path / name, overwrite=overwrite)
 
 
+def refuse_run(path: str | Path) -> None:
+    """Check that a training run can be in a folder: a run replaces `config.json`.
+
+    Raises:
+      UserError: `path` has no checkpoints, but a model or a `config.json` that is not of a run.
+    """
+    path = as_path(path)
+    if (path / CHECKPOINTS).is_dir():
+        return
+    if (path / _WEIGHTS).is_file():
+        raise UserError(f"run.workdir (={path}) holds a model: choose another folder")
+    if not (path / _CONFIG).is_file():
+        return
+    try:
+        config = json.loads((path / _CONFIG).read_text())
+    except (OSError, ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict) or not {"optim", "train"} & set(config):  # version 0.1.0 had `train`
+        raise UserError(f"run.workdir (={path}) has a {_CONFIG} that is not of a run and would be replaced: choose another folder")
+
+
 def check_folder_name(folder: str | Path) -> None:
     """Check that the full path of a folder is valid UTF-8, because orbax cannot write or read checkpoints in other folders.
 
@@ -248,6 +269,8 @@ def _load_exported(path: Path) -> tuple[Network, dict[str, Any]]:
             raise ValueError(f"{_CONFIG} has no settings under 'model'")
         if not isinstance(about := config.get("about", {}), dict):
             raise ValueError(f"{_CONFIG} has {about!r} under 'about', which must be an object")
+        if not isinstance(data := config.get("data", {}), dict) or not isinstance(data.get("train", ""), str):
+            raise ValueError(f"{_CONFIG} has {data!r} under 'data', which must be an object with the text 'train'")
         step = about.get("step")
         if step is not None and as_int(step) is None:
             raise ValueError(f"{_CONFIG} has the step {step!r}, which must be an integer")

@@ -153,6 +153,8 @@ def combine_distances(
         raise ValueError(f"form (={form!r}) must be one of {', '.join(get_args(Form))}")
     if to_positive.ndim != (axes := 2 if form == "image_ratio" else 1):
         raise ValueError(f"to_positive has shape {to_positive.shape} and must have {axes} axes for the form {form}")
+    if negatives and to_negative.shape != to_positive.shape:
+        raise ValueError(f"to_negative has shape {to_negative.shape} and must have that of to_positive, {to_positive.shape}")
     levels = len(to_positive)
     if weights is LAYER_WEIGHTS:
         weights = LAYER_WEIGHTS[:levels]

@@ -83,7 +83,7 @@ class LPIPS(nnx.Module):
             with safe_open(path, framework="np") as file:
                 about = dict(file.metadata() or {})
                 weights = {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, AttributeError) as error:  # NumPy lacks some of the types of safetensors (AttributeError)
             raise UserError(f"{path} is not a readable safetensors file ({error}): {_HOW_TO_GET}") from error
         if (about.get("format"), about.get("version")) != (FORMAT, VERSION):
             raise UserError(f"{path} was not written by convert-lpips: {_HOW_TO_GET}")

@@ -38,7 +38,7 @@ class RestorationLoss(Loss):
       dtype: type in which the features are computed.
 
     Raises:
-      ValueError: `cr` or `perceptual` is not 0 and its features are missing.
+      ValueError: `cr` or `perceptual` is not 0 and its features are missing, or `pixel` or `negative_images` is none of these.
     """
 
     def __init__(
@@ -62,6 +62,8 @@ class RestorationLoss(Loss):
             raise ValueError(f"perceptual_features is None and must be a VGG16Features, because perceptual (={perceptual}) is not 0")
         if pixel not in _PIXEL:
             raise ValueError(f"pixel (={pixel!r}) must be one of {', '.join(_PIXEL)}")
+        if negative_images not in _NEGATIVES:
+            raise ValueError(f"negative_images (={negative_images!r}) must be one of {', '.join(_NEGATIVES)}")
         self.features = features if cr else None
         self.perceptual_features = perceptual_features if perceptual else None
         self.cr, self.positives, self.negatives, self.dtype = cr, positives, negatives, jnp.dtype(dtype)
@@ -146,6 +148,7 @@ def _smooth_l1(difference: Array) -> Array:
     return jnp.where(size < 1, 0.5 * jnp.square(difference), size - 0.5)
 
 
+_NEGATIVES = ("hazy", "rehazed", "lagging")
 _PIXEL = {"l1": jnp.abs, "l2": jnp.square, "smooth_l1": _smooth_l1}
 
 

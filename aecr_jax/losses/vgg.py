@@ -133,7 +133,7 @@ class VGGFeatures(nnx.Module):
                 if i == 0 or any(f"{later}.kernel" in weights for later in cls.CONVOLUTIONS[i:]):
                     raise ValueError(f"tensor {name}.kernel is missing")
                 break
-            out = weights[f"{name}.kernel"].shape[-1]
+            out = (weights[f"{name}.kernel"].shape or (1,))[-1]
             expected |= {f"{name}.kernel": (3, 3, channels, out), f"{name}.bias": (out,)}
             channels = out
             reached.append(name.replace("conv", "relu"))
@@ -184,7 +184,7 @@ class VGGFeatures(nnx.Module):
             with safe_open(path, framework="np") as file:
                 metadata = file.metadata() or {}
                 weights = {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, AttributeError) as error:  # NumPy lacks some of the types of safetensors (AttributeError)
             raise UserError(f"{path} is not a readable safetensors file ({error}): {how}") from error
         if metadata.get("format") != cls.metadata()["format"]:
             if str(metadata.get("format")).startswith("aecr_jax.vgg"):

@@ -7,6 +7,7 @@ config, and checksums of every array and of the JSON parts.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import logging
 import shutil
 from collections.abc import Callable
@@ -195,7 +196,7 @@ class Checkpoints:
         return None
 
     def _none_is_whole(self) -> UserError:
-        return UserError(f"no checkpoint in {self.folder} can be read: delete the folder to start again, or choose another run.workdir")
+        return UserError(f"no checkpoint in {self.folder} can be read: move the folder away to start again, or choose another run.workdir")
 
     def _load_state(self, step: int, like: TrainState, sharding: NamedSharding, *, ema: bool) -> TrainState:
         like = dataclasses.replace(like, ema=like.params if ema else {})
@@ -206,6 +207,11 @@ class Checkpoints:
         return TrainState(**{"ema": {}, **got["model"], **got["optimizer"]})
 
     def _warn(self, step: int, error: Exception) -> None:
+        """Warn of a damaged checkpoint; raise UserError if the error says nothing about the checkpoint itself."""
+        if _is_of_the_system(error):
+            raise UserError(
+                f"checkpoint {self.folder / str(step)} cannot be read: {first_line(error)}; put that right, and the same command resumes"
+            ) from error
         log.warning("checkpoint %s cannot be read (%s)", self.folder / str(step), first_line(error))
 
     def _move_aside(self, steps: list[int]) -> None:
@@ -262,6 +268,13 @@ class Checkpoints:
             wait()
         except Exception as error:
             raise UserError(f"the last checkpoint cannot be written to {self.folder}: {first_line(error)}") from error
+
+
+def _is_of_the_system(error: Exception) -> bool:
+    """Return whether an error, in reading a checkpoint, is one of permissions, devices or memory, under which intact files suffer too."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
+    return isinstance(error, MemoryError) or any(word in str(error) for word in ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED"))
 
 
 def _with_defaults(saved: dict[str, Any]) -> dict[str, Any]:

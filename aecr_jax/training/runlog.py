@@ -45,15 +45,19 @@ class RunLog:
         self._workdir = workdir
         self._board: Any = None
         self._lines: list[str] = []
+        self.evaluated: set[int] = set()
+        """The steps at which the run was evaluated before it starts or resumes; known to process 0."""
         if not is_main():
             return
         path = workdir / METRICS
         try:
             lines = path.read_text().splitlines() if path.exists() else []
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first]
+            entries = [(line, json.loads(line)) for line in lines if line.endswith("}")]
+            kept = [line for line, entry in entries if entry["kind"] and entry["step"] <= first]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged: {first_line(error)}; move it away to continue without the earlier entries") from error
         self._lines = [line + "\n" for line in kept]
+        self.evaluated = {entry["step"] for _, entry in entries if entry["kind"] == "eval" and entry["step"] <= first}
         _write(path, "".join(self._lines))
         _write(workdir / CONFIG, json.dumps(config_to_dict(config), indent=2) + "\n")
         _write(workdir / VERSIONS, json.dumps(versions(hosts), indent=2) + "\n")

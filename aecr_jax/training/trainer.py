@@ -26,7 +26,7 @@ from aecr_jax.files import make_folder
 from aecr_jax.inference.evaluate import add_row, score_images
 from aecr_jax.inference.restore import Restorer
 from aecr_jax.inference.scores import Score, summarize
-from aecr_jax.inference.weights import check_folder_name
+from aecr_jax.inference.weights import check_folder_name, refuse_run
 from aecr_jax.losses.loss import Loss
 from aecr_jax.networks.network import Network
 from aecr_jax.networks.registry import abstract_network, find_network, has_parameters
@@ -72,6 +72,7 @@ def train(config: Config, *, say: Say = tqdm.write) -> dict[str, Any]:
     if not has_parameters(config.model):
         raise UserError(f"model.name (={config.model.NAME}) has no parameters to train; eval and dehaze take it with --checkpoint")
     check_folder_name(config.run.workdir)
+    refuse_run(config.run.workdir)
     watch = Stopwatch()
     initialize(config.run.coordinator, config.run.processes, config.run.process_id)
     if not is_main():
@@ -88,7 +89,7 @@ def train(config: Config, *, say: Say = tqdm.write) -> dict[str, Any]:
         with holding as lock, _Run(config, inputs, workdir, lock, say, watch) as run:
             run.restore()
             run.loop()
-        return run.result()
+            return run.result()
 
 
 class _Inputs(NamedTuple):
@@ -247,7 +248,10 @@ class _Run:
     def result(self) -> dict[str, Any]:
         """Return the last evaluation's summary; a run that was already complete is evaluated first."""
         if not self.summary:
-            self.summary = self._score()[0]
+            step, (self.summary, rows) = int(self.state.step), self._score()
+            assert self.log is not None
+            if step not in self.log.evaluated:  # the evaluation after the last step had failed
+                self._log_evaluation(step, rows)
         return self.summary | {"step": int(self.state.step)}
 
     # ---- parts of a step
@@ -328,15 +332,18 @@ class _Run:
         return describe(values)
 
     def _evaluate(self, step: int) -> None:
-        assert self.log is not None
         self.summary, rows = self._score()
+        self._log_evaluation(step, rows)
+        self.meter.restart()
+
+    def _log_evaluation(self, step: int, rows: list[list[np.ndarray]]) -> None:
+        assert self.log is not None
         self.log.write_panel(step, rows)
         self.log.write(step, "eval", self.summary)
         self.say(
             f"step {step}: PSNR {self.summary['psnr']:.2f} dB, SSIM {self.summary['ssim']:.4f}"
             f" (hazy input {self.summary['input_psnr']:.2f} dB, {self.summary['input_ssim']:.4f})"
         )
-        self.meter.restart()
 
     def _score(self) -> tuple[dict[str, Any], list[list[np.ndarray]]]:
         """Return the summary over all processes, and the first images of this process as rows of a panel."""
