@@ -11,6 +11,7 @@ from reference import load, official_weights, vgg19_tensors
 from aecr_jax.__main__ import main
 from aecr_jax.benchmark import opponent as opponent_module
 from aecr_jax.benchmark.growth import _draw
+from aecr_jax.benchmark.speed import check_writable
 from aecr_jax.benchmark.work import Work, prepare
 from aecr_jax.errors import UserError
 from aecr_jax.networks.macs import count_macs
@@ -211,6 +212,14 @@ def test_an_opponent_without_torchvision_is_one_line(capsys, tmp_path, monkeypat
     assert main(["benchmark", "op", "--size", "4", "--channels", "2", "--against", "torch"]) == 2
     error = capsys.readouterr().err
     assert f"--torch-python (={sys.executable})" in error and "no_such_module" in error and error.count("\n") == 1
+
+
+def test_a_measurement_that_fails_leaves_no_empty_file(tmp_path):
+    check_writable(tmp_path / "new" / "figures.json")
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "old.json").write_text("{}")
+    check_writable(tmp_path / "old.json")
+    assert (tmp_path / "old.json").read_text() == "{}"
 
 
 def test_no_opponent_for_a_tpu():

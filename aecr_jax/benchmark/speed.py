@@ -223,10 +223,14 @@ def _status(name: str) -> int:
 
 def check_writable(path: str | Path) -> None:
     """Raise UserError if a file cannot be written, so that this is found before measurements that take minutes."""
-    make_folder(Path(path).parent)
+    path = Path(path)
+    make_folder(path.parent)
+    existed = path.exists()
     try:
         with open(path, "a"):
             pass
+        if not existed:  # an empty file would look like figures if the measurement fails
+            path.unlink()
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
