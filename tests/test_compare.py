@@ -61,14 +61,14 @@ def test_one_image_at_a_time_is_in_memory(pictures, model_dir, tmp_path, monkeyp
     alive = []
 
     def count():
-        gc.collect()
         return sum(image() is not None for image in images)
 
     def read(path):
         deadline = time.monotonic() + 5
-        while (held := count()) > 3 and time.monotonic() < deadline:
+        while count() > 3 and time.monotonic() < deadline:
             time.sleep(0.01)
-        alive.append(held)
+            gc.collect()
+        alive.append(count())
         image = read_image(path)
         images.append(weakref.ref(image))
         return image
