@@ -16,8 +16,8 @@ methods below it, their own papers have the same numbers; AOD-Net's and DehazeNe
     kddn             34.72 dB, 0.9845; with CR 35.18
     pfdn             32.68 dB, 0.9760
 
-The input differs from the authors' in some points: crops are flipped and turned at random, which the authors of GridDehazeNet and AOD-Net
-do not do, AOD-Net's images are cropped and not resized to 640x480, and MSBDN's patches come from images at one scale. PFDN's recipe is not
+The input differs from the authors' in three points. Crops are flipped and turned at random, which the authors of GridDehazeNet and AOD-Net
+do not do. AOD-Net's images are cropped and not resized to 640x480. MSBDN's patches come from images at one scale. PFDN's recipe is not
 known, so it has AECR-Net's.
 
 DehazeNet trains on clear patches with one random transmission each, and KDDN on the features of a teacher that restores clear images from

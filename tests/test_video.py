@@ -250,7 +250,10 @@ def test_sound_that_is_found_not_to_fit_when_writing_begins(run, tmp_path, capsy
 @pytest.mark.parametrize("extension", [".mp4", ".mkv"])
 @pytest.mark.parametrize("source", ["a.ts", "a.mkv"])
 def test_a_video_that_begins_late_begins_at_0_in_the_result(run, tmp_path, source, extension):
-    """A recording of television is such a video. Frames and sound move by the same time; 2 s were written, and AAC begins 0.064 s early."""
+    """Recordings of television are such videos. Frames and sound are shifted by the same time.
+
+    The clip has 2 s, and AAC begins 0.064 s before it.
+    """
     times = [3600 * 90000 + i * 3600 for i in range(50)]
     late = write_clip(tmp_path / source, [flat(48, 64)] * 50, times=times, sound="aac", sound_begins=3600)
     assert run(late, "--output", tmp_path / f"b{extension}") == 0

@@ -99,7 +99,7 @@ def _measure_stages(samples: Sequence[Sample], config: Config, seconds: float) -
         measure("read files", lambda i: [path.read_bytes() for path in samples[i % len(samples)].files.values()])
     measure("read and decode", lambda i: samples[i % len(samples)].read())
     source = Source(samples, least=(height, width))
-    element, augment = source[0], Augment(config.data, config.haze, source=source, **_needs(config))
+    element, augment = source[0], Augment(config.data, config.haze, source=source, **config.loss.needs)
     cut = {key: to_float(element[key][:height, :width]) for key in ("clear", "depth") if key in element}
     if outdoor := "sky" in element:
         size, window = element["clear"].shape[:2], Window(0, 0, height, width)
@@ -113,16 +113,11 @@ def _measure_stages(samples: Sequence[Sample], config: Config, seconds: float) -
     return stages
 
 
-def _needs(config: Config) -> dict[str, Any]:
-    """Return what the loss needs of the haze, as arguments of the pipeline."""
-    return {"haze_truth": bool(config.loss.haze), "rehazed": config.loss.rehazed}
-
-
 def _measure_pipeline(samples: Sequence[Sample], config: Config, seconds: float, steps_per_second: float) -> dict[str, Any]:
     batch = config.optim.batch
     if config.data.cache:
         cache_bytes(samples, config.data)
-    batches = train_batches(samples, config.data, batch=batch, seed=config.run.seed, haze=config.haze, **_needs(config))
+    batches = train_batches(samples, config.data, batch=batch, seed=config.run.seed, haze=config.haze, **config.loss.needs)
     next(batches)
     if config.data.cache:  # the first epoch fills the cache
         for _ in tqdm(range(len(samples) // batch + 1), "filling the cache", leave=False, disable=None):

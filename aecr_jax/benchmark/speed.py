@@ -225,7 +225,7 @@ def check_writable(path: str | Path) -> None:
     """Raise UserError if a file cannot be written, so that this is found before measurements that take minutes."""
     path = Path(path)
     make_folder(path.parent)
-    existed = path.exists()
+    existed = os.path.lexists(path)
     try:
         with open(path, "a"):
             pass

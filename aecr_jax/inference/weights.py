@@ -176,7 +176,7 @@ def refuse_model(path: str | Path, *, overwrite: bool = False) -> None:
 
 
 def refuse_run(path: str | Path) -> None:
-    """Check that a training run can be in a folder: a run replaces `config.json`.
+    """Check that a folder may hold a training run, which replaces the folder's `config.json`.
 
     Raises:
       UserError: `path` has no checkpoints, but a model or a `config.json` that is not of a run.

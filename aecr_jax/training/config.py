@@ -85,6 +85,11 @@ class LossConfig:
         """The number of further hazy versions of each clear crop that regularization needs."""
         return self.negatives if self.cr and self.cr_negatives == "rehazed" else 0
 
+    @property
+    def needs(self) -> dict[str, Any]:
+        """What the loss needs of haze that is made on the fly, as arguments of `train_batches`."""
+        return {"haze_truth": bool(self.haze), "rehazed": self.rehazed}
+
     def validate(self) -> None:
         """Raise UserError if the settings are inconsistent."""
         if self.kind != "restoration":

@@ -53,11 +53,11 @@ class RunLog:
         try:
             lines = path.read_text().splitlines() if path.exists() else []
             entries = [(line, json.loads(line)) for line in lines if line.endswith("}")]
-            kept = [line for line, entry in entries if entry["kind"] and entry["step"] <= first]
+            kept = [(line, entry["step"], entry["kind"]) for line, entry in entries if entry["step"] <= first]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged: {first_line(error)}; move it away to continue without the earlier entries") from error
-        self._lines = [line + "\n" for line in kept]
-        self.evaluated = {entry["step"] for _, entry in entries if entry["kind"] == "eval" and entry["step"] <= first}
+        self._lines = [line + "\n" for line, *_ in kept]
+        self.evaluated = {step for _, step, kind in kept if kind == "eval"}
         _write(path, "".join(self._lines))
         _write(workdir / CONFIG, json.dumps(config_to_dict(config), indent=2) + "\n")
         _write(workdir / VERSIONS, json.dumps(versions(hosts), indent=2) + "\n")

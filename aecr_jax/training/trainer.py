@@ -182,8 +182,7 @@ class _Run:
             seed=config.run.seed,
             start=self.position.images,
             haze=config.haze,
-            haze_truth=bool(config.loss.haze),
-            rehazed=config.loss.rehazed,
+            **config.loss.needs,
             **_share(),
         )
         self.watch.lap("data")
