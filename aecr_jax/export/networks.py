@@ -137,8 +137,10 @@ def haze_maps(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     x = _arithmetic(images)
     side = coarse.STEM_CELL
     window: dict[str, Any] = {"kernel_shape": [side, side], "strides": [side, side]}
-    features = [x.node("SpaceToDepth", blocksize=side), -(-x).node("MaxPool", **window), x.node("MaxPool", **window)]
-    x = relu(conv(concat(features), model.stem))
+    extremes = concat([-(-x).node("MaxPool", **window), x.node("MaxPool", **window)])
+    within = maximum(extremes, 0).node("Min", 1)
+    logarithms = [(within + coarse.MARGIN).node("Log"), (1 + coarse.MARGIN - within).node("Log")]
+    x = relu(conv(concat([x.node("SpaceToDepth", blocksize=side), extremes, *logarithms]), model.stem))
     levels = []
     for down, blocks in zip(model.downs, model.encoder):
         x = residual_blocks(relu(conv(x, down)), blocks)

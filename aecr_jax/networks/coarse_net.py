@@ -25,6 +25,8 @@ PIXELS = 2**20
 # The least transmission, so that K is at most 49, and what is added to the network's output before the sigmoid that gives it. With it, a
 # new network begins near the hazy image: K is about 0.13.
 LEAST, SHIFT = 0.02, 2.0
+# What is added to a value and to its distance from 1 before their logarithms are taken.
+MARGIN = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,9 @@ class CoarseNet(Network):
     Haze is smooth: the true 1 / t, averaged over squares of 8x8 pixels and enlarged again, restores images of NYU Depth v2 to 40 dB. So
     all layers work at 1/4 to 1/32 of the resolution, and only the enlargement of the maps and the formula at the full one. The first
     layer sees the 48 values of squares of 4x4 pixels, and their least and greatest value in each channel: the dark channel
-    prior (He et al., CVPR 2009) uses the least values. The mean of the coarsest features over the whole image is added to them, because
+    prior (He et al., CVPR 2009) uses the least values. It also sees the logarithms of these extremes and of their distances from 1, because
+    t is the sigmoid of the network's output: where something in a square is black and the airlight is white, the least value is 1 - t,
+    and the output that gives t is log t - log(1 - t). The mean of the coarsest features over the whole image is added to them, because
     the airlight is one for all. The airlight may still vary slowly from place to place, as it does near the sun.
 
     The network maps `[N, H, W, 3]` in [0, 1] to the same shape, approximately in [0, 1], not clipped.
@@ -74,7 +78,7 @@ class CoarseNet(Network):
         def blocks(features: int) -> nnx.Sequential:
             return nnx.Sequential(*[ResidualBlock(features, **types) for _ in range(config.blocks)])
 
-        self.stem = Conv(3 * (STEM_CELL**2 + 2), config.width, 1, **types)
+        self.stem = Conv(3 * (STEM_CELL**2 + 6), config.width, 1, **types)
         self.downs = nnx.List([Conv(i, o, 3, stride=2, **types) for i, o in zip([config.width, *widths], widths)])
         self.encoder = nnx.List([blocks(features) for features in widths])
         self.context = Conv(widths[-1], widths[-1], 1, **types)
@@ -187,7 +191,10 @@ def _reduction(height: int, width: int) -> int:
 
 
 def cell_features(images: Array, side: int) -> Array:
-    """Return all values of square cells, and their least and greatest in each channel: `[N, H, W, C] -> [N, H/s, W/s, C (s * s + 2)]`.
+    """Return what the first layer sees of square cells: `[N, H, W, C] -> [N, H/s, W/s, C (s * s + 6)]`.
+
+    These are all values of a cell, the least and the greatest in each channel, and the logarithms of those two and of their distances
+    from 1.
 
     Args:
       images: `[N, H, W, C]`, H and W multiples of `side`.
@@ -196,4 +203,6 @@ def cell_features(images: Array, side: int) -> Array:
     n, h, w, c = images.shape
     cells = images.reshape(n, h // side, side, w // side, side, c).swapaxes(2, 3)
     values = cells.reshape(n, h // side, w // side, side * side * c)
-    return jnp.concatenate([values, cells.min((3, 4)), cells.max((3, 4))], -1)
+    extremes = jnp.concatenate([cells.min((3, 4)), cells.max((3, 4))], -1)
+    within = extremes.clip(0, 1)
+    return jnp.concatenate([values, extremes, jnp.log(within + MARGIN), jnp.log(1 + MARGIN - within)], -1)

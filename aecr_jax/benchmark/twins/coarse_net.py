@@ -43,7 +43,7 @@ class CoarseNet(nn.Module):
     def __init__(self, width: int, blocks: int) -> None:
         super().__init__()
         widths = [width, width * 4 // 3, width * 2]
-        self.stem = nn.Conv2d(54, width, 1)
+        self.stem = nn.Conv2d(66, width, 1)
         self.downs = nn.ModuleList(nn.Conv2d(i, o, 3, stride=2, padding=1) for i, o in zip([width, *widths], widths))
         self.encoder = nn.ModuleList(nn.Sequential(*(ResidualBlock(channels) for _ in range(blocks))) for channels in widths)
         self.context = nn.Conv2d(widths[-1], widths[-1], 1)
@@ -62,7 +62,9 @@ class CoarseNet(nn.Module):
     def estimate(self, x: Tensor) -> Tensor:
         # The channels of a cell are ordered by row, column and colour; PyTorch's own order is by colour first.
         cells = F.pixel_unshuffle(x, 4).unflatten(1, (3, 16)).transpose(1, 2).flatten(1, 2)
-        x = F.relu(self.stem(torch.cat([cells, -F.max_pool2d(-x, 4), F.max_pool2d(x, 4)], 1)))
+        extremes = torch.cat([-F.max_pool2d(-x, 4), F.max_pool2d(x, 4)], 1)
+        within = extremes.clamp(0, 1)
+        x = F.relu(self.stem(torch.cat([cells, extremes, (within + 0.02).log(), (1.02 - within).log()], 1)))
         levels = []
         for down, blocks in zip(self.downs, self.encoder):
             x = blocks(F.relu(down(x)))
