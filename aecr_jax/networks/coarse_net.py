@@ -25,7 +25,7 @@ PIXELS = 2**20
 # The least transmission, so that K is at most 49, and what is added to the network's output before the sigmoid that gives it. With it, a
 # new network begins near the hazy image: K is about 0.13.
 LEAST, SHIFT = 0.02, 2.0
-# What is added to a value and to its distance from 1 before their logarithms are taken.
+# What is added to a value and to its distance from 1 before their logarithms are taken; those of black and white would be infinite.
 MARGIN = 0.02
 
 
