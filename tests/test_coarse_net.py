@@ -11,7 +11,7 @@ from flax import nnx
 from aecr_jax import dehaze
 from aecr_jax.inference import restore
 from aecr_jax.networks.arrays import get_arrays, replace_arrays
-from aecr_jax.networks.coarse_net import CoarseNet, CoarseNetConfig, cell_features
+from aecr_jax.networks.coarse_net import CoarseNet, CoarseNetConfig, Moments
 from aecr_jax.networks.macs import network_macs
 from aecr_jax.ops.resize import average_cells
 
@@ -22,21 +22,32 @@ def network(**settings):
     return model
 
 
+def with_arrays(model, arrays):
+    graph, state = nnx.split(model)
+    return nnx.merge(graph, replace_arrays(state, {**get_arrays(model), **arrays}))
+
+
+def trained(**settings):
+    """Return a network whose residual blocks change their input, unlike those of a new one."""
+    model, rng = network(**settings), np.random.default_rng(9)
+    zeros = {name: array for name, array in get_arrays(model).items() if ".conv2." in name}
+    assert zeros and not any(array.any() for array in zeros.values())
+    return with_arrays(model, {name: jnp.asarray(0.1 * rng.standard_normal(array.shape), jnp.float32) for name, array in zeros.items()})
+
+
 def logit(x):
     return np.log(x / (1 - x))
 
 
 def with_constant_maps(model, maps):
     """Return the model with a last layer that gives the same four values everywhere."""
-    arrays = {"maps.kernel": jnp.zeros_like(model.maps.kernel[...]), "maps.bias": jnp.asarray(maps, jnp.float32)}
-    graph, state = nnx.split(model)
-    return nnx.merge(graph, replace_arrays(state, {**get_arrays(model), **arrays}))
+    return with_arrays(model, {"maps.kernel": jnp.zeros_like(model.maps.kernel[...]), "maps.bias": jnp.asarray(maps, jnp.float32)})
 
 
 def test_the_network_has_fewer_than_a_million_parameters_and_8_gmacs():
     """Expected: the aims for a network that is fast enough to watch, at 640x480."""
     model = network(width=48, blocks=2)
-    assert sum(x.size for x in get_arrays(model, nnx.Param).values()) == 921_332
+    assert sum(x.size for x in get_arrays(model, nnx.Param).values()) == 926_820
     assert 1e9 < network_macs(model.config, 480, 640) < 8e9
 
 
@@ -56,10 +67,8 @@ def test_haze_of_the_scattering_model_is_removed_exactly_if_it_is_estimated_exac
 
 def test_the_airlight_varies_slowly():
     """From cell to cell of 8 pixels, the airlight of a network with random weights differs by less than it would if each had its own."""
-    model = network(width=12)
-    arrays = get_arrays(model)
-    graph, state = nnx.split(model)
-    model = nnx.merge(graph, replace_arrays(state, {**arrays, "maps.kernel": 20 * arrays["maps.kernel"]}))
+    model = trained(width=12)
+    model = with_arrays(model, {"maps.kernel": 3 * model.maps.kernel[...]})
     hazy = jnp.asarray(np.random.default_rng(8).random((1, 128, 192, 3)), jnp.float32)
     gain, offset = model.estimate_haze(hazy)
     airlight = np.asarray(offset / gain)
@@ -73,20 +82,21 @@ def test_a_new_network_begins_near_the_hazy_image():
     assert jnp.abs(network(width=48, blocks=2)(hazy) - hazy).max() < 0.25
 
 
-def test_cell_features_are_all_values_their_extremes_and_logarithms():
-    x = 1.2 * np.random.default_rng(2).random((2, 8, 12, 3)).astype(np.float32) - np.float32(0.1)  # beyond 0 and 1
-    features = np.asarray(cell_features(jnp.asarray(x), 4))
-    assert features.shape == (2, 2, 3, 66)
-    cell = x[1, 4:8, 8:12]
-    extremes = np.concatenate([cell.min((0, 1)), cell.max((0, 1))])
-    np.testing.assert_array_equal(features[1, 1, 2, :54], [*cell.ravel(), *extremes])
-    within = np.clip(extremes, 0, 1)
-    np.testing.assert_allclose(features[1, 1, 2, 54:], np.log([*(within + 0.02), *(1.02 - within)]), rtol=1e-5)
+def test_the_features_of_cells_are_their_extremes_and_logarithms():
+    """Expected: NumPy's values for one cell of 4x4 pixels, and for one of 8x8 made of four; values are clipped."""
+    x = 1.2 * np.random.default_rng(2).random((2, 8, 16, 3)).astype(np.float32) - np.float32(0.1)
+    moments = Moments.of(jnp.asarray(x), 4)
+    cells = {4: (moments.features()[1, 1, 2], x[1, 4:8, 8:12]), 8: (moments.coarser().features()[1, 0, 1], x[1, :8, 8:16])}
+    for side, (features, cell) in cells.items():
+        pixels = cell.reshape(side * side, 3).clip(0, 1)
+        ends = np.concatenate([pixels.min(0), pixels.max(0)])
+        expected = [*ends, *np.log(ends + 0.02), *np.log(1.02 - ends), *np.log(pixels.mean(0) + 0.02), *np.log(pixels.var(0) + 1e-4) / 2]
+        np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_haze_of_a_large_image_is_estimated_from_a_reduced_copy():
     """Expected: an image with every pixel doubled has the estimates of the image itself, in cells twice as large."""
-    model = network()
+    model = trained()
     small = jnp.asarray(np.random.default_rng(3).random((1, 544, 1056, 3)), jnp.float32)
     large = small.repeat(2, 1).repeat(2, 2)
     assert small.shape[1] * small.shape[2] < 2**20 < large.shape[1] * large.shape[2]
@@ -103,7 +113,7 @@ def test_the_haze_of_a_large_image_is_estimated_from_a_reduced_copy():
 def test_on_a_canvas_an_image_is_restored_as_if_alone(size):
     """Expected: the network's result for the image itself, whatever the canvas has elsewhere."""
     rng = np.random.default_rng(6)
-    model = network(width=12)
+    model = trained(width=12)
     hazy = rng.random((2, *size, 3)).astype(np.float32)
     canvas = 1000 * rng.random((2, *model.canvas_size(*size), 3)).astype(np.float32)
     canvas[:, : size[0], : size[1]] = hazy
@@ -126,7 +136,7 @@ def test_images_of_many_sizes_need_few_programs(monkeypatch):
 
 def test_large_images_are_never_split_into_tiles():
     image = np.random.default_rng(4).integers(0, 256, (300, 400, 3), np.uint8)
-    model = network()
+    model = trained()
     np.testing.assert_array_equal(dehaze(image, model, tile=256), dehaze(image, model, tile=0))
 
 
@@ -142,7 +152,7 @@ def test_pytorch_computes_the_same(shape):
     torch = pytest.importorskip("torch", reason="needs PyTorch: requirements-test.txt")
     from aecr_jax.benchmark.twins.coarse_net import make
 
-    model = network(width=12)
+    model = trained(width=12)
     twin = make(vars(model.config))
     arrays = {name.replace(".layers.", "."): np.asarray(array) for name, array in get_arrays(model).items()}
     theirs = {

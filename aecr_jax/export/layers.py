@@ -20,6 +20,10 @@ def sigmoid(x: Tensor) -> Tensor:
     return x.node("Sigmoid")
 
 
+def silu(x: Tensor) -> Tensor:
+    return x * sigmoid(x)
+
+
 def tanh(x: Tensor) -> Tensor:
     return x.node("Tanh")
 
@@ -229,14 +233,14 @@ def fa_block(x: Tensor, block: Any) -> Tensor:
     return y + x
 
 
-def residual_block(x: Tensor, block: Any, *, small: bool = False) -> Tensor:
-    return x + conv(relu(conv(x, block.conv1, small=small)), block.conv2, small=small)
+def residual_block(x: Tensor, block: Any, activation: Callable[[Tensor], Tensor] = relu, *, small: bool = False) -> Tensor:
+    return x + conv(activation(conv(x, block.conv1, small=small)), block.conv2, small=small)
 
 
-def residual_blocks(x: Tensor, blocks: Any) -> Tensor:
+def residual_blocks(x: Tensor, blocks: Any, activation: Callable[[Tensor], Tensor] = relu) -> Tensor:
     """Apply an `nnx.Sequential` of residual blocks."""
     for block in blocks.layers:
-        x = residual_block(x, block)
+        x = residual_block(x, block, activation)
     return x
 
 

@@ -40,6 +40,7 @@ from aecr_jax.export.layers import (
     residual_blocks,
     resize,
     sigmoid,
+    silu,
     split,
     take_pixels,
     tanh,
@@ -134,26 +135,47 @@ def haze_maps(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
 
     H and W of the images must be multiples of 32.
     """
-    x = _arithmetic(images)
     side = coarse.STEM_CELL
-    window: dict[str, Any] = {"kernel_shape": [side, side], "strides": [side, side]}
-    extremes = concat([-(-x).node("MaxPool", **window), x.node("MaxPool", **window)])
-    within = maximum(extremes, 0).node("Min", 1)
-    logarithms = [(within + coarse.MARGIN).node("Log"), (1 + coarse.MARGIN - within).node("Log")]
-    x = relu(conv(concat([x.node("SpaceToDepth", blocksize=side), extremes, *logarithms]), model.stem))
+    values, within = _arithmetic(images.node("SpaceToDepth", blocksize=side)), images.node("Clip", 0, 1)
+    moments = _pool_moments((within, within, within, within * within), side)
+    x = silu(conv(concat([values, _moment_features(moments)]), model.stem))
     levels = []
-    for down, blocks in zip(model.downs, model.encoder):
-        x = residual_blocks(relu(conv(x, down)), blocks)
+    for down, see, blocks in zip(model.downs, model.moments, model.encoder):
+        moments = _pool_moments(moments, 2)
+        x = silu(conv(x, down) + conv(_moment_features(moments), see))
+        x = residual_blocks(x, blocks, silu)
         levels.append(x)
     x = levels.pop()
     x = x + conv(mean(x), model.context)
     for up, blocks, finer in zip(reversed(model.ups), reversed(model.decoder), reversed(levels)):
-        x = residual_blocks(finer + enlarge_bilinear(conv(x, up), 2), blocks)
+        x = residual_blocks(finer + enlarge_bilinear(conv(x, up), 2), blocks, silu)
     maps = conv(x, model.maps).to(np.float32)
     transmission = coarse.LEAST + (1 - coarse.LEAST) * sigmoid(maps.slice([0], [1], [1]) + coarse.SHIFT)
     factor = 1 / transmission
     gain = factor - 1
     return factor, gain * _smooth_airlight(gain, sigmoid(maps.slice([1], [4], [1])))
+
+
+# The least and the greatest values, the means, and the means of the squares of square cells.
+Moments = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _pool_moments(moments: Moments, side: int) -> Moments:
+    least, greatest, mean_, square = moments
+    window: dict[str, Any] = {"kernel_shape": [side, side], "strides": [side, side]}
+    pooled = (
+        x.node(kind, **window) for x, kind in ((-least, "MaxPool"), (greatest, "MaxPool"), (mean_, "AveragePool"), (square, "AveragePool"))
+    )
+    negated, greatest, mean_, square = pooled
+    return -negated, greatest, mean_, square
+
+
+def _moment_features(moments: Moments) -> Tensor:
+    least, greatest, mean_, square = moments
+    extremes = concat([least, greatest])
+    deviation = (maximum(square - mean_ * mean_, 0) + coarse.LEAST_VARIANCE).node("Sqrt")
+    logarithms = [extremes + coarse.MARGIN, 1 + coarse.MARGIN - extremes, mean_ + coarse.MARGIN, deviation]
+    return _arithmetic(concat([extremes, *(x.node("Log") for x in logarithms)]))
 
 
 def _smooth_airlight(gain: Tensor, airlight: Tensor) -> Tensor:

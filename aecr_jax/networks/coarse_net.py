@@ -25,8 +25,11 @@ PIXELS = 2**20
 # The least transmission, so that K is at most 49, and what is added to the network's output before the sigmoid that gives it. With it, a
 # new network begins near the hazy image: K is about 0.13.
 LEAST, SHIFT = 0.02, 2.0
-# What is added to a value and to its distance from 1 before their logarithms are taken; those of black and white would be infinite.
-MARGIN = 0.02
+# What is added to a value and to its distance from 1 before their logarithms are taken, and to a variance; those of black, of white and
+# of one colour would be infinite.
+MARGIN, LEAST_VARIANCE = 0.02, 1e-4
+# Number of values that `Moments.features` gives for each cell.
+FEATURES = 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +79,11 @@ class CoarseNet(Network):
         widths = [config.width, config.width * 4 // 3, config.width * 2]
 
         def blocks(features: int) -> nnx.Sequential:
-            return nnx.Sequential(*[ResidualBlock(features, **types) for _ in range(config.blocks)])
+            return nnx.Sequential(*[ResidualBlock(features, activation=nnx.silu, identity=True, **types) for _ in range(config.blocks)])
 
-        self.stem = Conv(3 * (STEM_CELL**2 + 6), config.width, 1, **types)
+        self.stem = Conv(3 * STEM_CELL**2 + FEATURES, config.width, 1, **types)
         self.downs = nnx.List([Conv(i, o, 3, stride=2, **types) for i, o in zip([config.width, *widths], widths)])
+        self.moments = nnx.List([Conv(FEATURES, features, 1, **types) for features in widths])
         self.encoder = nnx.List([blocks(features) for features in widths])
         self.context = Conv(widths[-1], widths[-1], 1, **types)
         self.ups = nnx.List([Conv(i, o, 1, **types) for i, o in zip(widths[1:], widths)])
@@ -125,10 +129,12 @@ class CoarseNet(Network):
     def _estimate(self, images: Array, corner: Corner | None = None) -> tuple[Array, Array]:
         """Return the maps of `estimate_haze` for images whose sides are multiples of `MULTIPLE`, or for the part of them in a corner."""
         clear, extend, mean = (corner.clear, corner.extend, corner.mean) if corner else (_same, _same, _mean)
-        x = clear(nnx.relu(self.stem(cell_features(images, STEM_CELL))))
+        moments = Moments.of(images, STEM_CELL)
+        x = clear(nnx.silu(self.stem(jnp.concatenate([_cells(images, STEM_CELL), moments.features()], -1))))
         levels = []
-        for down, blocks in zip(self.downs, self.encoder):
-            x = clear(nnx.relu(down(x)))
+        for down, see, blocks in zip(self.downs, self.moments, self.encoder):
+            moments = moments.coarser()
+            x = clear(nnx.silu(down(x) + see(moments.features())))
             for block in blocks.layers:
                 x = block(x, clear)
             levels.append(x)
@@ -190,19 +196,48 @@ def _reduction(height: int, width: int) -> int:
     return reduction
 
 
-def cell_features(images: Array, side: int) -> Array:
-    """Return what the first layer sees of square cells: `[N, H, W, C] -> [N, H/s, W/s, C (s * s + 6)]`.
-
-    These are all values of a cell, the least and the greatest in each channel, and the logarithms of those two and of their distances
-    from 1.
-
-    Args:
-      images: `[N, H, W, C]`, H and W multiples of `side`.
-      side: the side s of a cell in pixels.
-    """
+def _cells(images: Array, side: int) -> Array:
+    """Return all values of square cells, ordered by row, column and colour: `[N, H, W, C] -> [N, H/s, W/s, C s s]`."""
     n, h, w, c = images.shape
-    cells = images.reshape(n, h // side, side, w // side, side, c).swapaxes(2, 3)
-    values = cells.reshape(n, h // side, w // side, side * side * c)
-    extremes = jnp.concatenate([cells.min((3, 4)), cells.max((3, 4))], -1)
-    within = extremes.clip(0, 1)
-    return jnp.concatenate([values, extremes, jnp.log(within + MARGIN), jnp.log(1 + MARGIN - within)], -1)
+    return images.reshape(n, h // side, side, w // side, side, c).swapaxes(2, 3).reshape(n, h // side, w // side, side * side * c)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What a network may see of square cells of images: their extremes, means and variances, `[N, H/s, W/s, C]` each.
+
+    They are those of the values clipped to [0, 1].
+    """
+
+    least: Array
+    greatest: Array
+    mean: Array
+    square: Array
+    """The mean of the squares."""
+
+    @classmethod
+    def of(cls, images: Array, side: int) -> Moments:
+        """Return the moments of cells of `side` pixels; H and W of the images must be multiples of it."""
+        x = images.astype(jnp.promote_types(images.dtype, jnp.float32)).clip(0, 1)
+        return cls(x, x, x, x * x)._pool(side)
+
+    def coarser(self) -> Moments:
+        """Return the moments of cells twice as large; the numbers of rows and of columns must be even."""
+        return self._pool(2)
+
+    def _pool(self, side: int) -> Moments:
+        def cells(x: Array) -> Array:
+            n, h, w, c = x.shape
+            return x.reshape(n, h // side, side, w // side, side, c)
+
+        axes = (2, 4)
+        return Moments(
+            cells(self.least).min(axes), cells(self.greatest).max(axes), cells(self.mean).mean(axes), cells(self.square).mean(axes)
+        )
+
+    def features(self) -> Array:
+        """Return `[N, H/s, W/s, 8 C]`: the extremes, and logarithms of extremes, distances from 1, means and standard deviations."""
+        extremes = jnp.concatenate([self.least, self.greatest], -1)
+        variance = (self.square - self.mean**2).clip(0)
+        logarithms = [extremes + MARGIN, 1 + MARGIN - extremes, self.mean + MARGIN, jnp.sqrt(variance + LEAST_VARIANCE)]
+        return jnp.concatenate([extremes, *map(jnp.log, logarithms)], -1)

@@ -246,15 +246,33 @@ class ResidualBlock(nnx.Module):
 
     They pad with zeros, or by reflection if `reflect` is set. The call takes a function that is applied after each of them, such as
     `Corner.clear`.
+
+    Args:
+      features: channels of the input and of the output.
+      activation: the function between the convolutions.
+      identity: whether the weights of the second convolution begin at zero, so that a new block returns its input.
+      reflect: whether the convolutions pad by reflection.
     """
 
-    def __init__(self, features: int, *, reflect: bool = False, dtype: DType, param_dtype: DType, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        features: int,
+        *,
+        activation: Callable[[Array], Array] = nnx.relu,
+        identity: bool = False,
+        reflect: bool = False,
+        dtype: DType,
+        param_dtype: DType,
+        rngs: nnx.Rngs,
+    ):
         options: dict[str, Any] = dict(reflect=reflect, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        zeros = nnx.initializers.zeros_init() if identity else None
+        self.activation = activation
         self.conv1 = Conv(features, features, 3, **options)
-        self.conv2 = Conv(features, features, 3, **options)
+        self.conv2 = Conv(features, features, 3, kernel_init=zeros, bias_init=zeros, **options)
 
     def __call__(self, x: Array, after: Callable[[Array], Array] = lambda x: x) -> Array:
-        return x + after(self.conv2(after(nnx.relu(self.conv1(x)))))
+        return x + after(self.conv2(after(self.activation(self.conv1(x)))))
 
 
 class DeformConv(nnx.Module):

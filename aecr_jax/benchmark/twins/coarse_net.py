@@ -23,7 +23,26 @@ class ResidualBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(F.relu(self.conv1(x)))
+        return x + self.conv2(F.silu(self.conv1(x)))
+
+
+class Moments:
+    """The least and the greatest values, the means, and the means of the squares of square cells."""
+
+    def __init__(self, least: Tensor, greatest: Tensor, mean: Tensor, square: Tensor, side: int) -> None:
+        self.least, self.greatest = -F.max_pool2d(-least, side), F.max_pool2d(greatest, side)
+        self.mean, self.square = F.avg_pool2d(mean, side), F.avg_pool2d(square, side)
+
+    def coarser(self) -> Moments:
+        """Return the moments of cells twice as large."""
+        return Moments(self.least, self.greatest, self.mean, self.square, 2)
+
+    def features(self) -> Tensor:
+        """Return the extremes, and logarithms of extremes, distances from 1, means and standard deviations."""
+        extremes = torch.cat([self.least, self.greatest], 1)
+        deviation = ((self.square - self.mean**2).clamp(0) + 1e-4).sqrt()
+        logarithms = [extremes + 0.02, 1.02 - extremes, self.mean + 0.02, deviation]
+        return torch.cat([extremes, *(x.log() for x in logarithms)], 1)
 
 
 def smooth(gain: Tensor, airlight: Tensor) -> Tensor:
@@ -43,7 +62,8 @@ class CoarseNet(nn.Module):
     def __init__(self, width: int, blocks: int) -> None:
         super().__init__()
         widths = [width, width * 4 // 3, width * 2]
-        self.stem = nn.Conv2d(66, width, 1)
+        self.stem = nn.Conv2d(72, width, 1)
+        self.moments = nn.ModuleList(nn.Conv2d(24, channels, 1) for channels in widths)
         self.downs = nn.ModuleList(nn.Conv2d(i, o, 3, stride=2, padding=1) for i, o in zip([width, *widths], widths))
         self.encoder = nn.ModuleList(nn.Sequential(*(ResidualBlock(channels) for _ in range(blocks))) for channels in widths)
         self.context = nn.Conv2d(widths[-1], widths[-1], 1)
@@ -62,12 +82,13 @@ class CoarseNet(nn.Module):
     def estimate(self, x: Tensor) -> Tensor:
         # The channels of a cell are ordered by row, column and colour; PyTorch's own order is by colour first.
         cells = F.pixel_unshuffle(x, 4).unflatten(1, (3, 16)).transpose(1, 2).flatten(1, 2)
-        extremes = torch.cat([-F.max_pool2d(-x, 4), F.max_pool2d(x, 4)], 1)
-        within = extremes.clamp(0, 1)
-        x = F.relu(self.stem(torch.cat([cells, extremes, (within + 0.02).log(), (1.02 - within).log()], 1)))
+        within = x.clamp(0, 1)
+        moments = Moments(within, within, within, within**2, 4)
+        x = F.silu(self.stem(torch.cat([cells, moments.features()], 1)))
         levels = []
-        for down, blocks in zip(self.downs, self.encoder):
-            x = blocks(F.relu(down(x)))
+        for down, see, blocks in zip(self.downs, self.moments, self.encoder):
+            moments = moments.coarser()
+            x = blocks(F.silu(down(x) + see(moments.features())))
             levels.append(x)
         x = levels.pop()
         x = x + self.context(x.mean((2, 3), keepdim=True))
