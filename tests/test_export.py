@@ -140,6 +140,15 @@ def test_models_without_checksum_load(folder):
     assert bits(load_checkpoint(folder)) == expected
 
 
+def test_a_model_of_another_version_of_its_network_is_not_called_damaged(tmp_path):
+    model = AECRNet(AECRNetConfig(width=2, blocks=1), rngs=nnx.Rngs(0))
+    model.later = nnx.Param(np.zeros(2, np.float32))
+    save_checkpoint(model, tmp_path)
+    expected = r"cannot be used: its weights do not fit the network aecr_net of this version of aecr_jax: .*later"
+    with pytest.raises(UserError, match=expected):
+        load_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_round_trip_is_bit_exact(tmp_path, dtype, x64):
     model = AECRNet(AECRNetConfig(width=2, blocks=1, dtype=dtype, param_dtype=dtype), rngs=nnx.Rngs(5))

@@ -286,7 +286,13 @@ def _load_exported(path: Path) -> tuple[Network, dict[str, Any]]:
         except ValueError as error:
             raise UserError(f"model {path} cannot be used: {error}") from error
         dtype = jnp.dtype(model_config.param_dtype)
-        model = build_network(model_config, {name: array.astype(dtype) for name, array in arrays.items()})
+        try:
+            model = build_network(model_config, {name: array.astype(dtype) for name, array in arrays.items()})
+        except ValueError as error:
+            if "sha256" not in config:
+                raise
+            version = f"the network {model_config.NAME} of this version of aecr_jax"
+            raise UserError(f"model {path} cannot be used: its weights do not fit {version}: {first_line(error)}") from error
         model.name, model.step = str(about.get("name", resolve(path).name)), step
         return model, config
     except UserError:
