@@ -53,12 +53,12 @@ class CoarseNet(Network):
 
     Haze is smooth: the true 1 / t, averaged over squares of 8x8 pixels and enlarged again, restores images of NYU Depth v2 to 40 dB. So
     all layers work at 1/4 to 1/32 of the resolution, and only the enlargement of the maps and the formula at the full one. The first
-    layer sees the 48 values of squares of 4x4 pixels. It and the first layer of each coarser level also see the `Moments` of their cells:
-    the least value in each channel, as the dark channel prior does (He et al., CVPR 2009), and the logarithms of the least value and of
-    others, because t is the sigmoid of the network's output: where something in a square is black and the airlight is white, the least
-    value is 1 - t, and the output that gives t is log t - log(1 - t). Haze also multiplies the standard deviation within a cell by t, so
-    that its logarithm is reduced by the same amount everywhere at one distance. The mean of the coarsest features over the whole image is
-    added to them, because the airlight is one for all. The airlight may still vary slowly from place to place, as it does near the sun.
+    layer sees the 48 values of squares of 4x4 pixels. It and the first layer of each coarser level also see the `Moments` of their cells.
+    These include the least value in each channel, which the dark channel prior uses (He et al., CVPR 2009), and logarithms, because t is
+    the sigmoid of the network's output: where something in a cell is black and the airlight is white, the least value is 1 - t, and the
+    output that gives t is log t - log(1 - t). Haze also multiplies the standard deviation within a cell by t. The mean of the coarsest
+    features over the whole image is added to them, because the airlight is one for all. The airlight may still vary slowly from place to
+    place, as it does near the sun.
 
     The network maps `[N, H, W, 3]` in [0, 1] to the same shape, approximately in [0, 1], not clipped.
 
