@@ -83,15 +83,22 @@ def test_a_new_network_begins_near_the_hazy_image():
 
 
 def test_the_features_of_cells_are_their_extremes_and_logarithms():
-    """Expected: NumPy's values for one cell of 4x4 pixels, and for one of 8x8 made of four; values are clipped."""
-    x = 1.2 * np.random.default_rng(2).random((2, 8, 16, 3)).astype(np.float32) - np.float32(0.1)
+    """Expected: NumPy's values, in float64, for cells of 4x4 pixels and of 8x8, which consist of four of them; values are clipped."""
+    x = 1.2 * np.random.default_rng(2).random((2, 8, 32, 3)).astype(np.float32) - np.float32(0.1)
+    for start, colour in ((8, 0), (16, 1), (24, 0.83)):  # cells of one colour
+        x[1, :, start : start + 8] = colour
     moments = Moments.of(jnp.asarray(x), 4)
-    cells = {4: (moments.features()[1, 1, 2], x[1, 4:8, 8:12]), 8: (moments.coarser().features()[1, 0, 1], x[1, :8, 8:16])}
-    for side, (features, cell) in cells.items():
-        pixels = cell.reshape(side * side, 3).clip(0, 1)
-        ends = np.concatenate([pixels.min(0), pixels.max(0)])
-        expected = [*ends, *np.log(ends + 0.02), *np.log(1.02 - ends), *np.log(pixels.mean(0) + 0.02), *np.log(pixels.var(0) + 1e-4) / 2]
-        np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-6)
+    for side, features in ((4, moments.features()), (8, moments.pool(2).features())):
+        cells = x[1, :side].astype(np.float64).clip(0, 1).reshape(side, 32 // side, side, 3).swapaxes(0, 1).reshape(-1, side * side, 3)
+        ends = np.concatenate([cells.min(1), cells.max(1)], -1)
+        logarithms = [np.log(ends + 0.02), np.log(1.02 - ends), np.log(cells.mean(1) + 0.02), np.log(cells.var(1) + 1e-4) / 2]
+        np.testing.assert_allclose(features[1, 0], np.concatenate([ends, *logarithms], -1), rtol=1e-5, atol=1e-5)
+
+
+def test_cells_of_one_colour_have_finite_gradients():
+    for colour in (0.0, 1.0, 0.83):
+        gradient = jax.grad(lambda x: Moments.of(x, 4).pool(2).features().sum())(jnp.full((1, 8, 8, 3), colour))
+        assert jnp.isfinite(gradient).all()
 
 
 def test_the_haze_of_a_large_image_is_estimated_from_a_reduced_copy():
@@ -169,6 +176,12 @@ def test_pytorch_computes_the_same(shape):
         restored = model(x)
         return (restored**2).sum(), restored
 
+    beyond = np.float32(1.2) * x - np.float32(0.1)  # values below 0 and above 1, and a part of one colour
+    beyond[:, :16, :16] = 0.83
+    # The gradients are not compared: where values are clipped or equal, PyTorch chooses others.
+    np.testing.assert_allclose(
+        jax.jit(model)(beyond), twin(torch.tensor(beyond.transpose(0, 3, 1, 2))).detach().numpy().transpose(0, 2, 3, 1), atol=4e-6
+    )
     gradient, restored = grad(x)
     np.testing.assert_allclose(restored, expected.detach().numpy().transpose(0, 2, 3, 1), atol=2e-6)
     expected.square().sum().backward()

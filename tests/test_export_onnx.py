@@ -109,6 +109,15 @@ def test_onnx_equals_the_network(name):
         assert expected.std() > 0.01
 
 
+def test_values_beyond_0_and_1_and_parts_of_one_colour():
+    """CoarseNet clips what it computes extremes and logarithms from; in a part of one colour, the variance is 0."""
+    x = np.float32(1.2) * images(1, 32, 64) - np.float32(0.1)
+    for column, colour in ((0, 0), (16, 1), (32, 0.83)):
+        x[:, :16, column : column + 16] = colour
+    model = make_model("coarse_net")
+    np.testing.assert_allclose(run_onnx(to_onnx(model, {}), x), reference(model, x), atol=2e-5, rtol=0)
+
+
 @pytest.mark.parametrize("settings", VARIANTS, ids=lambda settings: settings["output"])
 def test_the_variants_of_aecr_net(settings):
     model = make_model("aecr_net", width=2, blocks=2, **settings)

@@ -28,6 +28,11 @@ def tanh(x: Tensor) -> Tensor:
     return x.node("Tanh")
 
 
+def clip(x: Tensor) -> Tensor:
+    """Clip to [0, 1]."""
+    return maximum(x, 0).node("Min", 1)
+
+
 def maximum(x: Tensor, *others: Any) -> Tensor:
     return x.node("Max", *others)
 

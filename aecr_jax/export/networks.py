@@ -18,6 +18,7 @@ from aecr_jax.errors import UserError
 from aecr_jax.export.graph import Graph, Tensor, concat
 from aecr_jax.export.layers import (
     arg_max,
+    clip,
     conv,
     conv_transpose,
     convolve,
@@ -136,8 +137,8 @@ def haze_maps(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     H and W of the images must be multiples of 32.
     """
     side = coarse.STEM_CELL
-    values, within = _arithmetic(images.node("SpaceToDepth", blocksize=side)), images.node("Clip", 0, 1)
-    moments = _pool_moments((within, within, within, within * within), side)
+    values, within = _arithmetic(images.node("SpaceToDepth", blocksize=side)), clip(images)
+    moments = _pool_moments((within, within, within, None), side)
     x = silu(conv(concat([values, _moment_features(moments)]), model.stem))
     levels = []
     for down, see, blocks in zip(model.downs, model.moments, model.encoder):
@@ -156,24 +157,26 @@ def haze_maps(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     return factor, gain * _smooth_airlight(gain, sigmoid(maps.slice([1], [4], [1])))
 
 
-# The least and the greatest values, the means, and the means of the squares of square cells.
-Moments = tuple[Tensor, Tensor, Tensor, Tensor]
+# The least and the greatest values, the means and the variances of square cells; single pixels have no variance.
+Moments = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
 def _pool_moments(moments: Moments, side: int) -> Moments:
-    least, greatest, mean_, square = moments
-    window: dict[str, Any] = {"kernel_shape": [side, side], "strides": [side, side]}
-    pooled = (
-        x.node(kind, **window) for x, kind in ((-least, "MaxPool"), (greatest, "MaxPool"), (mean_, "AveragePool"), (square, "AveragePool"))
-    )
-    negated, greatest, mean_, square = pooled
-    return -negated, greatest, mean_, square
+    def pool(x: Tensor, kind: str) -> Tensor:
+        return x.node(kind, kernel_shape=[side, side], strides=[side, side])
+
+    least, greatest, means, variances = moments
+    mean_ = pool(means, "AveragePool")
+    difference = means - resize(mean_, factor=side, mode="nearest", coordinates="asymmetric")
+    squares = difference * difference if variances is None else variances + difference * difference
+    return -pool(-least, "MaxPool"), pool(greatest, "MaxPool"), mean_, pool(squares, "AveragePool")
 
 
 def _moment_features(moments: Moments) -> Tensor:
-    least, greatest, mean_, square = moments
+    least, greatest, mean_, variance = moments
+    assert variance is not None
     extremes = concat([least, greatest])
-    deviation = (maximum(square - mean_ * mean_, 0) + coarse.LEAST_VARIANCE).node("Sqrt")
+    deviation = (variance + coarse.LEAST_VARIANCE).node("Sqrt")
     logarithms = [extremes + coarse.MARGIN, 1 + coarse.MARGIN - extremes, mean_ + coarse.MARGIN, deviation]
     return _arithmetic(concat([extremes, *(x.node("Log") for x in logarithms)]))
 
@@ -364,7 +367,7 @@ def dehaze_net(model: Any, hazy: Tensor) -> Tensor:
     first = mirrored(_arithmetic(hazy - 0.5), model.features, np.arange(outputs).reshape(-1, pieces).T.ravel())
     x = maximum(*split(first, pieces))
     x = window_max(concat([mirrored(x, layer) for layer in model.scales.convs]), model.local_maximum.radius)
-    transmission = mirrored(x, model.estimate).to(np.float32).node("Clip", 0, 1)
+    transmission = clip(mirrored(x, model.estimate).to(np.float32))
 
     red, green, blue = split(hazy, 3)
     grey = cai.GREY[0] * red + cai.GREY[1] * green + cai.GREY[2] * blue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from aecr_jax.export.graph import SHAPE, Graph, concat
 from aecr_jax.export.networks import haze_maps, trace
 from aecr_jax.networks.coarse_net import CoarseNet
 from aecr_jax.networks.network import Network
+
+# Convolutions with at most as many inputs for each output are not computed with integers: 3x3 pixels of three channels.
+_FEW_INPUTS = 27
 
 
 def to_onnx(model: Network, metadata: dict[str, str], *, dtype: str = "float32", deform: str = "native") -> bytes:
@@ -52,12 +56,15 @@ def maps_to_onnx(model: CoarseNet, metadata: dict[str, str]) -> bytes:
 def _quantize(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
     """Compute the convolutions with integers whose ranges are found when the model runs, so that no images are needed here.
 
-    The first and the last convolution keep float32: they have few channels and few weights, but their errors would dominate. The weights
-    are unsigned: with signed ones, the sums of two products overflow 16 bits on processors with AVX2 or AVX-512 but without VNNI.
+    The first and the last convolution keep float32, and so do those with at most 27 inputs for each output, such as those that see
+    statistics of the image in a CoarseNet: they have few weights, but their errors would dominate. The weights are unsigned: with signed
+    ones, the sums of two products overflow 16 bits on processors with AVX2 or AVX-512 but without VNNI.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    convolutions = [node.name for node in model.graph.node if node.op_type == "Conv"]
+    inputs = {weights.name: math.prod(weights.dims[1:]) for weights in model.graph.initializer}
+    convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
+    few = [node.name for node in convolutions if inputs[node.input[1]] <= _FEW_INPUTS]
     if len(convolutions) < 3:
         raise UserError(f"--dtype int8 needs a network with at least three convolutions: {name} has {len(convolutions)}")
     with tempfile.TemporaryDirectory() as folder:
@@ -70,7 +77,7 @@ def _quantize(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
                 path,
                 op_types_to_quantize=["Conv"],
                 weight_type=QuantType.QUInt8,
-                nodes_to_exclude=[convolutions[0], convolutions[-1]],
+                nodes_to_exclude=[convolutions[0].name, convolutions[-1].name, *few],
             )
         finally:
             logging.disable(before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -25,10 +26,10 @@ PIXELS = 2**20
 # The least transmission, so that K is at most 49, and what is added to the network's output before the sigmoid that gives it. With it, a
 # new network begins near the hazy image: K is about 0.13.
 LEAST, SHIFT = 0.02, 2.0
-# What is added to a value and to its distance from 1 before their logarithms are taken, and to a variance; those of black, of white and
-# of one colour would be infinite.
+# What is added to values and to their distances from 1, and to variances, before their logarithms are taken. Without it, the logarithms for
+# black, for white and for cells of one colour would be infinite.
 MARGIN, LEAST_VARIANCE = 0.02, 1e-4
-# Number of values that `Moments.features` gives for each cell.
+# Number of values that `Moments.features` gives for each cell: eight for each of three channels.
 FEATURES = 24
 
 
@@ -134,7 +135,7 @@ class CoarseNet(Network):
         x = clear(nnx.silu(self.stem(jnp.concatenate([_cells(images, STEM_CELL), moments.features()], -1))))
         levels = []
         for down, see, blocks in zip(self.downs, self.moments, self.encoder):
-            moments = moments.coarser()
+            moments = moments.pool(2)
             x = clear(nnx.silu(down(x) + see(moments.features())))
             for block in blocks.layers:
                 x = block(x, clear)
@@ -203,42 +204,38 @@ def _cells(images: Array, side: int) -> Array:
     return images.reshape(n, h // side, side, w // side, side, c).swapaxes(2, 3).reshape(n, h // side, w // side, side * side * c)
 
 
-@dataclass(frozen=True)
-class Moments:
-    """What a network may see of square cells of images: their extremes, means and variances, `[N, H/s, W/s, C]` each.
-
-    They are those of the values clipped to [0, 1].
-    """
+class Moments(NamedTuple):
+    """What the network sees of square cells: their extremes, means and variances in each channel, `[N, H/s, W/s, C]` each."""
 
     least: Array
     greatest: Array
     mean: Array
-    square: Array
-    """The mean of the squares."""
+    variance: Array
 
     @classmethod
     def of(cls, images: Array, side: int) -> Moments:
-        """Return the moments of cells of `side` pixels; H and W of the images must be multiples of it."""
+        """Return the moments of cells of `side` x `side` pixels of images `[N, H, W, C]`, clipped to [0, 1], in at least float32.
+
+        H and W must be multiples of `side`.
+        """
         x = images.astype(jnp.promote_types(images.dtype, jnp.float32)).clip(0, 1)
-        return cls(x, x, x, x * x)._pool(side)
+        return cls(x, x, x, jnp.zeros_like(x)).pool(side)
 
-    def coarser(self) -> Moments:
-        """Return the moments of cells twice as large; the numbers of rows and of columns must be even."""
-        return self._pool(2)
+    def pool(self, side: int) -> Moments:
+        """Return the moments of cells that consist of `side` x `side` of these."""
 
-    def _pool(self, side: int) -> Moments:
         def cells(x: Array) -> Array:
             n, h, w, c = x.shape
             return x.reshape(n, h // side, side, w // side, side, c)
 
-        axes = (2, 4)
-        return Moments(
-            cells(self.least).min(axes), cells(self.greatest).max(axes), cells(self.mean).mean(axes), cells(self.square).mean(axes)
-        )
+        # The mean of squares minus the square of the mean would be inexact where a cell has one colour.
+        means = cells(self.mean)
+        mean = means.mean((2, 4), keepdims=True)
+        variance = (cells(self.variance) + (means - mean) ** 2).mean((2, 4))
+        return Moments(cells(self.least).min((2, 4)), cells(self.greatest).max((2, 4)), mean.squeeze((2, 4)), variance)
 
     def features(self) -> Array:
         """Return `[N, H/s, W/s, 8 C]`: the extremes, and logarithms of extremes, distances from 1, means and standard deviations."""
         extremes = jnp.concatenate([self.least, self.greatest], -1)
-        variance = (self.square - self.mean**2).clip(0)
-        logarithms = [extremes + MARGIN, 1 + MARGIN - extremes, self.mean + MARGIN, jnp.sqrt(variance + LEAST_VARIANCE)]
+        logarithms = [extremes + MARGIN, 1 + MARGIN - extremes, self.mean + MARGIN, jnp.sqrt(self.variance + LEAST_VARIANCE)]
         return jnp.concatenate([extremes, *map(jnp.log, logarithms)], -1)

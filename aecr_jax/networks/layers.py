@@ -250,7 +250,7 @@ class ResidualBlock(nnx.Module):
     Args:
       features: channels of the input and of the output.
       activation: the function between the convolutions.
-      identity: whether the weights of the second convolution begin at zero, so that a new block returns its input.
+      identity: whether the weights and biases of the second convolution begin at zero, so that a new block returns its input.
       reflect: whether the convolutions pad by reflection.
     """
 

@@ -27,21 +27,21 @@ class ResidualBlock(nn.Module):
 
 
 class Moments:
-    """The least and the greatest values, the means, and the means of the squares of square cells."""
+    """The least and the greatest values, the means and the variances of square cells."""
 
-    def __init__(self, least: Tensor, greatest: Tensor, mean: Tensor, square: Tensor, side: int) -> None:
+    def __init__(self, least: Tensor, greatest: Tensor, means: Tensor, variances: Tensor | float, side: int) -> None:
         self.least, self.greatest = -F.max_pool2d(-least, side), F.max_pool2d(greatest, side)
-        self.mean, self.square = F.avg_pool2d(mean, side), F.avg_pool2d(square, side)
+        self.mean = F.avg_pool2d(means, side)
+        self.variance = F.avg_pool2d(variances + (means - F.interpolate(self.mean, scale_factor=side)) ** 2, side)
 
     def coarser(self) -> Moments:
         """Return the moments of cells twice as large."""
-        return Moments(self.least, self.greatest, self.mean, self.square, 2)
+        return Moments(self.least, self.greatest, self.mean, self.variance, 2)
 
     def features(self) -> Tensor:
         """Return the extremes, and logarithms of extremes, distances from 1, means and standard deviations."""
         extremes = torch.cat([self.least, self.greatest], 1)
-        deviation = ((self.square - self.mean**2).clamp(0) + 1e-4).sqrt()
-        logarithms = [extremes + 0.02, 1.02 - extremes, self.mean + 0.02, deviation]
+        logarithms = [extremes + 0.02, 1.02 - extremes, self.mean + 0.02, (self.variance + 1e-4).sqrt()]
         return torch.cat([extremes, *(x.log() for x in logarithms)], 1)
 
 
@@ -83,7 +83,7 @@ class CoarseNet(nn.Module):
         # The channels of a cell are ordered by row, column and colour; PyTorch's own order is by colour first.
         cells = F.pixel_unshuffle(x, 4).unflatten(1, (3, 16)).transpose(1, 2).flatten(1, 2)
         within = x.clamp(0, 1)
-        moments = Moments(within, within, within, within**2, 4)
+        moments = Moments(within, within, within, 0.0, 4)
         x = F.silu(self.stem(torch.cat([cells, moments.features()], 1)))
         levels = []
         for down, see, blocks in zip(self.downs, self.moments, self.encoder):
