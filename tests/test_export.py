@@ -140,11 +140,16 @@ def test_models_without_checksum_load(folder):
     assert bits(load_checkpoint(folder)) == expected
 
 
-def test_a_model_of_another_version_of_its_network_is_not_called_damaged(tmp_path):
+@pytest.mark.parametrize("tensor", ["later", "blocks.0.channel_down.bias"])
+def test_a_model_of_another_version_of_its_network_is_not_called_damaged(tmp_path, tensor):
+    """A tensor that is not in the network, and one that has another shape there."""
     model = AECRNet(AECRNetConfig(width=2, blocks=1), rngs=nnx.Rngs(0))
-    model.later = nnx.Param(np.zeros(2, np.float32))
+    if tensor == "later":
+        model.later = nnx.Param(np.zeros(2, np.float32))
+    else:
+        model.config = AECRNetConfig(width=4, blocks=1)
     save_checkpoint(model, tmp_path)
-    expected = r"cannot be used: its weights do not fit the network aecr_net of this version of aecr_jax: .*later"
+    expected = rf"cannot be used: its weights do not fit the network aecr_net of this version of aecr_jax: .*{tensor}"
     with pytest.raises(UserError, match=expected):
         load_checkpoint(tmp_path)
 

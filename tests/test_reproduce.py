@@ -23,6 +23,7 @@ from aecr_jax.networks.ffa_net import FFANet, FFANetConfig
 from aecr_jax.reproduce import run as runner
 from aecr_jax.reproduce import settings
 from aecr_jax.reproduce.claims import Interval, judge, paired_interval
+from aecr_jax.reproduce.results import Result, add_result, read_results
 from aecr_jax.reproduce.settings import Inputs, row_config
 from aecr_jax.reproduce.tables import find_table
 from aecr_jax.training.config import OptimConfig
@@ -281,6 +282,47 @@ def test_table_3_begins_with_given_weights(tmp_path, monkeypatch):
     options[-1] = (tmp_path / "weights").rename(tmp_path / "elsewhere/weights")
     assert main(command(tmp_path / "out", *options, table="table3")) == 0
     assert config["optim"]["learning_rate"] == 1e-4 and config["loss"]["cr"] == 0
+
+
+@pytest.mark.parametrize(
+    ("row", "features", "weights", "options", "message"),
+    [
+        ("cr", "0123456789ab", "-", ["--rows", "cr_positive", "--features", "random"], "cr with the features 0123456789ab, not random"),
+        (
+            "ffa_net",
+            "-",
+            "0123456789ab",
+            ["--rows", "ffa_net:cr", "--features", "random"],
+            "ffa_net with the initial weights 0123456789ab, not -",
+        ),
+    ],
+)
+def test_rows_are_not_mixed_with_those_of_other_features_or_initial_weights(tmp_path, capsys, row, features, weights, options, message):
+    table = "table2" if row == "cr" else "table3"
+    numbers = dict.fromkeys(("psnr", "ssim", "input_psnr", "input_ssim", "minutes"), 1.0) | dict.fromkeys(
+        ("parameters", "macs", "steps"), 1
+    )
+    known = dict(row=row, seed=0, images=20, scale="small", data="scenes:4:32x24", test="scenes")
+    path = tmp_path / table / "results.csv"
+    path.parent.mkdir()
+    add_result(path, Result(**numbers, **known, features=features, weights=weights))
+    before = path.read_bytes()
+    assert message in fails(capsys, *command(tmp_path, *options, table=table))
+    assert path.read_bytes() == before and [file.name for file in tmp_path.rglob("*") if file.is_file()] == ["results.csv"]
+
+
+def test_results_of_earlier_versions_do_not_tell_the_weights(tmp_path):
+    header = "row,seed,psnr,ssim,input_psnr,input_ssim,images,parameters,macs,steps,minutes,scale,data,test"
+    (tmp_path / "results.csv").write_text(f"{header}\nbase,0,18.5,0.8,11.2,0.7,100,126512,2443919580,900,10.33,small,NYU,SOTS\n")
+    (result,) = read_results(tmp_path / "results.csv")
+    assert (result.psnr, result.test, result.features, result.weights) == (18.5, "SOTS", "", "")
+
+
+def test_weights_are_told_apart_by_their_content(tmp_path):
+    """Expected: the beginning of the SHA-256 of "abc", by FIPS 180-2."""
+    (tmp_path / "weights").write_text("abc")
+    assert settings.identify(str(tmp_path / "weights")) == "ba7816bf8f01"
+    assert settings.identify("random") == "random" and settings.identify("") == "-"
 
 
 def test_the_authors_file_is_converted_once(tmp_path):

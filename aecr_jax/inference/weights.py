@@ -46,7 +46,7 @@ DEFAULT_MODEL = SHIPPED / "photo"
 CHECKPOINTS = "checkpoints"
 # The item of a training checkpoint that holds the checksums of its JSON items.
 SEAL = "json_checksums"
-_WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 _COMPLETE = "commit_success.txt"
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def load_with_info(path: str | Path) -> tuple[Network, dict[str, Any]]:
             model.name = name
             return model, {"model": config_to_dict(model_config), "about": {"name": name}}
         raise MissingFileError(f"there is no checkpoint folder {path}; the shipped models are {', '.join(shipped_names())}")
-    if (path / _WEIGHTS).is_file():
+    if (path / WEIGHTS).is_file():
         model, info = _load_exported(path)
         if is_address(name) and "name" not in info.get("about", {}):
             model.name = name.partition("@")[0].rpartition("/")[2]  # the folder in the cache is named after the commit
@@ -96,7 +96,7 @@ def load_with_info(path: str | Path) -> tuple[Network, dict[str, Any]]:
         workdir, step = path.parent.parent, int(path.name)
     else:
         raise UserError(
-            f"{path} is not a checkpoint: looked for {_WEIGHTS}, for a folder {CHECKPOINTS}, and for a folder such as {CHECKPOINTS}/1000"
+            f"{path} is not a checkpoint: looked for {WEIGHTS}, for a folder {CHECKPOINTS}, and for a folder such as {CHECKPOINTS}/1000"
         )
     folder = workdir / CHECKPOINTS
     check_folder_name(workdir)
@@ -150,14 +150,14 @@ def save_checkpoint(model: Network, path: str | Path, about: dict[str, Any] | No
     config = config_to_dict(model.config)
     about = ({} if model.step is None else {"step": model.step}) | (about or {})
     text = json.dumps({"model": config, "about": about, "sha256": _sha256(arrays, config)}, indent=2)
-    with replacing(path / _WEIGHTS) as weights_file, replacing(path / _CONFIG) as config_file:
+    with replacing(path / WEIGHTS) as weights_file, replacing(path / _CONFIG) as config_file:
         weights_file.write_bytes(save(arrays, metadata={"format": "aecr_jax.model"}))
         config_file.write_text(text + "\n")
 
 
 def is_exported(path: str | Path) -> bool:
     """Return whether a folder holds all files of an exported model."""
-    return all((as_path(path) / name).is_file() for name in (_WEIGHTS, _CONFIG))
+    return all((as_path(path) / name).is_file() for name in (WEIGHTS, _CONFIG))
 
 
 def refuse_model(path: str | Path, *, overwrite: bool = False) -> None:
@@ -171,7 +171,7 @@ def refuse_model(path: str | Path, *, overwrite: bool = False) -> None:
         raise UserError(f"{path} is a file: choose a folder for the model")
     if (path / CHECKPOINTS).exists():
         raise UserError(f"{path} holds a training run: choose another folder for the model")
-    for name in (_WEIGHTS, _CONFIG):
+    for name in (WEIGHTS, _CONFIG):
         refuse_existing(path / name, overwrite=overwrite)
 
 
@@ -184,7 +184,7 @@ def refuse_run(path: str | Path) -> None:
     path = as_path(path)
     if (path / CHECKPOINTS).is_dir():
         return
-    if (path / _WEIGHTS).is_file():
+    if (path / WEIGHTS).is_file():
         raise UserError(f"run.workdir (={path}) holds a model: choose another folder")
     if not (path / _CONFIG).is_file():
         return
@@ -274,7 +274,7 @@ def _load_exported(path: Path) -> tuple[Network, dict[str, Any]]:
         step = about.get("step")
         if step is not None and as_int(step) is None:
             raise ValueError(f"{_CONFIG} has the step {step!r}, which must be an integer")
-        arrays = load((path / _WEIGHTS).read_bytes()) if is_remote(path) else load_file(path / _WEIGHTS)
+        arrays = load((path / WEIGHTS).read_bytes()) if is_remote(path) else load_file(path / WEIGHTS)
         # Models that were exported before checksums were introduced have none.
         if config.get("sha256", expected := _sha256(arrays, config["model"])) != expected:
             raise ValueError("its weights or settings differ from what was written")

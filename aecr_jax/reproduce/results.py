@@ -38,6 +38,10 @@ class Result:
     scale: str
     data: str
     test: str
+    features: str = ""
+    """The features of the regularization, by `settings.identify`; "-" for a row without them. Earlier versions left both fields out."""
+    weights: str = ""
+    """The weights with which the run began, likewise."""
 
     def __post_init__(self) -> None:
         if not all(math.isfinite(value) for value in dataclasses.astuple(self) if isinstance(value, float)):
@@ -53,7 +57,7 @@ def read_results(path: Path) -> list[Result]:
     kinds = get_type_hints(Result)
     try:
         with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-            return [Result(**{name: kind(line[name]) for name, kind in kinds.items()}) for line in csv.DictReader(file)]
+            return [Result(**{name: kind(line[name]) for name, kind in kinds.items() if name in line}) for line in csv.DictReader(file)]
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:

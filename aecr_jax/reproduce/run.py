@@ -31,7 +31,7 @@ from aecr_jax.networks.network import Network
 from aecr_jax.reproduce.claims import Interval, paired_interval
 from aecr_jax.reproduce.figure import draw_figure
 from aecr_jax.reproduce.results import Result, add_result, page, read_results, read_scores
-from aecr_jax.reproduce.settings import Inputs, Scale, check_features, check_run, largest_rate, load_start, row_config
+from aecr_jax.reproduce.settings import Inputs, Scale, check_features, check_run, identify, largest_rate, load_start, row_config
 from aecr_jax.reproduce.tables import Claim, Row, Table, choose_rows, find_table
 from aecr_jax.training.config import Config, load_config
 from aecr_jax.training.runlog import METRICS
@@ -47,6 +47,9 @@ class _Job(NamedTuple):
     row: Row
     seed: int
     config: Config
+    features: str
+    """The features of its regularization and the weights with which it begins, by `identify`."""
+    weights: str
 
 
 @dataclass(frozen=True)
@@ -131,11 +134,7 @@ def reproduce(
     with_cr = [row for row in chosen if row.loss.get("cr", load_config(row.config).loss.cr)]
     inputs = Inputs(data, test, check_features(features, with_cr), load_start(weights, chosen, Path(output) / "weights"))
     # All rows with one seed come first, so that a table is complete early.
-    jobs = [
-        _Job(row, seed, row_config(name, row, scale, inputs, seed=seed, workdir=runs / f"{row.run}_seed{seed}"))
-        for seed in range(seeds)
-        for row in chosen
-    ]
+    jobs = [_job(name, row, scale, inputs, seed, runs) for seed in range(seeds) for row in chosen]
     split = split_samples(jobs[0].config.data)
     images = _open_test(split, test)
     for job in jobs:  # each row's training would say so too, but after the rows before it
@@ -148,6 +147,7 @@ def reproduce(
         there = f"scale {result.scale}, data {result.data}, {result.images} images of {result.test}"
         if there != here:
             raise UserError(f"{out.results} has results of {there}, not of {here}: choose another --output")
+    _check_weights(table, results, jobs, out)
     for job in jobs:
         check_run(job.config)
     if results:  # problems with the files of finished rows are found here, and not after hours of training
@@ -167,6 +167,23 @@ def reproduce(
         jax.clear_caches()
         gc.collect()
     return out.page
+
+
+def _job(table: str, row: Row, scale: Scale, inputs: Inputs, seed: int, runs: Path) -> _Job:
+    config = row_config(table, row, scale, inputs, seed=seed, workdir=runs / f"{row.run}_seed{seed}")
+    return _Job(row, seed, config, identify(config.loss.features if config.loss.cr else ""), identify(config.run.init_from))
+
+
+def _check_weights(table: Table, results: Sequence[Result], jobs: Sequence[_Job], out: _Output) -> None:
+    """Check that finished rows had the features and the initial weights of those to be run, because claims compare them."""
+    networks = {row.name: load_config(row.config).model.NAME for row in table.rows}
+    for result in results:
+        for job in jobs:
+            other = f"row {job.row.name} of {table.name}: {out.results} has {result.row} with"
+            if result.features not in ("", "-", job.features) and job.features != "-":
+                raise UserError(f"{other} the features {result.features}, not {job.features}: choose another --output")
+            if networks[result.row] == networks[job.row.name] and result.weights not in ("", job.weights):
+                raise UserError(f"{other} the initial weights {result.weights}, not {job.weights}: choose another --output")
 
 
 def _open_test(split: SplitSamples, test: str) -> _Test:
@@ -200,6 +217,8 @@ def _run(job: _Job, images: _Test, out: _Output, scale: Scale) -> Result:
         scale=scale,
         data=config.data.train,
         test=images.name,
+        features=job.features,
+        weights=job.weights,
     )
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 from aecr_jax.convert.networks import convert
 from aecr_jax.errors import UserError, first_line
-from aecr_jax.inference.weights import has_checkpoint, is_exported, load_checkpoint
+from aecr_jax.inference.weights import WEIGHTS, has_checkpoint, is_exported, load_checkpoint
 from aecr_jax.losses.vgg import VGG19Features
 from aecr_jax.networks.aecr_net import AECRNetConfig
 from aecr_jax.networks.network import NetworkConfig
@@ -57,7 +57,19 @@ SMALL = {"table2": _AECR_NET, "table3": _OTHERS, "table4": _AECR_NET}
 # The learning rate at which training continues from the weights of a network's authors.
 FINE_TUNING_RATE = 1e-4
 # The settings of a row's loss that also apply at the small scale.
-_REGULARIZATION = ("cr", "positives", "negatives", "cr_negatives", "cr_after", "cr_layers", "cr_weights", "features")
+_REGULARIZATION = (
+    "cr",
+    "positives",
+    "negatives",
+    "cr_form",
+    "cr_negatives",
+    "cr_after",
+    "cr_network",
+    "cr_layers",
+    "cr_weights",
+    "cr_normalize",
+    "features",
+)
 # Where the data are is not part of a run's identity: a resumed run compares the images themselves.
 _PLACES = ("data.train", "data.eval", "data.data_dir")
 
@@ -162,9 +174,7 @@ def load_start(weights: str | None, rows: Sequence[Row], folder: Path) -> Start 
         return None
     path = Path(weights)
     if path.is_file():
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        path = folder / digest[:12]
+        path = folder / identify(weights)
         if not is_exported(path):  # or only a part of it, if the conversion was interrupted
             convert(weights, path, overwrite=True)
     model = load_checkpoint(path).config
@@ -174,6 +184,18 @@ def load_start(weights: str | None, rows: Sequence[Row], folder: Path) -> Start 
             f"--weights (={weights}) are of {model.NAME}, but the rows have {', '.join(dict.fromkeys(networks.values()))}: leave it out"
         )
     return Start(str(path), model)
+
+
+def identify(path: str) -> str:
+    """Return what tells one file of weights from another, wherever it is: the beginning of its SHA-256.
+
+    That of an exported model is the one of its weights. "-" stands for no weights, and other names, such as "random", for themselves.
+    """
+    file = Path(path) / WEIGHTS if is_exported(path) else Path(path)
+    if not path or not file.is_file():
+        return path or "-"
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()[:12]
 
 
 def check_run(config: Config) -> None:
