@@ -108,7 +108,9 @@ def load_with_info(path: str | Path) -> tuple[Network, dict[str, Any]]:
     try:
         return _load_trained(folder / str(step))
     except Exception as error:  # orbax, tensorstore and the file system raise many types of errors
-        raise UserError(f"checkpoint {folder / str(step)} is damaged or half written: {first_line(error)}") from error
+        raise UserError(
+            f"checkpoint {folder / str(step)} is damaged or half written, or of another version of its network: {first_line(error)}"
+        ) from error
 
 
 def shipped_names() -> list[str]:
