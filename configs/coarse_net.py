@@ -12,8 +12,8 @@ after `photo` (hazy input 15.13 dB).
 `indoor_whole` has nearly whole frames instead of crops, because the network takes a mean over the whole image.
 
 The haze of `indoor` is RESIDE's. That of `photo` is thinner and thicker, has a coloured and darker airlight, may begin behind a clear
-foreground, and is left out in one crop of twenty, so that clear pictures stay as they are; noise, JPEG compression and other sizes are
-those of photographs. Two crops of five have RESIDE's haze alone. `crop_width` is set so that crops are not turned: what is farther is
+foreground, and is left out in one crop of ten, so that clear pictures stay as they are; noise, JPEG compression and other sizes are
+those of photographs. Three crops of five have RESIDE's haze alone. `crop_width` is set so that crops are not turned: what is farther is
 usually higher in the picture.
 
 The configs `haze_*` are short runs from the parameters of `indoor` (`--run.init_from indoor`), about 4 minutes each, that show what the
@@ -64,7 +64,7 @@ varied = HazeConfig(
 photo = dataclasses.replace(
     indoor,
     data=dataclasses.replace(indoor.data, train=train, crop=320, crop_width=320),
-    haze=dataclasses.replace(varied, outdoor_beta=(0.0, 0.7), cast=0.08, noise=0.03, jpeg=0.5),
+    haze=dataclasses.replace(varied, outdoor_beta=(0.0, 0.7), cast=0.08, noise=0.03, jpeg=0.5, reside=0.6, clear=0.25),
     optim=dataclasses.replace(indoor.optim, steps=20_000, batch=6, accumulate=1, learning_rate=1.2e-3),
     run=dataclasses.replace(indoor.run, workdir="runs/coarse_net_photo", eval_every=10_000, eval_images=100),
 )
