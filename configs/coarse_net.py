@@ -32,15 +32,15 @@ indoor = Config(
     model=CoarseNetConfig(),
     data=DataConfig(train="data/nyu_depth_v2", holdout=50, crop=256, crop_width=256, threads=2, cache=True),
     loss=LossConfig(cr=0, haze=0.1),
-    optim=OptimConfig(steps=9000, batch=8, optimizer="muon", learning_rate=2e-3, warmup=200, accumulate=2, ema=0.999, clip_norm=1),
-    run=RunConfig(workdir="runs/coarse_net_indoor", log_every=100, eval_every=1500, save_every=500, eval_images=50),
+    optim=OptimConfig(steps=18_000, batch=8, optimizer="muon", learning_rate=2e-3, warmup=200, accumulate=2, ema=0.999, clip_norm=1),
+    run=RunConfig(workdir="runs/coarse_net_indoor", log_every=100, eval_every=6000, save_every=500, eval_images=50),
 )
 
 indoor_whole = dataclasses.replace(
     indoor,
     data=dataclasses.replace(indoor.data, crop=448, crop_width=608),
-    optim=dataclasses.replace(indoor.optim, steps=11_000, batch=2, accumulate=1, learning_rate=1.2e-3),
-    run=dataclasses.replace(indoor.run, workdir="runs/coarse_net_indoor_whole"),
+    optim=dataclasses.replace(indoor.optim, steps=30_000, batch=2, accumulate=1, learning_rate=1.2e-3),
+    run=dataclasses.replace(indoor.run, workdir="runs/coarse_net_indoor_whole", eval_every=10_000),
 )
 
 train = "data/nyu_depth_v2 + 2*outdoor:data/outdoor_clear"
