@@ -142,7 +142,7 @@ def test_models_without_checksum_load(folder):
 
 @pytest.mark.parametrize("tensor", ["later", "blocks.0.channel_down.bias"])
 def test_a_model_of_another_version_of_its_network_is_not_called_damaged(tmp_path, tensor):
-    """A tensor that is not in the network, and one that has another shape there."""
+    """One model has a tensor that the network lacks. In the other model, a tensor has another shape than in the network."""
     model = AECRNet(AECRNetConfig(width=2, blocks=1), rngs=nnx.Rngs(0))
     if tensor == "later":
         model.later = nnx.Param(np.zeros(2, np.float32))

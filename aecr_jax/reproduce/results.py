@@ -39,9 +39,9 @@ class Result:
     data: str
     test: str
     features: str = ""
-    """The features of the regularization, by `settings.identify`; "-" for a row without them. Earlier versions left both fields out."""
+    """The features of the regularization, by `settings.identify`; empty in files of versions that did not write them."""
     weights: str = ""
-    """The weights with which the run began, likewise."""
+    """The weights with which the run began, by `settings.identify`; empty in files of versions that did not write them."""
 
     def __post_init__(self) -> None:
         if not all(math.isfinite(value) for value in dataclasses.astuple(self) if isinstance(value, float)):

@@ -48,8 +48,9 @@ class _Job(NamedTuple):
     seed: int
     config: Config
     features: str
-    """The features of its regularization and the weights with which it begins, by `identify`."""
+    """The features of its regularization, by `identify`."""
     weights: str
+    """The weights with which it begins, by `identify`."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,12 @@ def reproduce(
     with_cr = [row for row in chosen if row.loss.get("cr", load_config(row.config).loss.cr)]
     inputs = Inputs(data, test, check_features(features, with_cr), load_start(weights, chosen, Path(output) / "weights"))
     # All rows with one seed come first, so that a table is complete early.
-    jobs = [_job(name, row, scale, inputs, seed, runs) for seed in range(seeds) for row in chosen]
+    digests = {path: identify(path) for path in ("", inputs.features, inputs.start.path if inputs.start else "")}
+    jobs = []
+    for seed in range(seeds):
+        for row in chosen:
+            config = row_config(name, row, scale, inputs, seed=seed, workdir=runs / f"{row.run}_seed{seed}")
+            jobs.append(_Job(row, seed, config, digests[config.loss.features if config.loss.cr else ""], digests[config.run.init_from]))
     split = split_samples(jobs[0].config.data)
     images = _open_test(split, test)
     for job in jobs:  # each row's training would say so too, but after the rows before it
@@ -167,11 +173,6 @@ def reproduce(
         jax.clear_caches()
         gc.collect()
     return out.page
-
-
-def _job(table: str, row: Row, scale: Scale, inputs: Inputs, seed: int, runs: Path) -> _Job:
-    config = row_config(table, row, scale, inputs, seed=seed, workdir=runs / f"{row.run}_seed{seed}")
-    return _Job(row, seed, config, identify(config.loss.features if config.loss.cr else ""), identify(config.run.init_from))
 
 
 def _check_weights(table: Table, results: Sequence[Result], jobs: Sequence[_Job], out: _Output) -> None:
