@@ -1,12 +1,11 @@
 """CoarseNet, with haze that is made on the fly and supervised: for rooms, and for photographs.
 
 Command: `python train.py --config configs/coarse_net.py:indoor --data.train NYU`, where NYU is a folder with `rgb/` and `depth/`; then
-`:indoor_whole`, three times, and then `:photo`, twice, with `--data.train "NYU + 2*outdoor:CLEAR"`, where CLEAR is a folder of clear
-photographs. Each run begins with the parameters of the one before it, by `--run.init_from`; docs/results.md has the commands.
+`:indoor_whole`, twice, and then `:photo` with `--data.train "NYU + 2*outdoor:CLEAR"`, where CLEAR is a folder of clear photographs. Each
+run begins with the parameters of the one before it, by `--run.init_from`; docs/results.md has the commands.
 Hardware: 2 CPU cores, 6 GB of memory.
-Time: 59 minutes for `indoor` and 9 + 75 for `indoor_whole` beside other work (Intel Xeon, 0.4 s a step); 58 for the last
-`indoor_whole`, and 42 + 21 for `photo` (AMD EPYC, 0.14 s).
-Expected score: 28.5 dB on 100 images of SOTS indoor after `indoor_whole` (hazy input 11.16 dB), and 25.0 dB on 25 images of SOTS outdoor
+Time: 38 minutes for `indoor`, 72 + 60 for `indoor_whole` and 53 for `photo` (AMD EPYC, 0.12 to 0.15 s a step).
+Expected score: 29.4 dB on 100 images of SOTS indoor after `indoor_whole` (hazy input 11.16 dB), and 25.7 dB on 25 images of SOTS outdoor
 after `photo` (hazy input 15.13 dB).
 
 `indoor_whole` has nearly whole frames instead of crops, because the network takes a mean over the whole image.

@@ -173,7 +173,7 @@ def test_the_command_writes_the_page(tmp_path, capsys, package):
     assert [model["name"] for model in listing["models"]] == ["photo", "aecr_net_tiny", "indoor"]  # the default model is the first one
     photo, tiny, _ = listing["models"]
     assert photo["form"] == {"pixels": 2**20, "cell": 8, "multiple": 32} and tiny["form"] == {"tile": 768, "overlap": 128, "multiple": 4}
-    assert photo["parameters"] == 921_332 and photo["license"] == "apache-2.0" and photo["purpose"].startswith("photographs")
+    assert photo["parameters"] == 926_820 and photo["license"] == "apache-2.0" and photo["purpose"].startswith("photographs")
     for model in listing["models"]:
         assert (output / model["file"]).stat().st_size == model["bytes"]
     assert (output / "runtime/ort-wasm-simd-threaded.wasm").read_bytes() == FAKE["ort-wasm-simd-threaded.wasm"]
