@@ -73,6 +73,9 @@ class LossConfig:
     haze: float = bounded(0.0, 0)
     """Weight of the loss that compares the haze that the network estimates, as gain and offset, with the true haze; 0 turns it off. The
     data must have haze that is made on the fly, because only that is known. The idea is this project's; the paper has no such loss."""
+    haze_distance: Literal["l1", "l2"] = "l1"
+    """The distance of `haze`: "l1", or "l2" (the mean squared error), with which a network does not jump between clear and dense haze where
+    the image does not show which it is, as in a white sky."""
     perceptual: float = bounded(0.0, 0)
     """Weight of the perceptual loss, the mean squared difference of VGG-16 features (0.04 in GridDehazeNet); 0 turns it off."""
     perceptual_features: str = "vgg16.safetensors"

@@ -55,7 +55,7 @@ def make_loss(config: Config, *, regularize: bool = True) -> Loss:
     )
     if not loss.haze:
         return restoration
-    return HazeLoss(restoration, loss.haze, find_network(config.model.NAME).haze_cell(*config.data.crop_size))
+    return HazeLoss(restoration, loss.haze, find_network(config.model.NAME).haze_cell(*config.data.crop_size), loss.haze_distance)
 
 
 def _make_distillation(config: Config, features: VGG19Features | None) -> DistillationLoss:
