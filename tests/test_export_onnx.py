@@ -202,7 +202,7 @@ def test_the_command_writes_describes_and_measures(tmp_path, capsys):
     settings = json.loads(metadata.pop("settings"))
     assert settings["name"] == "coarse_net" and settings["width"] == 48
     assert metadata.pop("source").startswith("NYU Depth v2") and metadata.pop("aecr_jax")
-    expected = {"name": "photo", "network": "coarse_net", "parameters": "926820", "license": "apache-2.0", "step": "92000"}
+    expected = {"name": "photo", "network": "coarse_net", "parameters": "926820", "license": "apache-2.0", "step": "96000"}
     assert metadata == expected | {"tile": "0", "overlap": "0", "dtype": "float32"}
 
 
