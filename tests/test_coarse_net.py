@@ -178,7 +178,7 @@ def test_pytorch_computes_the_same(shape):
 
     beyond = np.float32(1.2) * x - np.float32(0.1)  # values below 0 and above 1, and a part of one colour
     beyond[:, :16, :16] = 0.83
-    # The gradients are not compared: where values are clipped or equal, PyTorch chooses others.
+    # Gradients are not compared here: they are not unique where values are clipped or equal, and PyTorch returns other ones.
     np.testing.assert_allclose(
         jax.jit(model)(beyond), twin(torch.tensor(beyond.transpose(0, 3, 1, 2))).detach().numpy().transpose(0, 2, 3, 1), atol=4e-6
     )

@@ -56,7 +56,7 @@ def maps_to_onnx(model: CoarseNet, metadata: dict[str, str]) -> bytes:
 def _quantize(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
     """Compute the convolutions with integers whose ranges are found when the model runs, so that no images are needed here.
 
-    The first and the last convolution keep float32, and so do those with at most 27 inputs for each output, such as those that see
+    The first and the last convolution stay in float32, and so do those with at most 27 inputs for each output, such as those that see
     statistics of the image in a CoarseNet: they have few weights, but their errors would dominate. The weights are unsigned: with signed
     ones, the sums of two products overflow 16 bits on processors with AVX2 or AVX-512 but without VNNI.
     """

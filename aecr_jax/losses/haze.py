@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from aecr_jax.losses.loss import Loss
+from aecr_jax.losses.restoration import DISTANCES
 from aecr_jax.networks.network import Network
 from aecr_jax.ops.resize import average_cells
 
@@ -34,7 +35,7 @@ class HazeLoss(Loss):
 
     def __init__(self, restoration: Loss, weight: float, cell: int, distance: Literal["l1", "l2"] = "l1"):
         self.restoration, self.weight, self.cell, self.lagging = restoration, weight, cell, restoration.lagging
-        self.distance = {"l1": jnp.abs, "l2": jnp.square}[distance]
+        self.distance = DISTANCES[distance]
 
     def predict(self, model: Network, hazy: Array) -> tuple[Array, Array, Array]:
         """Return the restored images, the gain and the offset.

@@ -60,8 +60,8 @@ class RestorationLoss(Loss):
             raise ValueError(f"features is None and must be a VGG19Features, because cr (={cr}) is not 0")
         if perceptual and perceptual_features is None:
             raise ValueError(f"perceptual_features is None and must be a VGG16Features, because perceptual (={perceptual}) is not 0")
-        if pixel not in _PIXEL:
-            raise ValueError(f"pixel (={pixel!r}) must be one of {', '.join(_PIXEL)}")
+        if pixel not in DISTANCES:
+            raise ValueError(f"pixel (={pixel!r}) must be one of {', '.join(DISTANCES)}")
         if negative_images not in _NEGATIVES:
             raise ValueError(f"negative_images (={negative_images!r}) must be one of {', '.join(_NEGATIVES)}")
         self.features = features if cr else None
@@ -76,7 +76,7 @@ class RestorationLoss(Loss):
 
         def pixel_distance(restored: Array) -> Array:
             # The mean is computed in at least float32, because the sum of millions of bfloat16 differences would be inaccurate.
-            return jnp.mean(_PIXEL[self.pixel](restored.astype(jnp.promote_types(restored.dtype, jnp.float32)) - clear))
+            return jnp.mean(DISTANCES[self.pixel](restored.astype(jnp.promote_types(restored.dtype, jnp.float32)) - clear))
 
         total = pixel_distance(prediction)
         measurements = {self.pixel: total}
@@ -149,7 +149,7 @@ def _smooth_l1(difference: Array) -> Array:
 
 
 _NEGATIVES = ("hazy", "rehazed", "lagging")
-_PIXEL = {"l1": jnp.abs, "l2": jnp.square, "smooth_l1": _smooth_l1}
+DISTANCES = {"l1": jnp.abs, "l2": jnp.square, "smooth_l1": _smooth_l1}
 
 
 def perceptual_distance(restored: Array, clear: Array, features: VGG16Features) -> Array:
